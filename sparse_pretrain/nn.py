@@ -1,0 +1,173 @@
+"""The only file that imports flax: modules hold parameters, everything else is plain functions.
+
+NNX is used where its graph and tree modes agree: Module, Param, one Variable kind for router
+prices, split and merge. Outside this file a model is a `Definition` and two plain nested dicts of
+arrays, so jit, grad, scan, optax and orbax see nothing of flax.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Module = nnx.Module
+
+
+class Price(nnx.Variable):
+    """A router's price vector: state that moves with the load and never by the gradient."""
+
+
+class Keys:
+    """Hands out a fresh random key at each call, in a fixed order."""
+
+    def __init__(self, key: jax.Array):
+        self._key, self._count = key, 0
+
+    def __call__(self) -> jax.Array:
+        self._count += 1
+        return jax.random.fold_in(self._key, self._count)
+
+
+def param(
+    keys: Keys, shape: Sequence[int], dims: Sequence[str], *, std: float | None = None, value=None
+) -> nnx.Param:
+    """A float32 master parameter with one dimension name per dim; normal(0, std) or a constant."""
+    assert len(shape) == len(dims), (shape, dims)
+    if value is None:
+        array = jax.random.normal(keys(), tuple(shape), jnp.float32) * jnp.float32(std)
+    else:
+        array = jnp.full(tuple(shape), value, jnp.float32)
+    return nnx.Param(array, dims=tuple(dims))
+
+
+def price(shape: Sequence[int], dims: Sequence[str]) -> Price:
+    """A zero price vector with dimension names."""
+    return Price(jnp.zeros(tuple(shape), jnp.float32), dims=tuple(dims))
+
+
+def read(variable: nnx.Variable) -> jax.Array:
+    """The array in a variable."""
+    return variable[...]
+
+
+def _fill(template: nnx.State, values: dict) -> nnx.State:
+    state = jax.tree.map(lambda x: x, template)
+    nnx.replace_by_pure_dict(state, values)
+    return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """A model without arrays: what to build, and names and shapes of all it holds."""
+
+    build: Callable[[Keys], Module]
+    graphdef: Any
+    param_state: Any
+    price_state: Any
+
+    def init(self, key: jax.Array) -> tuple[dict, dict]:
+        """Fresh (params, prices) as nested dicts of float32 arrays."""
+        _, params, prices = nnx.split(self.build(Keys(key)), nnx.Param, Price)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(prices)
+
+    def merge(self, params: dict, prices: dict) -> Module:
+        """The callable module that holds these arrays."""
+        return nnx.merge(
+            self.graphdef, _fill(self.param_state, params), _fill(self.price_state, prices)
+        )
+
+    @property
+    def shapes(self) -> dict:
+        """Nested dict of jax.ShapeDtypeStruct, one per parameter."""
+        return nnx.to_pure_dict(self.param_state)
+
+    @property
+    def price_shapes(self) -> dict:
+        """Nested dict of jax.ShapeDtypeStruct, one per price vector."""
+        return nnx.to_pure_dict(self.price_state)
+
+    @property
+    def dims(self) -> dict:
+        """Nested dict, shaped like the parameters, of tuples of dimension names."""
+        return _dims(self.param_state)
+
+    @property
+    def price_dims(self) -> dict:
+        """Nested dict, shaped like the prices, of tuples of dimension names."""
+        return _dims(self.price_state)
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def _dims(state: nnx.State) -> dict:
+    def walk(node):
+        if _is_variable(node):
+            return tuple(node.get_metadata()["dims"])
+        return {k: walk(v) for k, v in node.items()}
+
+    return walk(state)
+
+
+def define(build: Callable[[Keys], Module]) -> Definition:
+    """The Definition of what `build` makes, without allocating any array."""
+    abstract = nnx.eval_shape(lambda: build(Keys(jax.random.key(0))))
+    graphdef, params, prices = nnx.split(abstract, nnx.Param, Price)
+    return Definition(build, graphdef, params, prices)
+
+
+def stack(build: Callable[[Keys], Module], repeats: int, keys: Keys) -> Module:
+    """`repeats` independently initialised copies as one module whose arrays lead with dim N."""
+    definition = define(build)
+    arrays = [definition.init(keys()) for _ in range(repeats)]
+    params, prices = jax.tree.map(lambda *xs: jnp.stack(xs), *arrays)
+
+    def lead(variable):
+        # the shapes below come from `params`; only the names are taken from here
+        names = ("N", *variable.get_metadata()["dims"])
+        return variable.replace(dims=names)
+
+    p, q = (
+        jax.tree.map(lead, s, is_leaf=_is_variable)
+        for s in (definition.param_state, definition.price_state)
+    )
+    return nnx.merge(definition.graphdef, _fill(p, params), _fill(q, prices))
+
+
+def scan_layers(
+    stacks: Sequence[Module],
+    call: Callable[[Sequence[Module], Any, Any], tuple[Any, Any]],
+    carry: Any,
+    *,
+    scan: bool,
+    wrap: Callable[[Callable], Callable] = lambda f: f,
+) -> tuple[Any, Any]:
+    """Runs `call(modules_of_layer_n, carry, n) -> (carry, out)` over the stacked dim N.
+
+    `wrap` is applied to the body of one repeat (rematerialisation). With `scan=False` the loop is
+    unrolled, which compiles longer and runs the same.
+    """
+    parts = [nnx.split(m, nnx.Param, Price) for m in stacks]
+    arrays = [(nnx.to_pure_dict(p), nnx.to_pure_dict(q)) for _, p, q in parts]
+    repeats = jax.tree.leaves(arrays)[0].shape[0]
+
+    def body(carry, xs):
+        layer, n = xs
+        modules = [
+            nnx.merge(g, _fill(p, pa), _fill(q, qa))
+            for (g, p, q), (pa, qa) in zip(parts, layer, strict=True)
+        ]
+        return call(modules, carry, n)
+
+    body = wrap(body)
+    if scan and repeats > 1:
+        return jax.lax.scan(body, carry, (arrays, jnp.arange(repeats)))
+    outs = []
+    for n in range(repeats):
+        carry, out = body(carry, (jax.tree.map(lambda a: a[n], arrays), n))  # noqa: B023
+        outs.append(out)
+    return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outs)

@@ -1,0 +1,37 @@
+"""The letters that array names use, and the two records that cross module borders.
+
+Array names are `noun_DIMS`: B sequences, L query and S key length, D width, H query and K key
+heads, Dh head width, Dv value width, Dc latent width, Dr rotary width, F hidden width, V vocabulary,
+N layers, T tokens (B x L), E experts, C seats, P (token, expert) pairs, M key blocks, W window,
+J indexer heads. An `axis` belongs to a mesh, a `dim` to an array.
+"""
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+
+class Batch(NamedTuple):
+    """Packed rows of documents with next-token targets.
+
+    Shapes: every field [B, L]; numpy on the host, jax arrays inside the step.
+    Units: `bytes` UTF-8 bytes the target token stands for; `weights` 1 where the target counts.
+    """
+
+    tokens: Int[Array, "B L"]
+    targets: Int[Array, "B L"]
+    segments: Int[Array, "B L"]  # 0 is padding; documents count from 1 within a row
+    positions: Int[Array, "B L"]  # position inside the document piece, 0 at its start
+    weights: Float[Array, "B L"]
+    bytes: Int[Array, "B L"]
+    domains: Int[Array, "B L"]
+
+
+class Aux(NamedTuple):
+    """What a model returns besides its hidden states; all sums over the batch it saw.
+
+    Shapes: `load` [N_moe, E] pairs per expert; `balance` [] (already weighted, mean per sequence).
+    """
+
+    load: Any  # Float[Array, "N E"] or None when the model has no experts
+    balance: Float[Array, ""]
