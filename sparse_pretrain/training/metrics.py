@@ -1,0 +1,332 @@
+"""Where the numbers of a run go: JSON lines in the workdir always, other services when asked."""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sparse_pretrain import spec
+
+PROJECT = "sparse-pretrain"
+STREAMS = ("metrics", "eval", "moe")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(spec.Config):
+    """Which sinks a run writes to, and how often the optional ones hear of a training step.
+
+    `every` thins the services only: `metrics.jsonl` keeps one row per step whatever it says.
+    """
+
+    every: int = 1
+    sinks: tuple[str, ...] = ("jsonl",)
+
+    def __post_init__(self):
+        spec.positive(self, "every")
+        for name in self.sinks:
+            known = ", ".join(SINKS)
+            spec.require(name in SINKS, f"sinks: {name!r} is not one of {known}")
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON data: arrays become numbers or lists, non-finite floats become None."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):  # numpy and jax arrays and scalars, without importing either
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # NaN and Infinity are not JSON: most readers refuse the whole line
+    return value
+
+
+def dumps(row: Mapping[str, Any]) -> str:
+    """One line of strict JSON."""
+    return json.dumps(plain(row), allow_nan=False, ensure_ascii=False, separators=(", ", ": "))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; absent file: none; a line cut short by a crash is left out."""
+    return [row for row, _ in _rows(path)]
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    try:
+        lines = Path(path).read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        # A complete number can still be a cut one (12 of 1234), so the newline must be there.
+        if isinstance(row, dict) and line.endswith(b"\n"):
+            yield row, line
+
+
+def truncate(path: Path, step: int) -> int | None:
+    """Drop the rows of a JSONL file that lie past `step`; returns the last step kept, if any.
+
+    The file is replaced whole, so a crash here leaves either the old rows or the new ones.
+    """
+    path = Path(path)
+    if not path.exists():
+        return None
+    kept = [(row, line) for row, line in _rows(path) if row.get("step", step + 1) <= step]
+    data = b"".join(line for _, line in kept)
+    if data != path.read_bytes():
+        fresh = path.with_name(path.name + ".tmp")
+        fresh.write_bytes(data)
+        os.replace(fresh, path)
+    return kept[-1][0]["step"] if kept else None
+
+
+def scalars(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The finite numbers of a row under flat names; vectors get an index, matrices are left out."""
+    flat: dict[str, float] = {}
+    for key, value in plain(row).items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= scalars(value, name + "/")
+        elif isinstance(value, list):
+            if not any(isinstance(v, (list, dict)) for v in value):
+                flat |= scalars({str(i): v for i, v in enumerate(value)}, name + "/")
+        elif isinstance(value, (int, float)):
+            flat[name] = float(value)
+    return flat
+
+
+class Jsonl:
+    """`metrics.jsonl`, `eval.jsonl` and `moe.jsonl`: each row on disk once its call returns."""
+
+    def __init__(self, workdir: Path, run: Mapping[str, Any], step: int):
+        del run
+        self._last = {name: truncate(workdir / f"{name}.jsonl", step) for name in STREAMS}
+        self._files = {
+            name: open(workdir / f"{name}.jsonl", "a", buffering=1, encoding="utf-8")
+            for name in STREAMS
+        }
+
+    def append(self, stream: str, row: Mapping[str, Any]) -> None:
+        last, step = self._last[stream], row["step"]
+        assert last is None or step >= last, f"{stream}: step {step} after step {last}"
+        if step != last:  # a resumed run may evaluate its first step a second time
+            self._files[stream].write(dumps(row) + "\n")
+            self._last[stream] = step
+
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
+        self.append("metrics", {"step": step, **scalars})
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def _module(package: str, extra: str) -> ModuleType:
+    try:
+        return importlib.import_module(package)
+    except ImportError as e:
+        raise ValueError(
+            f"metrics.sinks: {extra!r} needs the package {package!r} ({e}): "
+            f"python3 -m pip install 'sparse-pretrain[{extra}]'"
+        ) from None
+
+
+class TensorBoard:
+    """Event files in `workdir/tensorboard`."""
+
+    def __init__(self, workdir: Path, run: Mapping[str, Any], step: int):
+        del run
+        tensorboard = _module("tensorboardX", "tensorboard")
+        # purge_step hides the rows past the checkpoint that this run resumes from.
+        purge = {"purge_step": step + 1} if step else {}
+        self._writer = tensorboard.SummaryWriter(str(workdir / "tensorboard"), **purge)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A Weights & Biases run (offline with WANDB_MODE=offline); resuming continues the same run."""
+
+    def __init__(self, workdir: Path, run: Mapping[str, Any], step: int):
+        del step
+        wandb = _module("wandb", "wandb")
+        self._run = wandb.init(
+            project=PROJECT,
+            name=run["name"],
+            id=_identity(workdir, run),
+            dir=str(workdir),
+            config=dict(run["config"]),
+            resume="allow",
+        )
+        # Its own step only grows, and rows come one step late: the step is a metric instead.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **scalars})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Mlflow:
+    """An MLflow run at MLFLOW_TRACKING_URI; its id is kept in `workdir/mlflow_run_id`."""
+
+    def __init__(self, workdir: Path, run: Mapping[str, Any], step: int):
+        self._mlflow = _module("mlflow", "mlflow")
+        kept = workdir / "mlflow_run_id"
+        run_id = kept.read_text().strip() if step and kept.exists() else None
+        self._mlflow.set_experiment(PROJECT)
+        if run_id:
+            self._mlflow.start_run(run_id=run_id)
+            return
+        active = self._mlflow.start_run(run_name=run["name"])
+        kept.write_text(active.info.run_id)
+        params = {key: str(value)[:500] for key, value in _flat(run["config"]).items()}
+        for i in range(0, len(params), 100):  # the server takes at most 100 in one call
+            self._mlflow.log_params(dict(list(params.items())[i : i + 100]))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._mlflow.log_metrics(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+class Trackio:
+    """A local trackio run; resuming continues the same run."""
+
+    def __init__(self, workdir: Path, run: Mapping[str, Any], step: int):
+        self._trackio = _module("trackio", "trackio")
+        name = f"{run['name']}-{_identity(workdir, run)[:8]}"
+        self._trackio.init(
+            project=PROJECT,
+            name=name,
+            config=dict(run["config"]),
+            resume="allow" if step else "never",
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._trackio.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._trackio.finish()
+
+
+SINKS: dict[str, type] = {
+    "jsonl": Jsonl,
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+    "mlflow": Mlflow,
+    "trackio": Trackio,
+}
+
+
+def _identity(workdir: Path, run: Mapping[str, Any]) -> str:
+    """The same for every restart of a run, another for a new run in the same place."""
+    text = f"{Path(workdir).resolve()}|{run['name']}|{run.get('created', '')}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+class Writer:
+    """Sends each row of a run to every configured sink; `step` is the step resumed from.
+
+    `run` is the content of `run.json`, of which `name`, `config` and `created` are read.
+    A row for the last step written is ignored, so each file has one row per step.
+    Errors: ValueError naming the extra to install when a sink's package is missing.
+    """
+
+    def __init__(self, workdir: Path, config: Config, run: Mapping[str, Any], *, step: int = 0):
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._every = config.every
+        # Services first: a missing package must fail before any file of the run is touched.
+        self._services: dict[str, Any] = {}
+        for name in SINKS:
+            if name in config.sinks and name != "jsonl":
+                self._services[name] = _open(name, workdir, run, step)
+        self._jsonl = Jsonl(workdir, run, step)
+
+    def train(self, step: int, row: Mapping[str, Any]) -> None:
+        """One training step, to `metrics.jsonl`."""
+        self._jsonl.write(step, row)
+        if step % self._every == 0:
+            self._send(step, "train/", row)
+
+    def eval(self, step: int, row: Mapping[str, Any]) -> None:
+        """One held-out evaluation, to `eval.jsonl`."""
+        self._jsonl.append("eval", {"step": step, **row})
+        self._send(step, "eval/", row)
+
+    def moe(self, step: int, row: Mapping[str, Any]) -> None:
+        """One look at the expert load, to `moe.jsonl`."""
+        self._jsonl.append("moe", {"step": step, **row})
+        self._send(step, "moe/", row)
+
+    def _send(self, step: int, prefix: str, row: Mapping[str, Any]) -> None:
+        for name in list(self._services):
+            flat = scalars({k: v for k, v in row.items() if k != "step"}, prefix)
+            self._guard(name, lambda sink, flat=flat: sink.write(step, flat))
+
+    def _guard(self, name: str, act: Callable[[Any], None]) -> None:
+        # A service that goes away mid-run must not take hours of training with it.
+        try:
+            act(self._services[name])
+        except Exception as e:
+            del self._services[name]
+            warnings.warn(
+                f"metrics.sinks: {name} stopped ({_first_line(e)}); the run goes on, and "
+                "metrics.jsonl keeps every row",
+                stacklevel=3,
+            )
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        for name in list(self._services):
+            self._guard(name, lambda sink: sink.close())
+        self._jsonl.close()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+
+def _open(name: str, workdir: Path, run: Mapping[str, Any], step: int) -> Any:
+    try:
+        return SINKS[name](workdir, run, step)
+    except ValueError:
+        raise
+    except Exception as e:  # no key, no server, no database: each service has its own class
+        raise ValueError(f"metrics.sinks: {name!r} could not start: {_first_line(e)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
