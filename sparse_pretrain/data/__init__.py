@@ -1,0 +1,74 @@
+"""Text or synthetic tasks in, batches of packed rows out; `load` is the one way in."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparse_pretrain import spec
+
+if TYPE_CHECKING:
+    from sparse_pretrain.data.pipeline import Dataset
+
+PACKS = ("documents", "stream", "random_crop")
+TOKENIZERS = "bytes, char, bpe:SIZE or file:PATH"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(spec.Config):
+    """Where the text comes from and what a batch of it is.
+
+    Units: `seq` tokens per row; `batch` rows per optimizer step over all processes.
+    Errors: ValueError naming the field, its value and what it may be.
+
+    `pack` is how documents become rows. `documents`: the documents of an epoch, in a seeded order,
+    are laid end to end and cut every `seq` tokens, each its own segment; rows are then shuffled.
+    `stream`: the same without segments or document order, for one long text. `random_crop`: every
+    row is a crop of the stream at a random place, with replacement, so it never ends and repeats
+    text by definition.
+    """
+
+    source: str = "python_stdlib"
+    tokenizer: str = "bpe:4096"
+    seq: int = 256
+    batch: int = 32
+    repeat: bool = False
+    pack: str = "documents"
+    cache: str = ""
+
+    def __post_init__(self):
+        spec.require(self.seq >= 2, f"seq: a row holds at least 2 tokens, got {self.seq}")
+        spec.positive(self, "batch")
+        spec.require(self.pack in PACKS, f"pack: {self.pack!r} is none of {', '.join(PACKS)}")
+        spec.require(
+            re.fullmatch(r"bytes|char|bpe:\d+|file:.+", self.tokenizer) is not None,
+            f"tokenizer: {self.tokenizer!r} is not {TOKENIZERS}",
+        )
+
+
+def cache_dir(cache: str = "") -> Path:
+    """The folder for built corpora, tokenizers and token arrays; empty means the user's own."""
+    chosen = cache or os.environ.get("SPARSE_PRETRAIN_CACHE") or "~/.cache/sparse_pretrain"
+    return Path(chosen).expanduser()
+
+
+def load(config: Config, *, seed: int, process_index: int = 0, process_count: int = 1) -> Dataset:
+    """The dataset that `config` describes, with this process's share of every batch.
+
+    Errors: ValueError naming the field and the values when a source, a tokenizer or a file is not
+    there, or when the batch does not divide over the processes.
+    """
+    from sparse_pretrain.data import pipeline
+
+    share = pipeline.Share(process_index, process_count)
+    if config.source.startswith("synthetic:"):
+        from sparse_pretrain.data import synthetic
+
+        return synthetic.build(config, seed=seed, share=share)
+    from sparse_pretrain.data.corpus import open_corpus
+
+    cache = cache_dir(config.cache)
+    return pipeline.build(config, open_corpus(config.source, cache), cache, seed=seed, share=share)

@@ -1,0 +1,274 @@
+"""Tasks with a known answer, made from (seed, number) on the fly: copy, induction, recall, needle.
+
+A source is `synthetic:NAME[:key=value,...]`. A row is as many examples as fit, each its own segment
+that starts with id 0, and weights are 1 only where the answer is predicted. Ids: 0 starts an
+example, 1 marks, the rest are symbols.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from sparse_pretrain.data import draws
+from sparse_pretrain.data.pipeline import ENDLESS, Dataset, Share, limited
+from sparse_pretrain.data.tokenize import EOS, Tokenizer
+from sparse_pretrain.shapes import Batch
+
+if TYPE_CHECKING:
+    from sparse_pretrain.data import Config
+
+START, MARK, FIRST_SYMBOL = 0, 1, 2
+TRAIN, HELDOUT = range(2)  # part of every draw's key, so the splits share no example's bits
+VERSION = 1  # part of the manifest hash: raise it when a task changes
+
+
+class Examples(NamedTuple):
+    """Shapes: line [N, slots + 1], whose token j + 1 is the target of token j; scored [slots]."""
+
+    line: np.ndarray
+    scored: np.ndarray
+
+
+def _copy(a: dict[str, int], key: tuple) -> Examples:
+    """x1 .. xk MARK x1 .. xk: the second run is scored."""
+    k = a["length"]
+    x = FIRST_SYMBOL + draws.below(a["vocab"] - FIRST_SYMBOL, *key, np.arange(k))
+    start, mark = _columns(x, START, MARK)
+    return Examples(np.concatenate([start, x, mark, x], 1), np.arange(2 * k + 1) > k)
+
+
+def _induction(a: dict[str, int], key: tuple) -> Examples:
+    """Noise with one symbol s, followed by t, in it; ends in s, and t is scored.
+
+    Source: Olsson et al. 2022, In-context Learning and Induction Heads (the pattern [A][B] .. [A]).
+    """
+    n, symbols = a["length"], a["vocab"] - FIRST_SYMBOL
+    s = draws.below(symbols, *key, n)
+    # The noise avoids s: drawn from one symbol less, those from s on moved up by one.
+    x = draws.below(symbols - 1, *key, np.arange(n))
+    x += x >= s
+    at = draws.below(n - 1, *key, n + 1)
+    np.put_along_axis(x, at, s, 1)
+    answer = np.take_along_axis(x, at + 1, 1)
+    (start,) = _columns(x, START)
+    line = np.concatenate([start, x + FIRST_SYMBOL, s + FIRST_SYMBOL, answer + FIRST_SYMBOL], 1)
+    return Examples(line, np.arange(n + 2) == n + 1)
+
+
+def _recall(a: dict[str, int], key: tuple) -> Examples:
+    """k1 v1 .. kP vP MARK, then every key again in another order, each followed by its value.
+
+    Source: Arora et al. 2023, Zoology (multi-query associative recall), without its gaps.
+    """
+    pairs = a["pairs"]
+    keys, values = _recall_symbols(a["vocab"])
+    k = FIRST_SYMBOL + _distinct(keys, pairs, *key, 0)
+    v = FIRST_SYMBOL + keys + draws.below(values, *key, 1, np.arange(pairs))
+    again = _distinct(pairs, pairs, *key, 2)
+    start, mark = _columns(k, START, MARK)
+    shown = np.stack([k, v], 2).reshape(len(k), -1)
+    asked = np.stack([np.take_along_axis(k, again, 1), np.take_along_axis(v, again, 1)], 2)
+    line = np.concatenate([start, shown, mark, asked.reshape(len(k), -1)], 1)
+    slot = np.arange(4 * pairs + 1)
+    return Examples(line, (slot > 2 * pairs + 1) & (slot % 2 == 0))
+
+
+def _needle(a: dict[str, int], key: tuple) -> Examples:
+    """Needles `MARK key value` at random places in noise; ends in MARK key, and value is scored.
+
+    The keys of an example differ, and neither keys nor values are among the noise's symbols.
+
+    Source: the needle-in-a-haystack test; RULER (Hsieh et al. 2024) with several keys.
+    """
+    n, needles = a["length"], a["needles"]
+    third = (a["vocab"] - FIRST_SYMBOL) // 3
+    noise = a["vocab"] - FIRST_SYMBOL - 2 * third
+    k = FIRST_SYMBOL + _distinct(third, needles, *key, 0)
+    v = FIRST_SYMBOL + third + draws.below(third, *key, 1, np.arange(needles))
+    x = FIRST_SYMBOL + 2 * third + draws.below(noise, *key, 2, np.arange(n))
+    # A needle takes three places; drawing among the places left when each counts as one, sorted,
+    # and moving number i up by 2 i gives every arrangement with the same chance.
+    gaps = np.sort(_distinct(n - 2 * needles, needles, *key, 3), 1)
+    at = gaps + 2 * np.arange(needles)
+    for offset, part in enumerate((np.full_like(k, MARK), k, v)):
+        np.put_along_axis(x, at + offset, part, 1)
+    asked = draws.below(needles, *key, 4, np.zeros(1, np.int64))
+    start, mark = _columns(x, START, MARK)
+    question = [np.take_along_axis(k, asked, 1), np.take_along_axis(v, asked, 1)]
+    return Examples(np.concatenate([start, x, mark, *question], 1), np.arange(n + 3) == n + 2)
+
+
+def _columns(like: np.ndarray, *ids: int) -> list[np.ndarray]:
+    return [np.full((len(like), 1), i, np.int64) for i in ids]
+
+
+def _distinct(size: int, count: int, *key: object) -> np.ndarray:
+    """`count` different numbers of [0, size) per example, in random order."""
+    return np.argsort(draws.draw(*key, np.arange(size)), axis=1, kind="stable")[:, :count]
+
+
+def _recall_symbols(vocab: int) -> tuple[int, int]:
+    """Numbers of keys and of values."""
+    keys = (vocab - FIRST_SYMBOL) // 2
+    return keys, vocab - FIRST_SYMBOL - keys
+
+
+class Task(NamedTuple):
+    """A maker of examples from (arguments, key), its default arguments and what bounds them.
+
+    `least` gives the smallest value of each argument, given the others.
+    """
+
+    make: Callable[[dict[str, int], tuple], Examples]
+    defaults: dict[str, int]
+    least: Callable[[dict[str, int]], dict[str, int]]
+
+
+TASKS = {
+    "copy": Task(
+        _copy,
+        {"length": 16, "vocab": 32},
+        lambda a: {"length": 1, "vocab": FIRST_SYMBOL + 1},
+    ),
+    "induction": Task(
+        _induction,
+        {"length": 32, "vocab": 32},
+        lambda a: {"length": 2, "vocab": FIRST_SYMBOL + 2},
+    ),
+    "recall": Task(
+        _recall,
+        {"pairs": 8, "vocab": 256},
+        lambda a: {"pairs": 1, "vocab": FIRST_SYMBOL + 2 * a["pairs"]},
+    ),
+    "needle": Task(
+        _needle,
+        {"length": 0, "needles": 1, "vocab": 64},  # length 0: as long as a row allows
+        lambda a: {
+            "needles": 1,
+            "length": 3 * a["needles"],
+            "vocab": FIRST_SYMBOL + 3 * a["needles"],
+        },
+    ),
+}
+HELDOUT_ROWS = 256
+
+
+class Symbols(Tokenizer):
+    """Ids written as decimal numbers between blanks; id 0 is the eos and has no number."""
+
+    def __init__(self, vocab: int):
+        names = {EOS: START} | {str(i): i for i in range(1, vocab)}
+        inner = tokenizers.Tokenizer(models.WordLevel(vocab=names, unk_token=EOS))
+        inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        inner.add_special_tokens([EOS])
+        super().__init__(inner, eos=START)
+
+    def spans_of(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        for word in " ".join(texts).split():
+            if not (word.isdecimal() and 0 < int(word) < self.vocab):
+                raise ValueError(f"text: {word!r} is not a symbol from 1 to {self.vocab - 1}")
+        return super().spans_of(texts)
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.spans(text)[0]
+
+
+class SyntheticDataset(Dataset):
+    """Endless examples of one task; the held-out rows are `heldout` rows of other draws.
+
+    Units: `bytes` is 1 per scored target, so bits/byte is bits per answer token.
+    """
+
+    def __init__(self, config: Config, name: str, args: dict[str, int], seed: int, share: Share):
+        super().__init__(config, seed=seed, share=share)
+        self.task, self.args = TASKS[name], args
+        self.tokenizer = Symbols(args["vocab"])
+        self.domains = (name,)
+        self.train_tokens = ENDLESS
+        shape = self.task.make(args, (0, TRAIN, np.zeros((1, 1), np.int64)))
+        self._slots = len(shape.scored)
+        if self._slots > config.seq:
+            raise ValueError(
+                f"data.seq: {config.seq} tokens do not hold an example of {name}, "
+                f"which takes {self._slots}"
+            )
+        self._per_row = config.seq // self._slots
+        words = ",".join(f"{k}={v}" for k, v in sorted(args.items()))
+        self.manifest = {
+            "hash": hashlib.sha256(f"{name}:{words}:{VERSION}".encode()).hexdigest()[:16],
+            "source": f"synthetic:{name}:{words}",
+            "domains": {name: {}},
+            "tokenizer": "symbols",
+            "tokenizer_hash": self.tokenizer.hash,
+            "vocab": self.tokenizer.vocab,
+        }
+
+    def total_rows(self) -> int | None:
+        return None
+
+    def train_rows(self, numbers: np.ndarray) -> Batch:
+        return self._rows(numbers, (self.seed, TRAIN))
+
+    def heldout(self, limit_tokens: int | None = None) -> Iterator[Batch]:
+        order = limited(np.arange(self.args["heldout"]), limit_tokens, self.config.seq)
+        for numbers in self._shares(order):
+            yield self._rows(numbers, (0, HELDOUT))
+
+    def _rows(self, numbers: np.ndarray, key: tuple[int, int]) -> Batch:
+        B, L, n, per = len(numbers), self.config.seq, self._slots, self._per_row
+        example = (numbers[:, None] * per + np.arange(per)).reshape(-1, 1)
+        made = self.task.make(self.args, (*key, example))
+        real = np.repeat(numbers >= 0, per)[:, None]
+
+        def rows_of(values: np.ndarray, dtype: type = np.int32) -> np.ndarray:
+            out = np.zeros((B, L), dtype)
+            values = np.where(real, np.broadcast_to(values, (B * per, n)), 0)
+            out[:, : per * n] = values.reshape(B, per * n)
+            return out
+
+        return Batch(
+            tokens=rows_of(made.line[:, :-1]),
+            targets=rows_of(made.line[:, 1:]),
+            segments=rows_of(np.tile(np.arange(1, per + 1), B)[:, None]),
+            positions=rows_of(np.arange(n)),
+            weights=rows_of(made.scored, np.float32),
+            bytes=rows_of(made.scored),
+            domains=np.zeros((B, L), np.int32),
+        )
+
+
+def build(config: Config, *, seed: int, share: Share | None = None) -> SyntheticDataset:
+    """The dataset of a `synthetic:NAME[:key=value,...]` source.
+
+    Arguments: `vocab` counts all ids; `heldout` is a number of rows; copy and induction take a
+    `length`, recall `pairs`, needle a `length` (0: the row) and `needles`.
+    Errors: ValueError naming the task, the argument and the values it may have.
+    """
+    _, _, rest = config.source.partition(":")
+    name, _, words = rest.partition(":")
+    if name not in TASKS:
+        raise ValueError(f"data.source: {config.source!r}; synthetic tasks are {', '.join(TASKS)}")
+    task = TASKS[name]
+    args = task.defaults | {"heldout": HELDOUT_ROWS}
+    for word in filter(None, words.split(",")):
+        key, _, value = word.partition("=")
+        if key not in args or not value.isdecimal():
+            raise ValueError(
+                f"data.source: {word!r} in {config.source!r} is not KEY=NUMBER with a key of "
+                f"{', '.join(args)}"
+            )
+        args[key] = int(value)
+    if name == "needle" and not args["length"]:
+        args["length"] = max(config.seq - 3, 0)
+    for key, least in {**task.least(args), "heldout": 1}.items():
+        if args[key] < least:
+            raise ValueError(
+                f"data.source: {config.source!r} has {key}={args[key]}; it takes at least {least}"
+            )
+    return SyntheticDataset(config, name, args, seed, share or Share())

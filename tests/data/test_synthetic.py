@@ -1,0 +1,183 @@
+"""Synthetic tasks: answers from solvers that see only the inputs."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from sparse_pretrain import data
+from sparse_pretrain.data import synthetic
+from sparse_pretrain.data.pipeline import Share
+from sparse_pretrain.shapes import Batch
+
+
+def load(source, seed=0, seq=64, batch=8, **share):
+    return data.load(data.Config(source=source, seq=seq, batch=batch), seed=seed, **share)
+
+
+def solve_copy(context):
+    """The symbol as far after the mark as it was after the start."""
+    mark = context.index(1)
+    return context[1 + (len(context) - 1 - mark)]
+
+
+def solve_induction(context):
+    """What followed the last symbol where it occurred before."""
+    earlier = [i for i, t in enumerate(context[:-1]) if t == context[-1]]
+    assert len(earlier) == 1
+    return context[earlier[0] + 1]
+
+
+def solve_recall(context):
+    """The value shown beside the last key."""
+    shown = context[1 : context.index(1)]
+    table = dict(zip(shown[::2], shown[1::2], strict=True))
+    assert len(table) == len(shown) // 2
+    return table[context[-1]]
+
+
+def solve_needle(context):
+    """The value in the only needle with the key that was asked for."""
+    needles = [context[i + 1 : i + 3] for i, t in enumerate(context[:-2]) if t == 1]
+    (value,) = [v for k, v in needles if k == context[-1]]
+    return value
+
+
+SOURCES = {
+    "synthetic:copy": (solve_copy, 16),
+    "synthetic:copy:length=5,vocab=3": (solve_copy, 5),
+    "synthetic:induction": (solve_induction, 1),
+    "synthetic:induction:length=2,vocab=4": (solve_induction, 1),
+    "synthetic:recall": (solve_recall, 8),
+    "synthetic:recall:pairs=3,vocab=8": (solve_recall, 3),
+    "synthetic:needle": (solve_needle, 1),
+    "synthetic:needle:length=12,needles=4,vocab=16": (solve_needle, 1),
+}
+
+
+def examples(batch: Batch):
+    """(inputs, [(slot, target)], targets) of every example."""
+    for row in zip(*batch, strict=True):
+        tokens, targets, segments, positions, weights, sizes, _ = row
+        np.testing.assert_array_equal(sizes, weights)
+        assert (weights[segments == 0] == 0).all()
+        for segment in range(1, segments.max() + 1):
+            here = segments == segment
+            assert positions[here].tolist() == list(range(here.sum()))
+            assert tokens[here][0] == 0
+            assert (tokens[here][1:] > 0).all()
+            assert tokens[here][1:].tolist() == targets[here][:-1].tolist()
+            scored = np.flatnonzero(weights[here])
+            yield tokens[here].tolist(), [(s, int(targets[here][s])) for s in scored]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_answers_follow_from_the_context(source, split):
+    solve, answers = SOURCES[source]
+    dataset = load(source)
+    batches = dataset.heldout(2000) if split == "heldout" else dataset.train()
+    count = 0
+    for batch in itertools.islice(batches, 4):
+        assert max(batch.tokens.max(), batch.targets.max()) < dataset.vocab
+        for tokens, scored in examples(batch):
+            assert len(scored) == answers
+            for slot, target in scored:
+                assert solve(tokens[: slot + 1]) == target
+            count += 1
+    assert count >= 32
+
+
+@pytest.mark.parametrize("source", ["synthetic:induction", "synthetic:needle:length=12,vocab=17"])
+def test_places_and_answers_are_uniform(source):
+    dataset = load(source, seq=64, batch=64)
+    iterator = dataset.train()
+    places, answers = [], []
+    for _ in range(20):
+        for tokens, ((_, target),) in examples(next(iterator)):
+            key = tokens[-1]
+            places.append(tokens.index(1) if "needle" in source else tokens.index(key))
+            answers.append(target)
+    for drawn in (places, answers):
+        _, counts = np.unique(drawn, return_counts=True)
+        wanted = len(drawn) / len(counts)
+        assert np.abs(counts - wanted).max() < 5 * np.sqrt(wanted)
+    assert len(set(places)) == (10 if "needle" in source else 31)
+    assert len(set(answers)) == (5 if "needle" in source else 30)
+
+
+@pytest.mark.parametrize("source", list(SOURCES)[::2])
+def test_same_interface_resume_shares_and_seeds(source):
+    iterator, states, expected = load(source).train(), [], []
+    for _ in range(5):
+        states.append(json.loads(json.dumps(iterator.get_state())))
+        expected.append(next(iterator))
+    for step, state in enumerate(states):
+        halves = [load(source, process_index=i, process_count=2).train() for i in range(2)]
+        for half in halves:
+            half.set_state(state)
+        for want in expected[step:]:
+            got = Batch(*(np.concatenate(f) for f in zip(*map(next, halves), strict=True)))
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_array_equal(a, b)
+    other = next(load(source, seed=1).train())
+    assert not np.array_equal(other.tokens, expected[0].tokens)
+    assert not np.array_equal(expected[1].tokens, expected[0].tokens)
+
+
+def test_heldout_is_finite_the_same_for_all_seeds_and_not_in_train():
+    a, b = (list(load("synthetic:recall:heldout=20", seed=s).heldout()) for s in (0, 1))
+    assert len(a) == 3
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x.tokens, y.tokens)
+    assert (a[2].segments[4:] == 0).all()
+    assert (a[2].segments[:4] > 0).any(1).all()
+    held = {tuple(t) for batch in a for t, _ in examples(batch)}
+    iterator = load("synthetic:recall", seed=0).train()
+    seen = {tuple(t) for _ in range(50) for t, _ in examples(next(iterator))}
+    assert len(seen) == 50 * 8
+    assert not held & seen
+    assert len(list(load("synthetic:recall").heldout(65))) == 1
+
+
+def test_vocabulary_manifest_and_text():
+    dataset = load("synthetic:recall:pairs=8,vocab=256")
+    assert dataset.vocab == dataset.manifest["vocab"] == 256
+    assert dataset.domains == ("recall",)
+    assert dataset.manifest["hash"] == load("synthetic:recall:vocab=256").manifest["hash"]
+    assert dataset.manifest["hash"] != load("synthetic:recall:vocab=128").manifest["hash"]
+    assert dataset.batches is None
+    (batch,) = dataset.text("3 5\n255")
+    assert batch.tokens[0, :4].tolist() == [0, 3, 5, 255]
+    assert batch.targets[0, :4].tolist() == [3, 5, 255, 0]
+    assert batch.weights.sum() == 3
+    assert batch.bytes.sum() == 7
+    assert dataset.tokenizer.decode([0, 3, 255]) == "3 255"
+    for word in ("0", "256", "x"):
+        with pytest.raises(ValueError, match=f"text: '{word}' is not a symbol from 1 to 255"):
+            dataset.text(f"3 {word}")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("synthetic:sort", "synthetic tasks are copy, induction, recall, needle"),
+        ("synthetic:copy:size=3", "'size=3' in .* is not KEY=NUMBER with a key of length, vocab"),
+        ("synthetic:copy:length=x", "'length=x' in"),
+        ("synthetic:copy:length=0", "has length=0; it takes at least 1"),
+        ("synthetic:copy:vocab=2", "has vocab=2; it takes at least 3"),
+        ("synthetic:copy:length=32", "data.seq: 64 tokens do not hold an example of copy, .* 65"),
+        ("synthetic:recall:pairs=8,vocab=17", "has vocab=17; it takes at least 18"),
+        ("synthetic:needle:needles=30", "has length=61; it takes at least 90"),
+        ("synthetic:needle:needles=2,vocab=7", "has vocab=7; it takes at least 8"),
+        ("synthetic:copy:heldout=0", "has heldout=0; it takes at least 1"),
+    ],
+)
+def test_bad_sources(source, message):
+    with pytest.raises(ValueError, match=message) as e:
+        load(source)
+    assert str(e.value).startswith("data.")
+    assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match=r"data\.batch: 8 rows do not divide over 3 processes"):
+        synthetic.build(data.Config(source="synthetic:copy", batch=8), seed=0, share=Share(0, 3))
