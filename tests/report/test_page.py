@@ -1,0 +1,256 @@
+"""The run page: its numbers are the inputs, it stands alone, and it survives broken workdirs."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from sparse_pretrain.report import advice, charts, page, workdir, write_report
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Sections' text, exact values, tables, ids and references; fails on tags left open."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.ids, self.refs, self.tags = [], [], [], []
+        self.values, self.keyed, self.text, self.tables, self.title = {}, {}, {}, {}, ""
+        self.feed(text)
+        self.close()
+        assert self.open == [], f"never closed: {self.open}"
+
+    def place(self, kind):
+        return next((i for t, i in reversed(self.open) if t == kind and i), "")
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append((tag, attrs))
+        if "id" in attrs:
+            self.ids.append(attrs["id"])
+        self.refs += re.findall(r"url\(#([^)]*)\)", " ".join(v or "" for v in attrs.values()))
+        self.refs += [v[1:] for k, v in attrs.items() if k == "xlink:href" and v[0] == "#"]
+        if tag == "tr":
+            self.tables.setdefault(self.place("section"), []).append([])
+        if tag in ("td", "th"):
+            self.tables[self.place("section")][-1].append("")
+        if "data-value" in attrs:
+            self.values.setdefault(self.place("section"), []).append(float(attrs["data-value"]))
+            key = next((k for k in map(self.key_of, reversed(self.open)) if k), None)
+            if key:
+                self.keyed[key] = float(attrs["data-value"])
+        if tag not in VOID:
+            self.open.append((tag, attrs.get("id") or attrs.get("data-key", "")))
+
+    @staticmethod
+    def key_of(entry):
+        return entry[1] if entry[0] in ("div", "b") else None
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        last = self.open.pop()[0]
+        assert last == tag, f"</{tag}> closes <{last}>"
+
+    def handle_data(self, data):
+        section = self.place("section")
+        self.text[section] = self.text.get(section, "") + data
+        kinds = [t for t, _ in self.open]
+        if kinds and kinds[-1] == "title" and "svg" not in kinds:
+            self.title += data
+        if "td" in kinds or "th" in kinds:
+            self.tables[section][-1][-1] += data
+
+
+def report(path):
+    out = write_report(path)
+    assert out == path / "report.html"
+    return Page(out.read_text(encoding="utf-8"))
+
+
+def test_headline_numbers_are_the_inputs(tmp_path, fake_run):
+    made = fake_run.write(tmp_path / "run")
+    got = report(tmp_path / "run")
+    summary, derived = made["summary"], made["run"]["derived"]
+    for key in ("bits_per_byte", "nats_per_token", "tokens_per_second", "tokens", "steps"):
+        assert got.keyed[key] == summary[key], key
+    assert got.keyed["flops"] == summary["flops"]
+    assert got.keyed["wall_seconds"] == summary["wall_seconds"]
+    assert got.keyed["total_params"] == derived["total_params"]
+    assert got.keyed["active_params"] == derived["active_params"]
+    assert got.keyed["mfu"] == made["metrics"][-1]["mfu"]
+    assert got.title.startswith("quickstart")
+
+
+def test_tables_are_the_inputs(tmp_path, fake_run):
+    made = fake_run.write(tmp_path / "run")
+    got = report(tmp_path / "run")
+    header, *rows = got.tables["domains"]
+    assert header[0] == "domain"
+    per = made["summary"]["per_domain"]
+    hardest_first = sorted(per, key=lambda d: -per[d]["bits_per_byte"])
+    assert [r[0] for r in rows] == hardest_first
+    assert [float(r[1]) for r in rows] == pytest.approx(
+        [per[d]["bits_per_byte"] for d in hardest_first], abs=5e-5
+    )
+    assert per[hardest_first[0]]["nats_per_token"] in got.values["domains"]
+    config = dict(got.tables["config"][1:])
+    assert config["optim.lr"] == "0.002"
+    assert config["model.ffn.router.kind"] == "sigmoid_bias"
+    manifest = {r[0]: r[1:] for r in got.tables["manifest"]}
+    assert manifest["hash"] == ["0123456789abcdef"]
+    assert manifest["tools"][0] == "103"
+    assert {r[0]: r[1] for r in got.tables["environment"]}["versions.jax"] == "0.12.0"
+
+
+def test_text_is_escaped_and_kept(tmp_path, fake_run):
+    fake_run.write(tmp_path / "run")
+    got = report(tmp_path / "run")
+    assert fake_run.SAMPLE in got.text["sample"]
+    assert "text & <markup>" in [r[0] for r in got.tables["domains"]]
+    assert "--config.optim.lr=0.004" in got.text["next"]
+    assert "sparse-pretrain generate" in got.text["next"]
+
+
+def test_page_stands_alone(tmp_path, fake_run):
+    fake_run.write(tmp_path / "run")
+    got = report(tmp_path / "run")
+    assert not {"script", "link", "iframe"} & {t for t, _ in got.tags}
+    loads = [
+        v
+        for _, attrs in got.tags
+        for k, v in attrs.items()
+        if k in ("src", "href", "xlink:href") and not v.startswith(("#", "data:"))
+    ]
+    assert loads == []
+    assert "@import" not in (tmp_path / "run/report.html").read_text()
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in (
+        got.tags
+    )
+
+
+def test_figures_keep_their_ids_apart_and_take_the_pages_colours(tmp_path, fake_run):
+    fake_run.write(tmp_path / "run")
+    got = report(tmp_path / "run")
+    assert [i for i in got.ids if got.ids.count(i) > 1] == []
+    assert got.refs
+    assert set(got.refs) <= set(got.ids)
+    figures = [a["aria-label"] for t, a in got.tags if t == "svg"]
+    assert figures == [
+        "Loss",
+        "Held-out bits per byte",
+        "Learning rate",
+        "MaxVio",
+        "Expert load",
+        "Throughput",
+    ]
+    text = (tmp_path / "run/report.html").read_text()
+    assert "var(--c1)" in text
+    assert "#0a0" not in text
+
+
+def test_same_files_same_page(tmp_path, fake_run):
+    fake_run.write(tmp_path / "run")
+    first = write_report(tmp_path / "run").read_bytes()
+    assert write_report(tmp_path / "run").read_bytes() == first
+
+
+def test_time_is_split_without_remainder(tmp_path, fake_run):
+    made = fake_run.write(tmp_path / "run")
+    parts = page.split_time(workdir.read(tmp_path / "run"))
+    tokens = 32 * 256
+    stepping = sum(tokens / r["tokens_per_second"] for r in made["metrics"])
+    assert parts["training steps"] == pytest.approx(stepping)
+    assert parts["compilation"] == 11.5
+    assert sum(parts.values()) == pytest.approx(161.25)
+    assert report(tmp_path / "run").keyed["goodput"] == pytest.approx(stepping / 161.25)
+
+
+def test_running_dense_and_broken_runs_have_a_page(tmp_path, fake_run):
+    fake_run.write(tmp_path / "dense", experts=0, layers=0)
+    got = report(tmp_path / "dense")
+    assert "balance" not in got.ids
+    assert "load" not in got.ids
+    fake_run.write(tmp_path / "young", done=3, status="running")
+    assert "The run is not complete" in report(tmp_path / "young").text["next"]
+    fake_run.write(tmp_path / "ill")
+    with open(tmp_path / "ill/metrics.jsonl", "a") as f:
+        f.write('{"step": 301, "tokens": 1, "loss": null, "lr": null}\n{"step": 30')
+    (tmp_path / "ill/summary.json").write_text("{")
+    got = report(tmp_path / "ill")
+    assert "summary.json is unreadable" in got.text[""]
+    assert "1 step(s) had no finite loss" in got.text["loss"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "run.json").write_text("{}")
+    assert "failed" in report(empty).text[""]
+    for odd in ('{"config": 3, "derived": null, "manifest": [], "argv": "x"}', "[]", ""):
+        (empty / "run.json").write_text(odd)
+        report(empty)
+    with pytest.raises(ValueError, match="holds no run"):
+        write_report(tmp_path)
+
+
+def test_thin_keeps_extremes_and_order(rng):
+    y = rng.normal(size=50_000)
+    y[31_234], y[777] = 99.0, np.nan
+    x, kept = charts.thin(np.arange(50_000.0), y)
+    assert len(x) <= charts.POINTS
+    assert kept.max() == 99.0
+    assert kept.min() == np.nanmin(y)
+    assert (np.diff(x) > 0).all()
+    assert (y[x.astype(int)] == kept).all()
+
+
+def test_smooth_follows_a_constant_and_skips_nan():
+    y = np.full(300, 2.5)
+    y[[0, 10]] = np.nan
+    out = charts.smooth(y, 20)
+    assert np.isnan(out[[0, 10]]).all()
+    assert np.nanmax(np.abs(out - 2.5)) < 1e-12
+    step = np.r_[np.zeros(200), np.ones(200)]
+    # an exponential mean of span n has covered 1 - (1 - 1/n)^n of a jump after n rows
+    assert charts.smooth(step, 20)[219] == pytest.approx(1 - (1 - 1 / 20) ** 20)
+
+
+def test_advice_names_keys_that_exist(tmp_path, fake_run):
+    fake_run.write(tmp_path / "a")
+    rows = [json.loads(x) for x in (tmp_path / "a/moe.jsonl").read_text().splitlines()]
+    rows[-1] |= {"max_vio": [0.1, 2.5, 0.2], "dead_experts": [0, 3, 1]}
+    (tmp_path / "a/moe.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = advice.suggest(workdir.read(tmp_path / "a"))
+    why = " ".join(f.why for f in found)
+    assert "4 expert(s) got no token" in why
+    assert "MoE layer 1 carries 3.5 times" in why
+    balance = next(f.command for f in found if "even share" in f.why)
+    assert "--config.model.ffn.router.bias_rate=0.002" in balance
+    assert balance.endswith(f"--workdir={tmp_path}/a-balance")
+    known = set(workdir.dotted(fake_run.CONFIG))
+    for f in found:
+        assert set(re.findall(r"--config\.([\w.]+)=", f.command)) <= known
+
+
+def test_learning_rate_that_blew_up_is_halved(tmp_path, fake_run):
+    fake_run.write(tmp_path / "a", done=20, status="failed", error="ValueError\nloss is nan")
+    with open(tmp_path / "a/metrics.jsonl", "a") as f:
+        f.write('{"step": 21, "loss": null}\n')
+    run = workdir.read(tmp_path / "a")
+    assert (run.status, run.cause) == ("failed", "loss is nan")
+    first = advice.suggest(run)[0]
+    assert "not finite at step 21" in first.why
+    assert "--config.optim.lr=0.001" in first.command
+
+
+def test_still_falling_measures_gain_per_doubling(tmp_path, fake_run):
+    fake_run.write(tmp_path / "a", steps=1000)
+    path = tmp_path / "a/metrics.jsonl"
+    rows = [json.loads(x) for x in path.read_text().splitlines()]
+    for r in rows:
+        r["loss"] = 5.0 - 0.3 * float(np.log2(r["tokens"]))
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert advice.still_falling(workdir.read(tmp_path / "a")) == pytest.approx(0.3, rel=0.05)
