@@ -165,11 +165,7 @@ def make(spec: str, corpus: Corpus, cache: Path, *, documents: bool = True) -> T
     if kind == "bytes" and not arg:
         return Bytes()
     if kind == "char" and not arg:
-        letters: set[str] = set()
-        for split in (corpus.train, corpus.heldout):
-            for document in split:
-                letters.update(document.text)
-        return Chars(letters, eos=documents)
+        return Chars(_alphabet(corpus, cache), eos=documents)
     if kind == "bpe" and arg.isdecimal():
         return _bpe(int(arg), corpus, cache)
     if kind == "file" and arg:
@@ -254,6 +250,18 @@ def _bpe(size: int, corpus: Corpus, cache: Path) -> Tokenizer:
     inner.train_from_iterator(_sample(corpus), trainer)
     write_atomic(path, inner.to_str())
     return Tokenizer(inner, eos=0)
+
+
+def _alphabet(corpus: Corpus, cache: Path) -> str:
+    path = cache / "tokenizers" / f"{corpus.manifest['hash']}-char.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    letters: set[str] = set()
+    for split in (corpus.train, corpus.heldout):
+        for document in split:
+            letters.update(document.text)
+    write_atomic(path, json.dumps("".join(sorted(letters))))
+    return "".join(sorted(letters))
 
 
 def _sample(corpus: Corpus) -> Iterable[str]:

@@ -315,6 +315,32 @@ def test_config_is_frozen_and_plain():
         config.seq = 9
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "pack", "vocab"), [("bpe:280", "documents", 280), ("char", "random_crop", None)]
+)
+def test_load_a_folder_twice(tmp_path, tokenizer, pack, vocab):
+    folder = tmp_path / "text"
+    for domain in ("x", "y"):
+        (folder / domain).mkdir(parents=True)
+        for i, text in enumerate(texts(12, int(domain == "x"), 4000)):
+            (folder / domain / f"{i}.txt").write_text(text, encoding="utf-8")
+    config = data.Config(
+        source=f"text_folder:{folder}",
+        tokenizer=tokenizer,
+        pack=pack,
+        seq=32,
+        batch=4,
+        cache=str(tmp_path / "cache"),
+    )
+    first, second = data.load(config, seed=0), data.load(config, seed=0)
+    assert first.domains == ("x", "y")
+    assert first.vocab == second.vocab == (vocab or len(set("".join(WORDS) + " ")))
+    assert first.tokenizer.hash == second.tokenizer.hash
+    for a, b, _ in zip(first.train(), second.train(), range(5), strict=False):
+        same(a, b)
+    same(stack(list(first.heldout())), stack(list(second.heldout())))
+
+
 def test_cache_dir(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSE_PRETRAIN_CACHE", str(tmp_path))
     assert data.cache_dir() == tmp_path
