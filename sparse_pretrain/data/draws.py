@@ -18,13 +18,13 @@ def draw(*key: Any) -> np.ndarray:
     Source: Steele, Lea and Flood 2014, SplitMix64, its finaliser chained over the key.
     """
     with np.errstate(over="ignore"):
-        bits = np.uint64(0)
+        bits = np.asarray(0, np.uint64)
         for part in key:
             bits = (np.asarray(part).astype(np.uint64) + _GOLDEN * (bits + np.uint64(1))) ^ bits
             bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            bits = bits ^ (bits >> np.uint64(31))
-    return bits
+            bits = np.asarray(bits ^ (bits >> np.uint64(31)))
+    return np.asarray(bits)
 
 
 def below(limit: int, *key: Any) -> np.ndarray:

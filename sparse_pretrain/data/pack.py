@@ -83,7 +83,7 @@ class Line:
         def rows_of(values: np.ndarray, dtype: type = np.int32) -> np.ndarray:
             if len(values) == B * L:
                 return values.astype(dtype).reshape(B, L)
-            out = np.zeros((B, L), dtype)
+            out: np.ndarray = np.zeros((B, L), dtype)
             out[filled] = values
             return out
 

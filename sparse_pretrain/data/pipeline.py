@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
@@ -23,7 +24,8 @@ ENDLESS = 1 << 62  # targets in an epoch of a source that has no end
 DOCUMENTS, ROWS, CROPS, HELDOUT = range(4)
 
 
-class Share(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Share:
     """Process `index` of `count`: it makes rows [index * B / count, (index + 1) * B / count)."""
 
     index: int = 0

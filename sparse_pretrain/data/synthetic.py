@@ -227,7 +227,7 @@ class SyntheticDataset(Dataset):
         real = np.repeat(numbers >= 0, per)[:, None]
 
         def rows_of(values: np.ndarray, dtype: type = np.int32) -> np.ndarray:
-            out = np.zeros((B, L), dtype)
+            out: np.ndarray = np.zeros((B, L), dtype)
             values = np.where(real, np.broadcast_to(values, (B * per, n)), 0)
             out[:, : per * n] = values.reshape(B, per * n)
             return out

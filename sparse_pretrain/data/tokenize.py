@@ -79,7 +79,7 @@ class Tokenizer:
         spans = []
         for i, text in enumerate(texts):
             size = len(text.encode())
-            if encodings is not None:
+            if encodings is not None and self._widths is not None:
                 ids = np.array(encodings[i].ids, np.int32)
                 widths = self._widths[ids]
                 if widths.sum() == size:  # not so when the file also normalises or adds a prefix
