@@ -1,0 +1,68 @@
+"""Attention in linear memory: signature and backends."""
+
+from __future__ import annotations
+
+import numbers
+
+import jax.numpy as jnp
+
+from kernels_pallas.flash import reference, xla
+from kernels_pallas.op import Backend, Op
+
+op = Op(
+    "flash",
+    (
+        Backend("xla", xla.flash),
+        Backend("reference", reference.flash),
+    ),
+)
+
+
+def flash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=None, scale,
+          causal=True, window=None, softcap=None, sinks_H=None, block_q=None, block_k=None,
+          implementation=None):
+    """Attend: o[i] = sum_j softmax_j(scale q[i].k[j]) v[j] over the keys j that query i sees.
+
+    Query i stands at position i + S - L (the last query at the last key), and sees key j when
+    `causal` implies j <= position, `window` implies position - j < window, and both are of the
+    same segment; segment 0 is padding and sees nothing. A row that sees nothing is 0.
+    `softcap` c turns a score s into c tanh(s / c); a sink is one more logit per head that
+    takes weight and has no value.
+
+    Shapes: q [B, L, H, Dk], k [B, S, K, Dk], v [B, S, K, Dv], H a multiple of K; segments_q int
+        [B, L], segments_k int [B, S] (segments_q when not given); sinks [H]; o [B, L, H, Dv] in
+        v's dtype. block_q and block_k in tokens, chosen by the backend when None.
+    Units: window in tokens, with the query's own among them.
+    Errors: ValueError for shapes, dtypes or numbers that do not fit, and for an implementation
+        that cannot run.
+    Source: FlashAttention (2205.14135), algorithms 1 and 4; sinks after gpt-oss.
+    """
+    q, k, v = q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"flash: {name} has shape {x.shape}, expected four dims")
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != v.dtype:
+            raise ValueError(f"flash: {name} is {x.dtype} and v is {v.dtype}; one float dtype")
+    (B, L, H, Dk), (S, K) = q.shape, v.shape[1:3]
+    if k.shape != (B, S, K, Dk) or v.shape[0] != B or K == 0 or H % K:
+        raise ValueError(f"flash: shapes do not fit: q {q.shape}, k {k.shape}, v {v.shape}")
+    if segments_q is None and segments_k is not None:
+        raise ValueError("flash: segments_k is given and segments_q is not")
+    if segments_k is None and segments_q is not None:
+        segments_k = segments_q
+    if segments_q is not None and (segments_q.shape, segments_k.shape) != ((B, L), (B, S)):
+        raise ValueError(f"flash: segments_q {segments_q.shape} and segments_k "
+                         f"{segments_k.shape}, expected {(B, L)} and {(B, S)}")
+    if sinks_H is not None and sinks_H.shape != (H,):
+        raise ValueError(f"flash: sinks_H has shape {sinks_H.shape}, expected {(H,)}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"flash: softcap={softcap} must be above 0")
+    for name, x in (("window", window), ("block_q", block_q), ("block_k", block_k)):
+        if x is not None and not (isinstance(x, numbers.Integral) and x > 0):
+            raise ValueError(f"flash: {name}={x} must be a whole number above 0")
+    return op(q, k, v, segments_q=segments_q, segments_k=segments_k, scale=scale, causal=causal,
+              window=window, softcap=softcap, sinks_H=sinks_H, block_q=block_q, block_k=block_k,
+              implementation=implementation)
+
+
+explain = op.explain

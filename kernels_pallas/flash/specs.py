@@ -1,0 +1,95 @@
+"""Named workloads of attention, shared by tests, tuner, bench and compile."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import numerics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One workload: sizes, mask and dtype."""
+
+    B: int = 2
+    L: int = 64
+    S: int | None = None  # L when None
+    H: int = 4
+    K: int = 4
+    Dk: int = 32
+    Dv: int = 32
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    segments: str | None = None  # packed, padded (rows end in padding) or mixed (out of order)
+    block_q: int | None = None
+    block_k: int | None = None
+    dtype: str = "float32"
+
+    def arguments(self, *, seed: int = 0, dtype=None):
+        """Return the arguments and keywords of one call."""
+        dtype = jnp.dtype(dtype or self.dtype)
+        S = self.S or self.L
+        q = numerics.normal((self.B, self.L, self.H, self.Dk), dtype, seed=seed)
+        k = numerics.normal((self.B, S, self.K, self.Dk), dtype, seed=seed + 1)
+        v = numerics.normal((self.B, S, self.K, self.Dv), dtype, seed=seed + 2)
+        keywords = {"scale": self.Dk**-0.5, "causal": self.causal, "window": self.window,
+                    "softcap": self.softcap, "block_q": self.block_q, "block_k": self.block_k}
+        if self.sinks:
+            keywords["sinks_H"] = numerics.normal((self.H,), dtype, seed=seed + 3)
+        if self.segments is not None:
+            segments = self._segments(S, seed)
+            keywords |= {"segments_q": segments[:, S - self.L:], "segments_k": segments}
+        return (q, k, v), keywords
+
+    def _segments(self, S, seed):
+        rng = np.random.default_rng(seed + 4)
+        if self.segments == "mixed":
+            return jnp.asarray(rng.integers(0, 4, (self.B, S)), jnp.int32)
+        segments = np.sort(rng.integers(1, 4, (self.B, S)), 1)
+        if self.segments == "padded":
+            segments[:, S - S // 4:] = 0
+            segments[0] = 0  # a whole row of padding
+        return jnp.asarray(segments, jnp.int32)
+
+
+# Small, one feature or a crossing of features each: every backend must agree with the reference.
+PARITY = {
+    "plain": Spec(),
+    "one_token": Spec(L=1),
+    "gqa": Spec(H=8, K=2),
+    "mqa": Spec(H=4, K=1, L=70),
+    "mla": Spec(Dk=48, Dv=32),
+    "full": Spec(causal=False, L=40, S=72),
+    "decode": Spec(L=5, S=37, H=4, K=2),
+    "window": Spec(window=17, L=100, block_q=32, block_k=32),
+    "window_one": Spec(window=1, L=33, block_q=16, block_k=16),
+    "window_full": Spec(window=20, L=90, causal=False, block_q=8, block_k=16),
+    "sinks": Spec(sinks=True, H=4, K=2, L=70, block_q=32, block_k=16),
+    "softcap": Spec(softcap=2.0, L=70, block_q=32, block_k=32),
+    "packed": Spec(segments="packed", L=130),
+    "padded": Spec(segments="padded", L=96, block_q=32, block_k=32),
+    "mixed": Spec(segments="mixed", L=75, H=4, K=2, block_q=16, block_k=24),
+    "odd": Spec(L=131, H=6, K=3, Dk=24, Dv=40),
+    "unseen_rows": Spec(L=40, S=24, block_q=16, block_k=16),
+    "loop": Spec(L=203, block_q=32, block_k=16),
+    "loop_gqa_sinks": Spec(L=150, H=4, K=2, sinks=True, block_q=16, block_k=32),
+    "loop_window": Spec(L=211, window=40, block_q=16, block_k=16, softcap=3.0),
+    "loop_padded": Spec(L=170, segments="padded", block_q=16, block_k=32, Dk=48),
+    "loop_full": Spec(L=100, S=75, causal=False, block_q=16, block_k=16),
+    "loop_unseen": Spec(L=120, S=50, block_q=16, block_k=16),
+    "loop_all": Spec(L=150, H=4, K=2, Dk=40, window=50, softcap=2.0, sinks=True,
+                     segments="padded", block_q=16, block_k=16),
+}
+
+# What training runs, for the tuner and the bench.
+SPEED = {
+    "quickstart": Spec(B=16, L=256, Dk=64, Dv=64, segments="packed", dtype="bfloat16"),
+    "mla_256": Spec(B=16, L=256, H=8, K=8, Dk=48, Dv=32, segments="packed", dtype="bfloat16"),
+    "char": Spec(B=12, L=64, dtype="bfloat16"),
+    "long_4k": Spec(B=1, L=4096, H=8, K=2, Dk=64, Dv=64, dtype="bfloat16"),
+}

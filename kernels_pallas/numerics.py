@@ -1,0 +1,64 @@
+"""Inputs from a specification, tolerance by dtype, and a report of where two results differ."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Largest error accepted, relative to the largest magnitude of the wanted array: a few hundred
+# roundings for the wide types, and about eight for bfloat16, which rounds its intermediates too.
+TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
+
+
+def normal(shape, dtype=jnp.float32, *, seed, std=1.0):
+    """Return seeded normal numbers, rounded to dtype; the same on every platform and release."""
+    values = np.random.default_rng(seed).standard_normal(shape) * std
+    return jnp.asarray(values.astype(np.float32)).astype(dtype)
+
+
+def uniform_like(tree, *, seed):
+    """Return arrays like the tree's of seeded numbers in [-1, 1): cotangents for a test."""
+    leaves, treedef = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    values = [jnp.asarray(rng.uniform(-1, 1, x.shape).astype(np.float32)).astype(x.dtype)
+              for x in leaves]
+    return treedef.unflatten(values)
+
+
+def tolerance(dtype) -> float:
+    """Return the largest error accepted for a result of dtype, relative to its magnitude."""
+    return TOLERANCE[jnp.dtype(dtype).name]
+
+
+def error(got, want) -> float:
+    """Return max |got - want| over max |want|, nan and infinity counting as infinite error."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if got.shape != want.shape:
+        raise ValueError(f"shapes differ: got {got.shape}, want {want.shape}")
+    if got.size == 0:
+        return 0.0
+    worst = np.abs(got - want).max()
+    scale = np.abs(want).max()
+    if not np.isfinite(worst):
+        return float("inf")
+    return float(worst / scale) if scale > 0 else float(worst)
+
+
+def report(got, want, *, dtype=None, factor=1.0) -> str | None:
+    """Return None when the trees agree to the tolerance of dtype, else where and by how much.
+
+    `dtype` is got's own for each leaf when None; `factor` multiplies the tolerance.
+    """
+    lines = []
+    paths = jax.tree_util.tree_flatten_with_path(got)[0]
+    for (path, g), w in zip(paths, jax.tree.leaves(want), strict=True):
+        limit = tolerance(dtype or g.dtype) * factor
+        found = error(g, w)
+        if not found <= limit:
+            g64, w64 = np.asarray(g, np.float64), np.asarray(w, np.float64)
+            where = np.unravel_index(np.argmax(np.abs(g64 - w64)), g64.shape)
+            lines.append(f"{jax.tree_util.keystr(path) or 'result'}{tuple(map(int, where))}: "
+                         f"got {g64[where]:.6g}, want {w64[where]:.6g}, "
+                         f"relative error {found:.2e} above {limit:.1e}")
+    return "; ".join(lines) or None
