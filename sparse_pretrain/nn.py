@@ -123,8 +123,7 @@ def define(build: Callable[[Keys], Module]) -> Definition:
 def stack(build: Callable[[Keys], Module], repeats: int, keys: Keys) -> Module:
     """`repeats` independently initialised copies as one module whose arrays lead with dim N."""
     definition = define(build)
-    arrays = [definition.init(keys()) for _ in range(repeats)]
-    params, prices = jax.tree.map(lambda *xs: jnp.stack(xs), *arrays)
+    params, prices = jax.vmap(definition.init)(jax.random.split(keys(), repeats))
 
     def lead(variable):
         # the shapes below come from `params`; only the names are taken from here
@@ -144,10 +143,12 @@ def scan_layers(
     carry: Any,
     *,
     scan: bool,
+    extra: Any = None,
     wrap: Callable[[Callable], Callable] = lambda f: f,
 ) -> tuple[Any, Any]:
     """Runs `call(modules_of_layer_n, carry, n) -> (carry, out)` over the stacked dim N.
 
+    With `extra`, arrays that also lead with N, the call is `call(modules, carry, n, extra_n)`.
     `wrap` is applied to the body of one repeat (rematerialisation). With `scan=False` the loop is
     unrolled, which compiles longer and runs the same.
     """
@@ -156,18 +157,19 @@ def scan_layers(
     repeats = jax.tree.leaves(arrays)[0].shape[0]
 
     def body(carry, xs):
-        layer, n = xs
+        layer, n, more = xs
         modules = [
             nnx.merge(g, _fill(p, pa), _fill(q, qa))
             for (g, p, q), (pa, qa) in zip(parts, layer, strict=True)
         ]
-        return call(modules, carry, n)
+        return call(modules, carry, n) if more is None else call(modules, carry, n, more)
 
     body = wrap(body)
     if scan and repeats > 1:
-        return jax.lax.scan(body, carry, (arrays, jnp.arange(repeats)))
+        return jax.lax.scan(body, carry, (arrays, jnp.arange(repeats), extra))
     outs = []
     for n in range(repeats):
-        carry, out = body(carry, (jax.tree.map(lambda a: a[n], arrays), n))  # noqa: B023
+        layer, more = jax.tree.map(lambda a: a[n], (arrays, extra))  # noqa: B023
+        carry, out = body(carry, (layer, n, more))
         outs.append(out)
     return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outs)

@@ -1,9 +1,9 @@
 """The letters that array names use, and the two records that cross module borders.
 
 Array names are `noun_DIMS`: B sequences, L query and S key length, D width, H query and K key
-heads, Dh head width, Dv value width, Dc latent width, Dr rotary width, F hidden width, V vocabulary,
-N layers, T tokens (B x L), E experts, C seats, P (token, expert) pairs, M key blocks, W window,
-J indexer heads. An `axis` belongs to a mesh, a `dim` to an array.
+heads, Dh head width, Dv value width, Dc latent width, Dr rotary width, F hidden width, V
+vocabulary, N layers, T tokens (B x L), E experts, C seats, P (token, expert) pairs, M key blocks,
+W window, J indexer heads. An `axis` belongs to a mesh, a `dim` to an array.
 """
 
 from typing import Any, NamedTuple

@@ -85,7 +85,8 @@ def coerce(value: Any, annotation: Any, path: str) -> Any:
             args = (args[0],) * len(value)
         if len(args) != len(value):
             raise ValueError(f"{path}: expected {len(args)} values, got {len(value)}: {value!r}")
-        return tuple(coerce(v, a, f"{path}[{i}]") for i, (v, a) in enumerate(zip(value, args)))
+        pairs = enumerate(zip(value, args, strict=True))
+        return tuple(coerce(v, a, f"{path}[{i}]") for i, (v, a) in pairs)
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise ValueError(f"{path}: expected a mapping, got {value!r}")

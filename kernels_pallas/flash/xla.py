@@ -446,3 +446,18 @@ def flash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=Non
         # Padding equals no query's segment, so that it sees nothing and is not seen.
         segments_k = jnp.where(segments_k == 0, jnp.full_like(segments_k, -1), segments_k)
     return _attend(plan, q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, segments_q, segments_k, sinks_H)
+
+
+def keys_per_query(length):
+    """Keys that a query is multiplied with, on average, in causal self-attention of this length.
+
+    Units: tokens, masked positions and padding inside blocks included: what is executed, in the
+    forward pass and again in the backward.
+    """
+    block_q, block_k = _block(length, None), min(LARGEST, length)
+    starts = range(0, length, block_q)
+    if len(starts) <= UNROLL:
+        work = sum((min(a + block_q, length) - a) * min(a + block_q, length) for a in starts)
+    else:
+        work = sum(block_q * -(-min(a + block_q, length) // block_k) * block_k for a in starts)
+    return work / length

@@ -1,38 +1,21 @@
 """Where the numbers of a run go: JSON lines in the workdir always, other services when asked."""
 
-import dataclasses
-import hashlib
 import importlib
 import json
 import math
 import os
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sparse_pretrain import spec
+if TYPE_CHECKING:
+    from sparse_pretrain.config import LogConfig
 
 PROJECT = "sparse-pretrain"
 STREAMS = ("metrics", "eval", "moe")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(spec.Config):
-    """Which sinks a run writes to, and how often the optional ones hear of a training step.
-
-    `every` thins the services only: `metrics.jsonl` keeps one row per step whatever it says.
-    """
-
-    every: int = 1
-    sinks: tuple[str, ...] = ("jsonl",)
-
-    def __post_init__(self):
-        spec.positive(self, "every")
-        for name in self.sinks:
-            known = ", ".join(SINKS)
-            spec.require(name in SINKS, f"sinks: {name!r} is not one of {known}")
 
 
 def plain(value: Any) -> Any:
@@ -136,7 +119,7 @@ def _module(package: str, extra: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as e:
         raise ValueError(
-            f"metrics.sinks: {extra!r} needs the package {package!r} ({e}): "
+            f"log.sinks: {extra!r} needs the package {package!r} ({e}): "
             f"python3 -m pip install 'sparse-pretrain[{extra}]'"
         ) from None
 
@@ -163,12 +146,11 @@ class Wandb:
     """A Weights & Biases run (offline with WANDB_MODE=offline); resuming continues the same run."""
 
     def __init__(self, workdir: Path, run: Mapping[str, Any], step: int):
-        del step
         wandb = _module("wandb", "wandb")
         self._run = wandb.init(
             project=PROJECT,
             name=run["name"],
-            id=_identity(workdir, run),
+            id=_identity(workdir, step),
             dir=str(workdir),
             config=dict(run["config"]),
             resume="allow",
@@ -213,7 +195,7 @@ class Trackio:
 
     def __init__(self, workdir: Path, run: Mapping[str, Any], step: int):
         self._trackio = _module("trackio", "trackio")
-        name = f"{run['name']}-{_identity(workdir, run)[:8]}"
+        name = f"{run['name']}-{_identity(workdir, step)[:8]}"
         self._trackio.init(
             project=PROJECT,
             name=name,
@@ -237,10 +219,12 @@ SINKS: dict[str, type] = {
 }
 
 
-def _identity(workdir: Path, run: Mapping[str, Any]) -> str:
+def _identity(workdir: Path, step: int) -> str:
     """The same for every restart of a run, another for a new run in the same place."""
-    text = f"{Path(workdir).resolve()}|{run['name']}|{run.get('created', '')}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    kept = workdir / "sink_id"
+    if step == 0 or not kept.exists():
+        kept.write_text(uuid.uuid4().hex[:16])
+    return kept.read_text().strip()
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -256,12 +240,15 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 class Writer:
     """Sends each row of a run to every configured sink; `step` is the step resumed from.
 
-    `run` is the content of `run.json`, of which `name`, `config` and `created` are read.
-    A row for the last step written is ignored, so each file has one row per step.
+    `run` is the content of `run.json`, of which `name` and `config` are read. `config.every`
+    thins the services only. A row for the last step written is ignored, so each file has one row
+    per step.
     Errors: ValueError naming the extra to install when a sink's package is missing.
     """
 
-    def __init__(self, workdir: Path, config: Config, run: Mapping[str, Any], *, step: int = 0):
+    def __init__(
+        self, workdir: Path, config: "LogConfig", run: Mapping[str, Any], *, step: int = 0
+    ):
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         self._every = config.every
@@ -300,7 +287,7 @@ class Writer:
         except Exception as e:
             del self._services[name]
             warnings.warn(
-                f"metrics.sinks: {name} stopped ({_first_line(e)}); the run goes on, and "
+                f"log.sinks: {name} stopped ({_first_line(e)}); the run goes on, and "
                 "metrics.jsonl keeps every row",
                 stacklevel=3,
             )
@@ -324,7 +311,7 @@ def _open(name: str, workdir: Path, run: Mapping[str, Any], step: int) -> Any:
     except ValueError:
         raise
     except Exception as e:  # no key, no server, no database: each service has its own class
-        raise ValueError(f"metrics.sinks: {name!r} could not start: {_first_line(e)}") from None
+        raise ValueError(f"log.sinks: {name!r} could not start: {_first_line(e)}") from None
 
 
 def _first_line(error: Exception) -> str:

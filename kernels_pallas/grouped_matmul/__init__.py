@@ -1,0 +1,25 @@
+"""grouped_matmul: rows sorted by expert times the expert's matrix, group sizes as data."""
+
+from kernels_pallas.grouped_matmul import reference, xla
+from kernels_pallas.grouped_matmul.layout import Layout, aligned
+from kernels_pallas.op import Backend, Op
+
+_op = Op(
+    "grouped_matmul",
+    (Backend("xla", xla.grouped_matmul), Backend("reference", reference.grouped_matmul)),
+)
+
+
+def grouped_matmul(x, w, layout, *, implementation=None):
+    """Each row of expert e times w[e]; rows that belong to no expert give zero.
+
+    Shapes: x [R, D], w [E, D, F] in any float dtype, layout a Layout over R rows -> [R, F].
+    Rows outside every group must be zero in x. The gradient of w has w's dtype and is accumulated
+    in float32; an expert without rows gets a zero gradient.
+    """
+    return _op(x, w, layout, implementation=implementation)
+
+
+explain = _op.explain
+
+__all__ = ["Layout", "aligned", "explain", "grouped_matmul"]

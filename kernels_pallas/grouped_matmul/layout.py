@@ -1,0 +1,73 @@
+"""Where each expert's rows lie in one buffer of static size.
+
+Every group starts at a multiple of `block`, so a block of rows has one expert. When the loads
+are even enough the groups start at equal distances (`uniform`), and the whole product is one
+batched matmul; otherwise groups are laid end to end and the product loops over the blocks in use.
+Both use the same buffer, so residuals of the backward pass have one shape.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["sizes", "starts", "uniform"],
+    meta_fields=["rows", "block"],
+)
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Group sizes and starts. Shapes: sizes [E], starts [E] int32, uniform [] bool."""
+
+    sizes: jax.Array
+    starts: jax.Array
+    uniform: jax.Array
+    rows: int
+    block: int
+
+    @property
+    def seats(self) -> int:
+        """Rows between two groups' starts in the uniform layout."""
+        return self.rows // self.sizes.shape[0]
+
+
+def rows_needed(pairs: int, experts: int, block: int, slack: float) -> tuple[int, int]:
+    """(rows of the buffer, block): enough for any split of `pairs` over `experts`.
+
+    The buffer holds at least slack * pairs rows, so that loads up to `slack` times the mean take
+    the uniform path; the block shrinks until its padding fits in the same buffer.
+    """
+    mean = pairs / experts
+    while block > 8 and experts * (block - 1) > max(slack - 1, 0.25) * pairs:
+        block //= 2
+    seats = -(-int(mean * slack) // block) * block
+    worst = -(-(pairs + experts * (block - 1)) // (experts * block)) * block
+    return experts * max(seats, worst), block
+
+
+def aligned(sizes, *, pairs: int, block: int = 128, slack: float = 1.25) -> Layout:
+    """The layout for these group sizes, which sum to at most `pairs`.
+
+    Shapes: sizes [E] int32. Units: block in rows; slack in multiples of the mean load.
+    """
+    experts = sizes.shape[0]
+    rows, block = rows_needed(pairs, experts, block, slack)
+    seats = rows // experts
+    uniform = jnp.max(sizes) <= seats
+    padded = (sizes + (block - 1)) // block * block
+    ragged = jnp.cumsum(padded) - padded
+    even = jnp.arange(experts, dtype=jnp.int32) * seats
+    starts = jnp.where(uniform, even, ragged).astype(jnp.int32)
+    return Layout(sizes, starts, uniform, rows, block)
+
+
+def row_expert(layout: Layout):
+    """(expert of each row [R], whether the row is in use [R])."""
+    row = jnp.arange(layout.rows, dtype=jnp.int32)
+    expert = jnp.searchsorted(layout.starts, row, side="right").astype(jnp.int32) - 1
+    # empty groups share a start with their successor; searchsorted names the last of them, which
+    # is the one with rows
+    return expert, row - layout.starts[expert] < layout.sizes[expert]

@@ -1,0 +1,99 @@
+"""grouped_matmul for XLA without `jax.lax.ragged_dot`, which does E times the work on CPU.
+
+Even loads run as one batched matmul over [E, seats, D]; uneven ones as a loop over the blocks in
+use, each with one expert. No gather of weights, no temporary larger than the result.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.linear.xla import contract_rows, split_rows
+
+_f32 = jnp.float32
+
+
+def _blocks(layout):
+    """(number of blocks in use, block -> expert and first row), for the loop."""
+    per_group = (layout.sizes + (layout.block - 1)) // layout.block
+    ends = jnp.cumsum(per_group)
+    first = ends - per_group
+
+    def locate(i):
+        expert = jnp.searchsorted(ends, i, side="right").astype(jnp.int32)
+        return expert, layout.starts[expert] + (i - first[expert]).astype(jnp.int32) * layout.block
+
+    return ends[-1], locate
+
+
+def _rows_times(x, w, layout, transposed):
+    """x times each expert's w (or its transpose), for both layouts."""
+    out_width = w.shape[1] if transposed else w.shape[2]
+    experts, block = w.shape[0], layout.block
+
+    def even(x, w):
+        spec = "ecf,edf->ecd" if transposed else "ecd,edf->ecf"
+        return jnp.einsum(spec, x.reshape(experts, layout.seats, -1), w).reshape(-1, out_width)
+
+    def ragged(x, w):
+        count, locate = _blocks(layout)
+
+        def body(i, out):
+            expert, row = locate(i)
+            x_block = jax.lax.dynamic_slice_in_dim(x, row, block)
+            w_e = jax.lax.dynamic_index_in_dim(w, expert, keepdims=False)
+            y = jnp.einsum("cf,df->cd" if transposed else "cd,df->cf", x_block, w_e)
+            return jax.lax.dynamic_update_slice_in_dim(out, y, row, 0)
+
+        return jax.lax.fori_loop(0, count, body, jnp.zeros((layout.rows, out_width), x.dtype))
+
+    return jax.lax.cond(layout.uniform, even, ragged, x, w)
+
+
+def _weight_gradient(x, dy, layout, experts, dtype):
+    """sum over each expert's rows of x^T dy, float32."""
+    block = layout.block
+
+    def even(x, dy):
+        chunks = split_rows(layout.seats)
+        x = x.reshape(experts, chunks, -1, x.shape[1])
+        dy = dy.reshape(experts, chunks, -1, dy.shape[1])
+        return jnp.einsum("ebcd,ebcf->edf", x, dy, preferred_element_type=_f32).astype(dtype)
+
+    def ragged(x, dy):
+        count, locate = _blocks(layout)
+
+        def body(i, dw):
+            expert, row = locate(i)
+            part = contract_rows(
+                jax.lax.dynamic_slice_in_dim(x, row, block),
+                jax.lax.dynamic_slice_in_dim(dy, row, block),
+                _f32,
+            )
+            total = jax.lax.dynamic_index_in_dim(dw, expert, keepdims=False) + part
+            return jax.lax.dynamic_update_index_in_dim(dw, total, expert, 0)
+
+        dw = jnp.zeros((experts, x.shape[1], dy.shape[1]), _f32)
+        return jax.lax.fori_loop(0, count, body, dw).astype(dtype)
+
+    return jax.lax.cond(layout.uniform, even, ragged, x, dy)
+
+
+@jax.custom_vjp
+def grouped_matmul(x, w, layout):
+    """Each row of expert e times w[e], in x's dtype."""
+    return _rows_times(x, w.astype(x.dtype), layout, transposed=False)
+
+
+def _forward(x, w, layout):
+    return grouped_matmul(x, w, layout), (x, w, layout)
+
+
+def _backward(residuals, dy):
+    x, w, layout = residuals
+    dy = dy.astype(x.dtype)
+    dx = _rows_times(dy, w.astype(x.dtype), layout, transposed=True)
+    dw = _weight_gradient(x, dy, layout, w.shape[0], w.dtype)
+    return dx, dw, None
+
+
+grouped_matmul.defvjp(_forward, _backward)

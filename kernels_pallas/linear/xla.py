@@ -1,0 +1,53 @@
+"""linear for XLA, with its own vjp.
+
+Autodiff writes the weight gradient as a contraction over one transposed dim, which XLA:CPU runs
+at 50 to 100 GFLOP/s in bfloat16. Contracting over two dims at once (rows split in chunks) is
+rewritten by XLA into the fast matmul: 500 to 800 GFLOP/s on the same core (jax 0.12).
+"""
+
+import jax
+import jax.numpy as jnp
+
+# Rows per chunk of the split contraction; 256 to 512 measured best at widths 256 to 512.
+_CHUNK = 512
+
+
+def split_rows(rows: int) -> int:
+    """How many equal chunks `rows` are contracted in: near _CHUNK rows each, at least two."""
+    for chunks in range(max(2, rows // _CHUNK), rows + 1):
+        if rows % chunks == 0:
+            return chunks if rows // chunks >= 8 else 1
+    return 1
+
+
+def contract_rows(x_TxD, y_TxF, out_dtype):
+    """x^T y over the rows, as a contraction over two dims."""
+    chunks = split_rows(x_TxD.shape[0])
+    if chunks == 1:
+        return jnp.einsum("td,tf->df", x_TxD, y_TxF, preferred_element_type=jnp.float32).astype(
+            out_dtype
+        )
+    x = x_TxD.reshape(chunks, -1, x_TxD.shape[1])
+    y = y_TxF.reshape(chunks, -1, y_TxF.shape[1])
+    return jnp.einsum("btd,btf->df", x, y, preferred_element_type=jnp.float32).astype(out_dtype)
+
+
+@jax.custom_vjp
+def linear(x, w):
+    """x @ w in x's dtype."""
+    return jnp.matmul(x, w.astype(x.dtype))
+
+
+def _forward(x, w):
+    return linear(x, w), (x, w)
+
+
+def _backward(residuals, dy):
+    x, w = residuals
+    dy = dy.astype(x.dtype)
+    dx = jnp.einsum("...f,df->...d", dy, w.astype(x.dtype))
+    rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    return dx, contract_rows(*rows, out_dtype=w.dtype)
+
+
+linear.defvjp(_forward, _backward)

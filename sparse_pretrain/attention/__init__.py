@@ -1,0 +1,9 @@
+"""Attention variants: one file each, one row here."""
+
+from sparse_pretrain.attention.full import Full
+from sparse_pretrain.attention.mla import MLA
+
+TABLE = {
+    "full": Full,
+    "mla": MLA,
+}

@@ -1,0 +1,54 @@
+"""What every attention variant shares: its context, its cache and what it must state."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from sparse_pretrain.sharding import ops
+
+
+class Context(NamedTuple):
+    """What a layer knows of its tokens. Shapes: [B, L]; segment 0 is padding."""
+
+    segments: Int[Array, "B L"]
+    positions: Int[Array, "B L"]
+
+
+def causal_mask(context: Context, window: int | None = None) -> Bool[Array, "B L L"]:
+    """True where query l may see key s: same document, not later, within the window."""
+    segments, length = context.segments, context.segments.shape[1]
+
+    order = jnp.arange(length)
+    seen = order[:, None] >= order[None, :]
+    if window is not None:
+        seen = seen & (order[:, None] - order[None, :] < window)
+    same = segments[:, :, None] == segments[:, None, :]
+    return seen[None] & same & (segments != 0)[:, :, None]
+
+
+class Work(NamedTuple):
+    """Multiply-adds counted as 2 FLOPs, per token at a given length.
+
+    `linear` forward products with weights; `core` and `core_backward` the attention core as
+    executed, masked work included; `core_model` the forward part a causal mask leaves.
+    """
+
+    linear: float
+    core: float
+    core_backward: float
+    core_model: float
+
+
+def core_work(linear: float, heads: int, qk: int, v: int, length: int) -> Work:
+    """Work of blocked causal attention: key blocks past the diagonal are skipped.
+
+    The backward pass rebuilds the scores, so it runs 3 products of the query-key width and 2 of
+    the value width where the forward runs one of each.
+    """
+    per_key = 2 * heads * ops.flash_keys_per_query(length)
+    model = 2 * heads * (qk + v) * (length + 1) / 2
+    return Work(linear, per_key * (qk + v), per_key * (3 * qk + 2 * v), model)
+
+
+Cache = dict[str, Any]

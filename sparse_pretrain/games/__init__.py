@@ -1,0 +1,1 @@
+"""Game solvers as pure functions of arrays."""

@@ -1,0 +1,1 @@
+"""The decoder: layers, blocks, and the language model made of them."""

@@ -1,0 +1,53 @@
+"""The feed-forward half of a block: dense, or a mixture of experts."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sparse_pretrain import nn, spec
+from sparse_pretrain.model.layers import SwiGLU
+from sparse_pretrain.routing.moe import MoE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseConfig(spec.Config):
+    """A SwiGLU of width `hidden`."""
+
+    KIND: ClassVar[str] = "dense"
+
+    hidden: int = 512
+
+    def __post_init__(self):
+        spec.positive(self, "hidden")
+
+
+class Dense(nn.Module):
+    """SwiGLU for every token. Shapes: x [B, L, D] -> ([B, L, D], load [0], balance [])."""
+
+    Config = DenseConfig
+
+    def __init__(self, config: DenseConfig, width: int, keys: nn.Keys, *, out_gain: float = 1.0):
+        self.mlp = SwiGLU(width, config.hidden, keys, out_gain=out_gain)
+
+    def __call__(self, x: Float[Array, "B L D"], valid: Bool[Array, "B L"]):
+        del valid
+        return self.mlp(x), jnp.zeros((0,), jnp.float32), jnp.zeros((), jnp.float32)
+
+    @staticmethod
+    def work(config: DenseConfig, width: int) -> float:
+        """Forward FLOPs per token."""
+        return 6.0 * width * config.hidden
+
+    @staticmethod
+    def inactive(config: DenseConfig, width: int) -> int:
+        """Parameters a token does not touch."""
+        del config, width
+        return 0
+
+
+TABLE = {
+    "dense": Dense,
+    "moe": MoE,
+}

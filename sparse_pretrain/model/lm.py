@@ -1,0 +1,244 @@
+"""The language model: embedding, a prefix of blocks, a repeated pattern of blocks, a head."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sparse_pretrain import attention, nn, routing, shapes, spec
+from sparse_pretrain.attention import base
+from sparse_pretrain.model import block, ffn, layers
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float64": jnp.float64}
+REMAT = ("none", "full", "dots")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(spec.Config):
+    """`blocks` names layer types; the model is `prefix`, then `pattern` repeated `repeats` times.
+
+    `vocab=0` takes the tokenizer's. `remat`: none keeps all activations, dots keeps matmul
+    results, full recomputes each pattern repeat. `scan=False` unrolls the repeats.
+    """
+
+    width: int = 256
+    vocab: int = 0
+    blocks: Mapping[str, block.Config] = dataclasses.field(default_factory=dict)
+    prefix: tuple[str, ...] = ()
+    pattern: tuple[str, ...] = ("block",)
+    repeats: int = 4
+    tied: bool = False
+    softcap: float = 0.0
+    z_loss: float = 0.0
+    norm_eps: float = 1e-6
+    dtype: str = "bfloat16"
+    remat: str = "none"
+    scan: bool = True
+
+    def __post_init__(self):
+        spec.positive(self, "width", "norm_eps")
+        spec.require(self.vocab >= 0, f"vocab: must not be negative, got {self.vocab}")
+        spec.require(self.repeats >= 0, f"repeats: must not be negative, got {self.repeats}")
+        for field in ("softcap", "z_loss"):
+            value = getattr(self, field)
+            spec.require(value >= 0, f"{field}: must not be negative, got {value}")
+        spec.require(
+            self.dtype in DTYPES, f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}"
+        )
+        spec.require(
+            self.remat in REMAT, f"remat: {self.remat!r} is not one of {', '.join(REMAT)}"
+        )
+        for field in ("prefix", "pattern"):
+            for name in getattr(self, field):
+                known = ", ".join(self.blocks) or "none"
+                spec.require(
+                    name in self.blocks, f"{field}: block {name!r} is not in blocks ({known})"
+                )
+        spec.require(self.layers > 0, f"repeats: the model has no layer (pattern {self.pattern})")
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks."""
+        return len(self.prefix) + len(self.pattern) * self.repeats
+
+    @property
+    def layer_list(self) -> list[block.Config]:
+        """Every layer's section, from the bottom up."""
+        return [self.blocks[n] for n in (*self.prefix, *(self.pattern * self.repeats))]
+
+
+@jax.custom_vjp
+def embed(table_VxD: Float[Array, "V D"], tokens_BxL: Int[Array, "B L"]):
+    """Rows of the table; the gradient is added up in float32."""
+    return table_VxD[tokens_BxL]
+
+
+def _embed_forward(table, tokens):
+    return embed(table, tokens), (tokens, jnp.zeros((table.shape[0], 0), table.dtype))
+
+
+def _embed_backward(residuals, dy):
+    tokens, shape = residuals
+    rows = dy.reshape(-1, dy.shape[-1]).astype(shape.dtype)
+    zeros = jnp.zeros((shape.shape[0], dy.shape[-1]), shape.dtype)
+    return zeros.at[tokens.reshape(-1)].add(rows), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
+
+
+class LM(nn.Module):
+    """Causal decoder.
+
+    Shapes: batch fields [B, L] -> (hidden [B, L, D] in the compute dtype, Aux).
+    """
+
+    def __init__(self, config: Config, keys: nn.Keys):
+        self.config = c = config
+        spec.require(c.vocab > 1, f"vocab: must be at least 2, got {c.vocab}")
+        gain = (2 * c.layers) ** -0.5
+
+        def make(name):
+            section = c.blocks[name]
+            return lambda keys: block.Block(section, c.width, keys, eps=c.norm_eps, out_gain=gain)
+
+        std = c.width**-0.5 if c.tied else 1.0
+        self.embedding = nn.param(keys, (c.vocab, c.width), ("V", "D"), std=0.5 * std)
+        for i, name in enumerate(c.prefix):
+            setattr(self, f"prefix_{i}", make(name)(keys))
+        if c.repeats:
+            for i, name in enumerate(c.pattern):
+                setattr(self, f"stack_{i}", nn.stack(make(name), c.repeats, keys))
+        self.norm = layers.RMSNorm(c.width, keys, eps=c.norm_eps)
+        if not c.tied:
+            self.head = nn.param(keys, (c.width, c.vocab), ("D", "V"), std=0.5 / c.width)
+
+    def __call__(self, batch: shapes.Batch) -> tuple[Float[Array, "B L D"], shapes.Aux]:
+        c, dtype = self.config, DTYPES[self.config.dtype]
+        context = base.Context(batch.segments, batch.positions)
+        x = embed(nn.read(self.embedding), batch.tokens).astype(dtype)
+        load, balance = {}, jnp.zeros((), jnp.float32)
+        for i in range(len(c.prefix)):
+            x, load[f"prefix_{i}"], extra = getattr(self, f"prefix_{i}")(x, context)
+            balance = balance + extra
+
+        def repeat(modules, carry, n):
+            del n
+            x, balance = carry
+            loads = []
+            for module in modules:
+                x, layer_load, extra = module(x, context)
+                loads.append(layer_load)
+                balance = balance + extra
+            return (x, balance), loads
+
+        if c.repeats:
+            stacks = [getattr(self, f"stack_{i}") for i in range(len(c.pattern))]
+            (x, balance), loads = nn.scan_layers(
+                stacks, repeat, (x, balance), scan=c.scan, wrap=_remat(c.remat)
+            )
+            load |= {f"stack_{i}": loads[i] for i in range(len(c.pattern))}
+        load = {k: v for k, v in load.items() if v.size}
+        return self.norm(x), shapes.Aux(load, balance)
+
+    def head_weight(self) -> tuple[jax.Array, str]:
+        """(the output matrix, its layout 'DV' or 'VD')."""
+        if self.config.tied:
+            return nn.read(self.embedding), "VD"
+        return nn.read(self.head), "DV"
+
+
+def init_cache(model: LM, batch: int, length: int) -> dict[str, Any]:
+    """Room for `length` tokens in every layer's own cache; stacked layers lead with dim N."""
+    c, dtype = model.config, DTYPES[model.config.dtype]
+    cache = {}
+    for group, name in layer_names(c).items():
+        section = c.blocks[name].attention
+        sizes = attention.TABLE[section.KIND].cache_shapes(section, c.width, batch, length)
+        lead = (c.repeats,) if group.startswith("stack_") else ()
+        cache[group] = {k: jnp.zeros((*lead, *size), dtype) for k, size in sizes.items()}
+    return cache
+
+
+def decode(model: LM, token_B, cache: dict[str, Any], position) -> tuple[jax.Array, dict]:
+    """Logits [B, V] float32 after `token_B` at `position` [], and the cache that holds it."""
+    c, dtype = model.config, DTYPES[model.config.dtype]
+    x = nn.read(model.embedding)[token_B[:, None]].astype(dtype)
+    new = dict(cache)
+    for i in range(len(c.prefix)):
+        name = f"prefix_{i}"
+        x, new[name] = getattr(model, name).decode(x, cache[name], position)
+    if c.repeats:
+        names = [f"stack_{i}" for i in range(len(c.pattern))]
+
+        def repeat(modules, x, n, layer_cache):
+            del n
+            out = []
+            for module, part in zip(modules, layer_cache, strict=True):
+                x, part = module.decode(x, part, position)
+                out.append(part)
+            return x, out
+
+        stacks = [getattr(model, name) for name in names]
+        x, out = nn.scan_layers(
+            stacks, repeat, x, scan=c.scan, extra=[cache[name] for name in names]
+        )
+        new |= dict(zip(names, out, strict=True))
+    x = model.norm(x)[:, 0].astype(jnp.float32)
+    head, layout = model.head_weight()
+    logits = jnp.einsum("bd,dv->bv" if layout == "DV" else "bd,vd->bv", x, head)
+    if c.softcap:
+        logits = c.softcap * jnp.tanh(logits / c.softcap)
+    return logits, new
+
+
+def _remat(policy: str):
+    if policy == "none":
+        return lambda f: f
+    if policy == "full":
+        return jax.checkpoint
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return lambda f: jax.checkpoint(f, policy=saved)
+
+
+def define(config: Config) -> nn.Definition:
+    """The model of this configuration, without arrays."""
+    return nn.define(lambda keys: LM(config, keys))
+
+
+def layer_names(config: Config) -> dict[str, str]:
+    """Parameter group ('prefix_0', 'stack_0') -> name of its block type."""
+    names = {f"prefix_{i}": n for i, n in enumerate(config.prefix)}
+    if config.repeats:
+        names |= {f"stack_{i}": n for i, n in enumerate(config.pattern)}
+    return names
+
+
+def move_prices(config: Config, prices: dict, load: dict[str, Any]) -> dict:
+    """Every router's prices after one optimizer step with this load; the rest unchanged."""
+    out = dict(prices)
+    for group, name in layer_names(config).items():
+        section = config.blocks[name].ffn
+        if group not in load:
+            continue
+        router = routing.TABLE[section.router.KIND]
+        state = prices[group]["ffn"]["router"]
+        moved = router.move(section.router, state, load[group])
+        out[group] = {**prices[group], "ffn": {**prices[group]["ffn"], "router": moved}}
+    return out
+
+
+def work_per_token(config: Config, length: int) -> base.Work:
+    """Forward FLOPs per token of the whole model at `length`, head included."""
+    works = [
+        attention.TABLE[x.attention.KIND].work(x.attention, config.width, length)
+        for x in config.layer_list
+    ]
+    linear = 2.0 * config.width * config.vocab + sum(
+        ffn.TABLE[x.ffn.KIND].work(x.ffn, config.width) for x in config.layer_list
+    )
+    total = base.Work(*(sum(values) for values in zip(*works, strict=True)))
+    return total._replace(linear=total.linear + linear)

@@ -1,0 +1,66 @@
+"""Parameters, FLOPs and cache bytes of a model, from its configuration alone."""
+
+import math
+from typing import NamedTuple
+
+import jax
+
+from sparse_pretrain import attention
+from sparse_pretrain.model import ffn, lm
+
+
+class Counts(NamedTuple):
+    """Parameters: all, touched by a token without and with the input embedding."""
+
+    total: int
+    active: int
+    active_with_embedding: int
+
+
+def parameters(config: lm.Config) -> Counts:
+    """Parameter counts, from the abstract model.
+
+    `active` leaves out the input embedding (a look-up, no FLOPs) and the routed experts a token
+    did not choose; a tied head counts, since it is multiplied with.
+    """
+    shapes = jax.tree.leaves(lm.define(config).shapes)
+    total = sum(math.prod(s.shape) for s in shapes)
+    idle = sum(
+        ffn.TABLE[layer.ffn.KIND].inactive(layer.ffn, config.width) for layer in config.layer_list
+    )
+    embedding = config.vocab * config.width
+    active = total - idle - (0 if config.tied else embedding)
+    return Counts(total, active, active + (0 if config.tied else embedding))
+
+
+class TrainFlops(NamedTuple):
+    """Training FLOPs per token (forward and backward, multiply-add = 2).
+
+    `executed` counts masked attention work and work redone by rematerialisation; `model` neither.
+    """
+
+    model: float
+    executed: float
+
+
+def train_flops_per_token(config: lm.Config, length: int) -> TrainFlops:
+    """Three times the forward products; the attention core's backward recomputes its scores.
+
+    Units: FLOPs per token at `length`.
+    """
+    work = lm.work_per_token(config, length)
+    model = 3 * (work.linear + work.core_model)
+    executed = 3 * work.linear + work.core + work.core_backward
+    if config.remat == "full":
+        head = 2.0 * config.width * config.vocab
+        executed += work.linear - head + work.core
+    return TrainFlops(model, executed)
+
+
+def kv_bytes_per_token(config: lm.Config, bytes_per_element: int = 2) -> int:
+    """Decode cache per token over all layers, bfloat16 by default."""
+    elements = sum(
+        attention.TABLE[x.attention.KIND].kv_elements(x.attention, config.width)
+        for x in config.layer_list
+    )
+    return elements * bytes_per_element

@@ -1,0 +1,109 @@
+"""DeepSeek-V3's router: sigmoid scores, and a bias per expert that moves with the load."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sparse_pretrain import nn, spec
+from sparse_pretrain.games import prices
+from sparse_pretrain.routing import base
+from sparse_pretrain.sharding import ops
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(spec.Config):
+    """`rate` moves the bias once per optimizer step; `groups` > 1 limits a token to some groups."""
+
+    KIND: ClassVar[str] = "sigmoid_bias"
+
+    rate: float = 0.001
+    balance: float = 1e-4
+    scale: float = 1.0
+    normalise: bool = True
+    groups: int = 1
+    groups_kept: int = 1
+
+    def __post_init__(self):
+        spec.positive(self, "scale", "groups", "groups_kept")
+        spec.require(self.rate >= 0, f"rate: must not be negative, got {self.rate}")
+        spec.require(self.balance >= 0, f"balance: must not be negative, got {self.balance}")
+        spec.require(
+            self.groups_kept <= self.groups,
+            f"groups_kept: {self.groups_kept} exceeds groups {self.groups}",
+        )
+
+    def check(self, experts: int, top_k: int) -> None:
+        """Errors: ValueError when experts, groups and top_k do not fit together."""
+        spec.require(
+            experts % self.groups == 0,
+            f"router.groups: experts {experts} is not a multiple of groups {self.groups}",
+        )
+        reachable = experts // self.groups * self.groups_kept
+        spec.require(
+            top_k <= reachable, f"top_k: {top_k} exceeds the {reachable} experts a token can reach"
+        )
+
+
+class SigmoidBias(nn.Module):
+    """top-k of sigmoid(x W) + bias; weights are the scores without the bias.
+
+    Source: 2412.19437 sections 2.1.2; 2408.15664.
+    Differs: dropped groups are masked with -inf (Transformers 5 masks with 0, which lets a
+    negative bias lose to a dropped expert).
+    """
+
+    Config = Config
+    causal = True
+
+    def __init__(self, config: Config, width: int, experts: int, top_k: int, keys: nn.Keys):
+        config.check(experts, top_k)
+        self.config, self.top_k = config, top_k
+        self.w = nn.param(keys, (width, experts), ("D", "E"), std=width**-0.5)
+        self.bias = nn.price((experts,), ("E",))
+
+    def __call__(
+        self, x_BxLxD: Float[Array, "B L D"], valid_BxL: Bool[Array, "B L"]
+    ) -> base.Assignment:
+        c = self.config
+        B, L, D = x_BxLxD.shape
+        w_DxE = nn.read(self.w)
+        E = w_DxE.shape[1]
+        logits = ops.linear(x_BxLxD.reshape(B * L, D).astype(jnp.float32), w_DxE)
+        score = jax.nn.sigmoid(logits)
+        expert = select(jax.lax.stop_gradient(score), nn.read(self.bias), self.top_k, c)
+        weight = base.take_seats(score, expert)
+        if c.normalise:
+            weight = weight / (jnp.sum(weight, axis=1, keepdims=True) + 1e-20)
+        balance = jnp.zeros((), jnp.float32)
+        if c.balance:
+            column = jnp.arange(E, dtype=expert.dtype)
+            chosen = jnp.any(expert[:, :, None] == column[None, None, :], axis=1)
+            balance = c.balance * base.sequence_balance(
+                score.reshape(B, L, E),
+                chosen.reshape(B, L, E).astype(jnp.float32),
+                valid_BxL.astype(jnp.float32),
+                self.top_k,
+            )
+        expert = jnp.where(valid_BxL.reshape(-1, 1), expert, E)
+        return base.Assignment(expert, weight * c.scale, balance)
+
+    @staticmethod
+    def move(config: Config, state: dict, load_E: Float[Array, " E"]) -> dict:
+        """The bias after one optimizer step that saw `load_E` pairs per expert."""
+        return {"bias": prices.sign(state["bias"], load_E, config.rate)}
+
+
+def select(score_TxE, bias_E, top_k: int, config: Config):
+    """Experts [T, C] int32 with the highest score + bias, within each token's best groups."""
+    z = score_TxE + bias_E[None, :]
+    if config.groups > 1:
+        grouped = z.reshape(z.shape[0], config.groups, -1)
+        best_two = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+        kept = jax.lax.top_k(best_two, config.groups_kept)[1]
+        group = jnp.arange(config.groups)
+        allowed = jnp.any(kept[:, :, None] == group[None, None, :], axis=1)
+        z = jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(z.shape)
+    return jax.lax.top_k(z, top_k)[1].astype(jnp.int32)

@@ -1,0 +1,307 @@
+"""The run: steps, metrics one step late, evaluations, checkpoints, and the record it leaves."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_pretrain import checkpoint, config
+from sparse_pretrain.planning import chips
+from sparse_pretrain.training import evaluate, metrics, progress, recovery, run, state, step
+
+
+def train(
+    experiment: config.Experiment,
+    workdir: Path,
+    argv: list[str],
+    *,
+    quiet: bool = False,
+    on_finish: Callable[[Path], Any] | None = None,
+) -> dict[str, Any]:
+    """Trains to the end, resuming what `workdir` holds, and returns the summary.
+
+    The same configuration in the same workdir continues where it stopped, to the bit. `on_finish`
+    is called with the workdir when all files but the report are there.
+    Errors: ValueError when the workdir belongs to another configuration; RunFailed on a loss that
+    is not finite; Interrupted after a stop signal, with the checkpoint written.
+    """
+    began = time.perf_counter()
+    workdir = Path(workdir)
+    run.compilation_cache()
+    with _quietly(quiet, "preparing the data"):
+        prepared = run.prepare(experiment)
+    trainer = Trainer(prepared, workdir, argv, quiet=quiet, began=began)
+    summary = trainer.finished()
+    if summary is None:
+        summary = trainer.run()
+    if on_finish is not None:
+        on_finish(workdir)
+    return summary
+
+
+def _quietly(quiet: bool, text: str):
+    return contextlib.nullcontext() if quiet else progress.status(text)
+
+
+class Trainer:
+    """One process's view of a run; `run()` does it."""
+
+    def __init__(
+        self, prepared: run.Prepared, workdir: Path, argv: list[str], *, quiet: bool, began: float
+    ):
+        self.p, self.workdir, self.argv = prepared, workdir, argv
+        self.quiet, self.began = quiet, began
+        self.experiment = prepared.experiment
+        self.steps = prepared.run.steps
+        workdir.mkdir(parents=True, exist_ok=True)
+        c = self.experiment.checkpoint
+        self.saver = checkpoint.Checkpointer(workdir, every=c.every, keep=c.keep, best=c.best)
+        self.config_dict = self.experiment.to_dict()
+        self.record = run.record(prepared, argv)
+        self.evaluator = evaluate.Evaluator(prepared.definition, prepared.dataset.domains)
+        self.productive = 0.0  # seconds in steps after the first of this process
+
+    # --- before the first step ---
+
+    def finished(self) -> dict[str, Any] | None:
+        """The summary of a workdir whose run is done; None when there is work to do."""
+        summary = checkpoint.read_json(self.workdir / "summary.json")
+        if summary is None:
+            return None
+        self._check_same()
+        return summary if summary.get("steps") == self.steps else None
+
+    def _check_same(self) -> None:
+        saved = checkpoint.read_json(self.workdir / "run.json")
+        if saved is not None:
+            checkpoint.check_compatible(saved["config"], self.config_dict, self.workdir)
+
+    def _start(self) -> tuple[state.TrainState, Any]:
+        """(state, training iterator): fresh, resumed, or from another run's weights."""
+        e, p = self.experiment, self.p
+        self._check_same()
+        train_state = state.create(p.definition, p.tx, e.seed, ema=e.ema > 0)
+        batches = p.dataset.train()
+        if self.saver.latest() is not None:
+            train_state, cursor = self.saver.restore(train_state)
+            batches.set_state(cursor)
+        elif e.init_from:
+            params, prices = checkpoint.init_from(
+                Path(e.init_from), train_state.params, train_state.router
+            )
+            average = jax.tree.map(np.copy, params) if e.ema else {}
+            train_state = train_state._replace(params=params, router=prices, ema=average)
+        return train_state, batches
+
+    # --- the run ---
+
+    def run(self) -> dict[str, Any]:
+        """Steps from where the workdir stands to the end; returns the summary."""
+        train_state, batches = self._start()
+        start = int(train_state.step)
+        run.write_json(self.workdir / "run.json", self.record)
+        e, p = self.experiment, self.p
+        train_step = step.make_train_step(
+            p.definition,
+            e.model,
+            p.tx,
+            schedule=p.schedule,
+            accumulate=e.accumulate,
+            ema=e.ema,
+        )
+        self.compile_seconds = 0.0
+        writer = metrics.Writer(self.workdir, e.log, self.record, step=start)
+        bar = _NoBar() if self.quiet else progress.Bar(self.steps, start=start)
+        with writer, recovery.stop_requests() as asked:
+            self.writer = writer
+            if start < self.steps:
+                first = next(batches)
+                with _quietly(self.quiet, "compiling the training step"):
+                    compiling = time.perf_counter()
+                    train_step = train_step.lower(train_state, first).compile()
+                    self.compile_seconds = time.perf_counter() - compiling
+                with bar:
+                    train_state = self._loop(train_step, train_state, first, batches, bar, asked)
+            summary = self._finish(train_state)
+        return summary
+
+    def _loop(self, train_step, train_state, batch, batches, bar, asked):
+        """Every step; a step's metrics are read after the next one was handed to the device."""
+        e = self.experiment
+        peak, _ = chips.peak_flops()
+        per_token = self.p.derived["train_flops_per_token"]
+        pending, first, clock = None, int(train_state.step), time.perf_counter()
+        self.peak = peak
+        for n in range(first + 1, self.steps + 1):
+            train_state, out = train_step(train_state, batch)
+            cursor = batches.get_state()
+            if pending is not None:
+                clock = self._report(*pending, clock, per_token, bar)
+            pending = (n, out, batch)
+            save = bool(asked) or self.saver.due(n)
+            score = n < self.steps and e.eval.every > 0 and n % e.eval.every == 0
+            if save or score or n == self.steps:
+                clock = self._report(*pending, clock, per_token, bar)
+                pending = None
+            scores = self._evaluate(train_state, n) if score else None
+            if n == self.steps or save or (score and e.checkpoint.best):
+                if n == self.steps:
+                    scores = self._evaluate(train_state, n)
+                self._save(n, train_state, cursor, scores)
+            if save or score:
+                clock = time.perf_counter()
+            if asked and n < self.steps:
+                self.saver.wait()
+                self._status("interrupted")
+                raise recovery.Interrupted(
+                    f"stopped at step {n} of {self.steps}; the checkpoint is written, run the same "
+                    "command again to continue"
+                )
+            if n < self.steps:
+                batch = next(batches)
+        return train_state
+
+    def _report(self, n, out, batch, clock, per_token, bar) -> float:
+        """Reads a step's metrics (waiting for the device), writes and shows them."""
+        out = jax.device_get(out)
+        now = time.perf_counter()
+        loss, seconds = float(out["loss"]), now - clock
+        if not (math.isfinite(loss) and math.isfinite(float(out["grad_norm"]))):
+            path = recovery.save_batch(self.workdir, n, batch)
+            self._status("failed")
+            raise recovery.RunFailed(
+                f"step {n}: loss {loss} and gradient norm {float(out['grad_norm'])} are not both "
+                f"finite; the batch is saved as {path.name}, earlier checkpoints are intact"
+            )
+        self.productive += seconds
+        tokens = int(out["tokens"])
+        rate = tokens / seconds
+        row = {
+            "step": n,
+            "tokens": n * self.p.run.tokens_per_step,
+            "loss": loss,
+            "bits_per_byte": float(out["bits_per_byte"]),
+            "lr": float(out["lr"]),
+            "grad_norm": float(out["grad_norm"]),
+            "tokens_per_second": rate,
+            "mfu": rate * per_token / self.peak,
+            "step_seconds": seconds,
+        }
+        if out["max_vio"]:
+            vio = np.concatenate([np.atleast_1d(v) for v in out["max_vio"].values()])
+            load = [np.atleast_2d(v) for v in out["load"].values()]
+            row["max_vio"] = float(vio.mean())
+            row["dead_experts"] = int(sum((x == 0).sum() for x in load))
+            if n % max(1, self.steps // 100) == 0 or n in (1, self.steps):
+                self.writer.moe(
+                    n,
+                    {
+                        "max_vio": vio.tolist(),
+                        "load": [r.tolist() for x in load for r in x],
+                        "dead_experts": row["dead_experts"],
+                    },
+                )
+        self.writer.train(n, row)
+        bar.update(n, row)
+        return now
+
+    def _evaluate(self, train_state, n: int) -> dict[str, Any]:
+        limit = self.experiment.eval.tokens or None
+        params = train_state.ema or train_state.params
+        with _quietly(self.quiet or n < self.steps, "scoring the held-out text"):
+            scores = self.evaluator(
+                params, train_state.router, self.p.dataset.heldout(limit_tokens=limit)
+            )
+        self.writer.eval(n, {"tokens": n * self.p.run.tokens_per_step, **_scored(scores)})
+        self.scores = scores
+        return scores
+
+    def _save(self, n, train_state, cursor, scores) -> None:
+        self.saver.save(
+            n,
+            train_state,
+            cursor=cursor,
+            config=self.config_dict,
+            metrics=None if scores is None else {"bits_per_byte": scores["bits_per_byte"]},
+            commit=self.record["commit"],
+        )
+
+    def _status(self, status: str) -> None:
+        self.record["status"] = status
+        run.write_json(self.workdir / "run.json", self.record)
+
+    # --- after the last step ---
+
+    def _finish(self, train_state) -> dict[str, Any]:
+        scores = getattr(self, "scores", None) or self._evaluate(train_state, self.steps)
+        self.saver.close()
+        rows = metrics.read_rows(self.workdir / "metrics.jsonl")
+        seconds = sum(r["step_seconds"] for r in rows[1:])
+        tokens = self.p.run.tokens_per_step * max(len(rows) - 1, 0)
+        wall = time.perf_counter() - self.began
+        d = self.p.derived
+        summary = {
+            "name": self.experiment.name,
+            "steps": self.steps,
+            "tokens": self.p.run.tokens,
+            **_scored(scores),
+            "train_loss": float(np.mean([r["loss"] for r in rows[-20:]])),
+            "tokens_per_second": tokens / seconds if seconds else 0.0,
+            "mfu": float(np.median([r["mfu"] for r in rows])),
+            "compile_seconds": self.compile_seconds,
+            "train_seconds": sum(r["step_seconds"] for r in rows),
+            "wall_seconds": wall,
+            "goodput": self.productive / wall,
+            "peak_memory_bytes": run.peak_memory(),
+            "flops": d["flops"],
+            "total_params": d["total_params"],
+            "active_params": d["active_params"],
+            "manifest_hash": self.p.dataset.manifest.get("hash"),
+            "commit": self.record["commit"],
+            "sample": self._sample(train_state),
+        }
+        run.write_json(self.workdir / "summary.json", summary)
+        self._status("finished")
+        return summary
+
+    def _sample(self, train_state) -> dict[str, Any] | None:
+        from sparse_pretrain.interop import generate
+
+        s = self.experiment.sample
+        if not s.tokens or not self.p.dataset.tokenizer.is_text:
+            return None
+        with _quietly(self.quiet, "writing a sample"):
+            text = generate.generate(
+                self.p.definition,
+                train_state.ema or train_state.params,
+                train_state.router,
+                self.p.dataset.tokenizer,
+                s.prompt,
+                tokens=s.tokens,
+                temperature=s.temperature,
+                top_p=s.top_p,
+                seed=self.experiment.seed,
+            )
+        return {"prompt": s.prompt, "text": text}
+
+
+class _NoBar:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *unused):
+        return None
+
+    def update(self, n, row):
+        """Shows nothing."""
+
+
+def _scored(scores: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation's fields as they appear in eval.jsonl and summary.json."""
+    keep = ("bits_per_byte", "nats_per_token", "per_domain")
+    return {k: scores[k] for k in keep} | {"heldout_tokens": scores["tokens"]}

@@ -1,0 +1,37 @@
+"""The training loss of one batch, from hidden states, without the logits."""
+
+import jax.numpy as jnp
+
+from sparse_pretrain import shapes
+from sparse_pretrain.model import lm
+from sparse_pretrain.sharding import ops
+
+
+def token_losses(model: lm.LM, hidden, batch: shapes.Batch):
+    """(weighted sum of nats + z-loss [], nats per token [B, L])."""
+    c = model.config
+    head, layout = model.head_weight()
+    total, nats = ops.cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]),
+        head,
+        batch.targets.reshape(-1),
+        batch.weights.reshape(-1),
+        z_loss=c.z_loss,
+        softcap=c.softcap or None,
+        head_layout=layout,
+    )
+    return total, nats.reshape(batch.targets.shape)
+
+
+def loss_sums(definition, params, prices, batch: shapes.Batch, weight, parts: int):
+    """This (micro-)batch's share of the loss over the whole batch, and what to report.
+
+    `weight` is the whole batch's total weight and `parts` the number of micro-batches, so that
+    shares add up to the large batch's loss.
+    """
+    model = definition.merge(params, prices)
+    hidden, aux = model(batch)
+    total, nats = token_losses(model, hidden, batch)
+    loss = total / weight + aux.balance / parts
+    report = {"nats": jnp.sum(nats * batch.weights), "load": aux.load}
+    return loss, report

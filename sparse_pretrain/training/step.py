@@ -1,0 +1,75 @@
+"""One optimizer step, as one donated jit: gradients, update, prices, metrics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparse_pretrain import nn, optim, shapes
+from sparse_pretrain.games import prices
+from sparse_pretrain.model import lm
+from sparse_pretrain.training import loss
+from sparse_pretrain.training.state import TrainState
+
+Step = Callable[[TrainState, shapes.Batch], tuple[TrainState, dict[str, Any]]]
+
+
+def gradients(definition: nn.Definition, state: TrainState, batch: shapes.Batch, accumulate: int):
+    """(gradients of the batch's loss, report of sums); equal to one large batch to rounding."""
+    weight = jnp.maximum(jnp.sum(batch.weights), 1.0)
+
+    def sums(params, part):
+        def share(p):
+            return loss.loss_sums(definition, p, state.router, part, weight, accumulate)
+
+        (_, report), grads = jax.value_and_grad(share, has_aux=True)(params)
+        return grads, report
+
+    if accumulate == 1:
+        return sums(state.params, batch)
+    return optim.accumulate(sums, state.params, optim.split(batch, accumulate))
+
+
+def make_train_step(
+    definition: nn.Definition,
+    config: lm.Config,
+    tx: optax.GradientTransformation,
+    *,
+    schedule: Callable,
+    accumulate: int = 1,
+    ema: float = 0.0,
+) -> Step:
+    """The jitted step `(state, batch) -> (state, metrics)`; the state it is given is consumed.
+
+    Metrics are device scalars: `loss` nats per token, `bits_per_byte`, `grad_norm`, `lr`,
+    `tokens`, and for experts `load` per layer group and `max_vio` per layer.
+    """
+
+    def step(state: TrainState, batch: shapes.Batch):
+        grads, report = gradients(definition, state, batch, accumulate)
+        updates, opt = tx.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        router = lm.move_prices(config, state.router, report["load"])
+        average = state.ema
+        if ema:
+            decay = optim.ema.warmed(ema, state.step)
+            average = optim.ema.update(state.ema, params, decay)
+        tokens = jnp.sum(batch.weights)
+        size = jnp.sum(jnp.where(batch.weights > 0, batch.bytes, 0)).astype(jnp.float32)
+        metrics = {
+            "loss": report["nats"] / jnp.maximum(tokens, 1.0),
+            "bits_per_byte": report["nats"]
+            / jnp.float32(jnp.log(2.0))
+            / jnp.maximum(size, 1.0),
+            "grad_norm": optax.global_norm(grads),
+            "lr": schedule(state.step),
+            "tokens": tokens,
+            "load": report["load"],
+            "max_vio": jax.tree.map(prices.max_violation, report["load"]),
+        }
+        new = TrainState(state.step + 1, params, opt, router, state.game, average, state.key)
+        return new, metrics
+
+    return jax.jit(step, donate_argnums=0)

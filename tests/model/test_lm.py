@@ -1,0 +1,132 @@
+"""The language model as a whole: causality, packing, scan, remat, decoding, parameter counts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_pretrain import shapes
+from sparse_pretrain.model import lm
+from sparse_pretrain.planning import flops
+from sparse_pretrain.training import loss
+from tests.model.conftest import DENSE, EXPERTS, packed, small
+
+
+def _made(config, key=0):
+    definition = lm.define(config)
+    params, prices = definition.init(jax.random.key(key))
+    # zero biases hide bugs
+    leaves, tree = jax.tree.flatten(prices)
+    keys = jax.random.split(jax.random.key(9), max(len(leaves), 1))
+    drawn = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=False)]
+    return definition, params, jax.tree.unflatten(tree, drawn)
+
+
+def _logits(definition, params, prices, batch):
+    model = definition.merge(params, prices)
+    hidden, _ = model(batch)
+    head, layout = model.head_weight()
+    return jnp.einsum("bld,dv->blv" if layout == "DV" else "bld,vd->blv", hidden, head)
+
+
+def _loss(definition, prices, batch):
+    def value(params):
+        weight = jnp.sum(jnp.asarray(batch.weights))
+        return loss.loss_sums(definition, params, prices, batch, weight, 1)[0]
+
+    return value
+
+
+def test_scan_unroll_and_remat_agree(batch):
+    results = []
+    for changes in ({}, {"scan": False}, {"remat": "full"}, {"remat": "dots"}):
+        definition, params, prices = _made(small(**changes))
+        results.append(jax.value_and_grad(_loss(definition, prices, batch))(params))
+    for value, grads in results[1:]:
+        np.testing.assert_allclose(value, results[0][0], rtol=1e-6)
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(results[0][1]), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_a_later_token_changes_nothing_before_it(batch):
+    definition, params, prices = _made(small())
+    before = _logits(definition, params, prices, batch)
+    tokens = np.array(batch.tokens)
+    tokens[:, 15:] = (tokens[:, 15:] + 7) % 61
+    after = _logits(definition, params, prices, batch._replace(tokens=tokens))
+    np.testing.assert_array_equal(before[:, :15], after[:, :15])
+    assert np.abs(np.asarray(before[:, 15:] - after[:, 15:])).max() > 1e-3
+
+
+def test_packed_documents_equal_separate_rows(batch):
+    definition, params, prices = _made(small())
+    together = np.asarray(_logits(definition, params, prices, batch))
+    row = 1
+    for segment in range(1, int(batch.segments[row].max()) + 1):
+        where = np.flatnonzero(batch.segments[row] == segment)
+        alone = shapes.Batch(*(np.asarray(f)[row : row + 1, where] for f in batch))
+        alone = alone._replace(segments=np.ones_like(alone.segments))
+        ours = _logits(definition, params, prices, alone)
+        np.testing.assert_allclose(together[row, where], ours[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_decoding_equals_the_parallel_forward(tied, rng):
+    config = small(tied=tied)
+    definition, params, prices = _made(config)
+    length = 12
+    ids = rng.integers(0, 61, (2, length)).astype(np.int32)
+    ones = np.ones_like(ids)
+    positions = np.tile(np.arange(length, dtype=np.int32), (2, 1))
+    batch = shapes.Batch(ids, ids, ones, positions, ones.astype(np.float32), ones, ones * 0)
+    parallel = _logits(definition, params, prices, batch)
+    model = definition.merge(params, prices)
+    cache = lm.init_cache(model, 2, length)
+    for t in range(length):
+        logits, cache = lm.decode(model, jnp.asarray(ids[:, t]), cache, t)
+        np.testing.assert_allclose(logits, parallel[:, t], atol=2e-5)
+
+
+def test_softcap_and_z_loss_enter_the_loss(batch):
+    plain, params, prices = _made(small())
+    base = _loss(plain, prices, batch)(params)
+    for changes in ({"softcap": 0.5}, {"z_loss": 0.1}):
+        definition = lm.define(small(**changes))
+        assert abs(float(_loss(definition, prices, batch)(params) - base)) > 1e-4
+
+
+def test_counts_are_the_models_own():
+    config = small()
+    definition, params, _ = _made(config)
+    counts = flops.parameters(config)
+    assert counts.total == sum(x.size for x in jax.tree.leaves(params))
+    moe_layers = 4
+    idle = moe_layers * 6 * 3 * 32 * EXPERTS.hidden
+    assert counts.active == counts.total - idle - 61 * 32
+    assert counts.active_with_embedding == counts.total - idle
+    assert set(definition.dims) == set(params)
+
+
+def test_wrong_sections_are_refused():
+    with pytest.raises(ValueError, match="block 'mo' is not in blocks"):
+        small(pattern=("mo",))
+    with pytest.raises(ValueError, match="top_k: 9 exceeds experts 8"):
+        dataclasses.replace(EXPERTS, top_k=9)
+    with pytest.raises(ValueError, match="hidden: must be positive"):
+        dataclasses.replace(DENSE, hidden=0)
+
+
+def test_padding_moves_no_load_and_no_loss(rng):
+    batch = packed(rng)
+    definition, params, prices = _made(small())
+    changed = np.array(batch.tokens)
+    changed[-1, -5:] = 3
+    other = batch._replace(tokens=changed)
+    for which in (batch, other):
+        _, aux = definition.merge(params, prices)(which)
+        for load in aux.load.values():
+            np.testing.assert_array_equal(load.sum(-1), 2 * (batch.segments > 0).sum())
+    a, b = (_loss(definition, prices, x)(params) for x in (batch, other))
+    np.testing.assert_array_equal(a, b)

@@ -1,0 +1,107 @@
+"""One step: accumulation equals the large batch, prices move once, nothing moves twice."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_pretrain import optim
+from sparse_pretrain.games import prices
+from sparse_pretrain.model import lm
+from sparse_pretrain.training import state, step
+from tests.model.conftest import packed, small
+
+
+def _setup(config, accumulate=1, ema=0.0):
+    definition = lm.define(config)
+    table = optim.TABLE["adamw"]
+
+    def schedule(n):
+        return jnp.asarray(1e-3, jnp.float32)
+
+    tx = table.build(table.Config(lr=1e-3), definition.dims, schedule)
+    fresh = state.create(definition, tx, 0, ema=ema > 0)
+    run = step.make_train_step(
+        definition, config, tx, schedule=schedule, accumulate=accumulate, ema=ema
+    )
+    return definition, fresh, run
+
+
+def _close(a, b, atol):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=atol)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulation_equals_the_large_batch(accumulate, rng):
+    batch = packed(rng, rows=8)  # weights are uneven: the last row ends in padding
+    definition, fresh, _ = _setup(small())
+    grads, report = step.gradients(definition, fresh, batch, 1)
+    parts, summed = step.gradients(definition, fresh, batch, accumulate)
+    _close(grads, parts, 1e-6)
+    _close(report, summed, 1e-3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"remat": "full"}, {"scan": False}])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_prices_move_once_per_step_whatever_is_recomputed(changes, accumulate, rng):
+    """One step changes each bias by exactly rate * (sign - mean sign) of that step's load."""
+    batch = packed(rng, rows=8)
+    config = small(**changes)
+    _, fresh, run = _setup(config, accumulate=accumulate)
+    before = jax.tree.map(np.asarray, fresh.router)
+    after, out = run(fresh, batch)
+    for group, load in out["load"].items():
+        load = np.asarray(load, np.float64)
+        sign = np.sign(load.mean(-1, keepdims=True) - load)
+        move = 0.01 * (sign - sign.mean(-1, keepdims=True))
+        bias = after.router[group]["ffn"]["router"]["bias"]
+        expected = before[group]["ffn"]["router"]["bias"] + move
+        np.testing.assert_allclose(bias, expected, atol=1e-7)
+        assert np.abs(move).max(-1).min() > 0  # every layer had something to correct
+
+
+def test_balance_law_over_many_steps(rng):
+    """Every layer's bias moves, MaxVio falls, the mean bias stays, the gradient has no share."""
+    config = small(repeats=1)
+    _, train_state, run = _setup(config)
+    first, last = [], []
+    batches = [packed(np.random.default_rng(i), rows=16) for i in range(8)]
+    for n in range(80):
+        train_state, out = run(train_state, batches[n % 8])
+        vio = np.concatenate([np.ravel(v) for v in jax.tree.leaves(out["max_vio"])])
+        (first if n < 8 else last).append(vio)
+    assert np.mean(last[-8:]) < 0.6 * np.mean(first)
+    for bias in jax.tree.leaves(train_state.router):
+        assert np.abs(np.asarray(bias)).max(-1).min() > 0.005
+        np.testing.assert_allclose(np.asarray(bias).mean(-1), 0, atol=1e-6)
+
+
+def test_sign_rule_against_a_loop(rng):
+    bias, load = rng.normal(size=(3, 5)), rng.integers(0, 9, (3, 5)).astype(np.float64)
+    ours = prices.sign(jnp.asarray(bias, jnp.float32), jnp.asarray(load, jnp.float32), 0.5)
+    for n in range(3):
+        moves = [np.sign(load[n].mean() - x) for x in load[n]]
+        expected = [b + 0.5 * (m - np.mean(moves)) for b, m in zip(bias[n], moves, strict=True)]
+        np.testing.assert_allclose(ours[n], expected, atol=1e-6)
+
+
+def test_average_follows_the_parameters(rng):
+    batch = packed(rng, rows=8)
+    _, fresh, run = _setup(small(repeats=1), ema=0.5)
+    start = jax.tree.map(np.array, fresh.params)
+    after, _ = run(fresh, batch)
+    decay = min(0.5, 1 / 10)
+    for a, b, e in zip(*map(jax.tree.leaves, (start, after.params, after.ema)), strict=True):
+        np.testing.assert_allclose(e, decay * a + (1 - decay) * np.asarray(b), atol=1e-6)
+
+
+def test_loss_falls_on_a_batch_seen_again(rng):
+    batch = packed(rng, rows=8)
+    _, train_state, run = _setup(small(repeats=1))
+    losses = []
+    for _ in range(40):
+        train_state, out = run(train_state, batch)
+        losses.append(float(out["loss"]))
+    assert abs(losses[0] - np.log(61)) < 0.2
+    assert losses[-1] < losses[0] - 0.3
