@@ -1,7 +1,7 @@
 """AdamW with a rate and a decay per parameter group."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ class Config(spec.Config):
     Units: `lr` peak learning rate; `embed_lr`, `head_lr`, `router_lr` multiples of it; `clip`
     largest global gradient norm, 0 for none.
     """
+
+    KIND: ClassVar[str] = "adamw"
 
     lr: float = 3e-3
     embed_lr: float = 1.0
@@ -49,7 +51,7 @@ def check_adam(config: Any) -> None:
 class AdamW:
     """Adam on every parameter; matrices, the head and the routers decay."""
 
-    KIND = "adamw"
+    KIND = Config.KIND
     Config = Config
 
     @staticmethod

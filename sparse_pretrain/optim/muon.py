@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ class Config(spec.Config):
     an update before the rate, 0 for Jordan's sqrt(max(1, out / in)); `clip` largest global
     gradient norm, 0 for none.
     """
+
+    KIND: ClassVar[str] = "muon"
 
     lr: float = 3e-3
     adam_lr: float | None = None
@@ -80,7 +82,7 @@ class State(NamedTuple):
 class Muon:
     """Momentum orthogonalised by Newton-Schulz, one matrix per layer, expert and perhaps head."""
 
-    KIND = "muon"
+    KIND = Config.KIND
     Config = Config
 
     @staticmethod
