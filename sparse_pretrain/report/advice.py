@@ -13,6 +13,9 @@ from sparse_pretrain.training.progress import si
 CHINCHILLA = 20  # tokens per parameter at the optimum: Hoffmann et al. 2022, table 3
 
 
+_ALIASES = {"steps": "tokens", "data.source": "data"}
+
+
 class Suggestion(NamedTuple):
     """`why` states what the run shows; `command` can be pasted into a shell, or is empty."""
 
@@ -25,10 +28,12 @@ def _train(run: Run, suffix: str, **overrides: Any) -> str:
     argv = [str(a) for a in run.run.get("argv") or []]
     if "train" not in argv:
         return ""
+    # What says the same thing another way must go too.
+    drop = {"workdir", *overrides, *(_ALIASES[k] for k in overrides if k in _ALIASES)}
     kept, skip = [], False
     for arg in argv[argv.index("train") + 1 :]:
         name = arg.split("=", 1)[0].removeprefix("--")
-        if skip or name == "workdir" or name.removeprefix("config.") in overrides:
+        if skip or name.removeprefix("config.") in drop:
             skip = not skip and "=" not in arg
             continue
         kept.append(arg)
@@ -52,7 +57,7 @@ def still_falling(run: Run) -> float | None:
 def suggest(run: Run) -> list[Suggestion]:
     """What this run's numbers suggest, most useful first; overrides name keys that it has."""
     found: list[Suggestion] = []
-    config, steps = dotted(run.config), run.derived.get("steps")
+    config = dotted(run.config)
     where = shlex.quote(str(run.path))
     if run.status == "interrupted" or run.status == "running":
         again = shlex.join(["sparse-pretrain", *(str(a) for a in (run.run.get("argv") or [])[1:])])
@@ -64,12 +69,12 @@ def suggest(run: Run) -> list[Suggestion]:
         found.append(Suggestion(why, _train(run, "low-lr", **{lr: config[lr] / 2})))
     found += _balance(run, config)
     gain = still_falling(run)
-    if gain is not None and gain > 0.02 and isinstance(steps, int) and "steps" in config:
+    if gain is not None and gain > 0.02:
         why = (
             f"The loss was still falling by {gain:.2f} nats/token per doubling of the data at "
-            "the end: train longer."
+            "the end: train longer"
         )
-        found.append(Suggestion(why, _train(run, "longer", steps=2 * steps)))
+        found.append(_longer(run, config, why))
     tokens = run.result("tokens")
     active = run.derived.get("active_params")
     if tokens and active and tokens < CHINCHILLA * active:
@@ -92,6 +97,22 @@ def suggest(run: Run) -> list[Suggestion]:
     return found
 
 
+def _longer(run: Run, config: dict[str, Any], why: str) -> Suggestion:
+    """Twice the length, as far as the corpus goes without a token seen twice."""
+    steps, tokens = run.derived.get("steps"), run.derived.get("tokens")
+    held = run.derived.get("train_tokens")
+    if not (steps and tokens and "steps" in config):
+        return Suggestion(f"{why}.", "")
+    if held and 2 * tokens > held and not config.get("data.repeat"):
+        if config.get("data.source") == "python_stdlib":
+            command = _train(
+                run, "packages", **{"steps": 2 * steps, "data.source": "python_packages"}
+            )
+            return Suggestion(f"{why}, on a larger corpus (this one holds {si(held)}).", command)
+        return Suggestion(f"{why}; that needs more text than the {si(held)} tokens here.", "")
+    return Suggestion(f"{why}.", _train(run, "longer", steps=2 * steps))
+
+
 def _beside(run: Run) -> str:
     return shlex.quote(str(run.path.parent))
 
@@ -105,7 +126,7 @@ def _balance(run: Run, config: dict[str, Any]) -> list[Suggestion]:
         why = f"{dead} expert(s) got no token at the last look: they are parameters unused."
         found.append(Suggestion(why, ""))
     vio = [v for v in last.get("max_vio") or [] if isinstance(v, (int, float))]
-    rate = next((k for k in config if k.endswith((".bias_rate", ".price_rate"))), None)
+    rate = next((k for k in config if k.endswith(".router.rate")), None)
     if vio and max(vio) > 1.0:
         why = (
             f"The busiest expert of MoE layer {int(np.argmax(vio))} carries {1 + max(vio):.1f} "

@@ -164,20 +164,20 @@ def _paired(arms: Sequence[Arm]) -> str:
     rows = []
     for d in found:
         if d.paired is None:
-            rows.append([d.arm, None, None, len(d.seeds), "too few pairs"])
+            rows.append([d.arm, "too few pairs", None, None, len(d.seeds)])
             continue
         p = d.paired
         kind = {"lower": "good", "higher": "bad"}.get(p.verdict, "")
         span = html.Raw(f"{html.number(p.low)} to {html.number(p.high)}")
         verdict = html.Raw(f'<span class="{kind}">{p.verdict}</span>')
-        rows.append([d.arm, html.exact(p.mean, f"{p.mean:+.4f}"), span, p.pairs, verdict])
-    header = ["arm", "bits/byte", "95 % interval", "pairs", "verdict"]
+        rows.append([d.arm, verdict, html.exact(p.mean, f"{p.mean:+.4f}"), span, p.pairs])
+    header = ["arm", "verdict", "bits/byte", "95 % interval", "pairs"]
     note = (
         f'<p class="soft">Arm minus baseline ({html.text(arms[0].name)}) at the same seed and '
         "data order, Student-t interval; lower is better, and a tie is an interval that holds "
         "zero.</p>"
     )
-    return note + html.table(header, rows, "wnnnl")
+    return note + html.table(header, rows, "wlnnn")
 
 
 def _mean_curve(arm: Arm, kind: str, key: str) -> tuple[np.ndarray, np.ndarray, str] | None:

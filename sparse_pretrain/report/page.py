@@ -75,7 +75,9 @@ def _head(run: workdir.Run) -> str:
         value = run.run.get(key)
         if value:
             shown = value.get("kind", value) if isinstance(value, dict) else value
-            bits.append(html.text(str(shown)[:12] if key == "commit" else shown))
+            if key == "commit":  # a '+' says that files differed from it
+                shown = str(shown)[:12] + "+" * str(shown).endswith("+")
+            bits.append(html.text(shown))
     if run.manifest_hash:
         bits.append(f"corpus {html.text(run.manifest_hash)}")
     bits.append(html.text(run.path.resolve()))
@@ -254,8 +256,11 @@ def split_time(run: workdir.Run) -> dict[str, float]:
     if not wall or not known.any():
         return {}
     compiling = float(run.result("compile_seconds") or 0.0)
-    # A row whose rate includes the compilation would count it twice.
-    training = float((tokens[known] / np.maximum(rate[known], 1e-9)).sum())
+    goodput = run.summary.get("goodput")
+    if isinstance(goodput, (int, float)):  # counts this process only, as the wall time does
+        training = goodput * wall
+    else:
+        training = float((tokens[known] / rate[known]).sum())
     training = min(training, max(wall - compiling, 0.0))
     other = max(wall - compiling - training, 0.0)
     return {"training steps": training, "compilation": compiling, "data, eval, saving": other}
@@ -285,8 +290,7 @@ def _speed(run: workdir.Run) -> str:
             for name, seconds in parts.items()
         ]
         body += html.table(["time", "", "", ""], rows, "lnbn")
-        good = run.summary.get("goodput")
-        good = parts["training steps"] / whole if good is None else good
+        good = parts["training steps"] / whole
         body += (
             '<p class="soft">Goodput, the share of the time spent in training steps: '
             f'<b data-key="goodput">{html.exact(good, f"{good:.0%}")}</b>.</p>'

@@ -20,7 +20,7 @@ CONFIG = {
         "ffn": {
             "kind": "moe",
             "experts": 16,
-            "router": {"kind": "sigmoid_bias", "bias_rate": 1e-3},
+            "router": {"kind": "sigmoid_bias", "rate": 1e-3},
         },
     },
 }

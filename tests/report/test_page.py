@@ -228,7 +228,7 @@ def test_advice_names_keys_that_exist(tmp_path, fake_run):
     assert "4 expert(s) got no token" in why
     assert "MoE layer 1 carries 3.5 times" in why
     balance = next(f.command for f in found if "even share" in f.why)
-    assert "--config.model.ffn.router.bias_rate=0.002" in balance
+    assert "--config.model.ffn.router.rate=0.002" in balance
     assert balance.endswith(f"--workdir={tmp_path}/a-balance")
     known = set(workdir.dotted(fake_run.CONFIG))
     for f in found:
@@ -254,3 +254,37 @@ def test_still_falling_measures_gain_per_doubling(tmp_path, fake_run):
         r["loss"] = 5.0 - 0.3 * float(np.log2(r["tokens"]))
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert advice.still_falling(workdir.read(tmp_path / "a")) == pytest.approx(0.3, rel=0.05)
+
+
+def falling(path, fake_run, **derived):
+    """A run whose loss still falls, trained with a length and a source of its own."""
+    made = fake_run.write(path, steps=300)
+    argv = ["sparse-pretrain", "train", "--data", "python_stdlib", "--config.tokens=2457600"]
+    record = made["run"] | {"argv": [*argv, "--quiet", "--workdir=x"]}
+    record["derived"] |= derived
+    (path / "run.json").write_text(json.dumps(record))
+    found = advice.suggest(workdir.read(path))
+    return next(f for f in found if "still falling" in f.why)
+
+
+def test_train_longer_as_far_as_the_corpus_goes(tmp_path, fake_run):
+    longer = falling(tmp_path / "a", fake_run, train_tokens=300 * 32 * 256 * 2)
+    assert longer.command == (
+        "sparse-pretrain train --data python_stdlib --quiet --config.steps=600 "
+        f"--workdir={tmp_path}/a-longer"
+    )
+    larger = falling(tmp_path / "b", fake_run, train_tokens=300 * 32 * 256 * 2 - 1)
+    assert larger.command == (
+        "sparse-pretrain train --quiet --config.steps=600 "
+        f"--config.data.source=python_packages --workdir={tmp_path}/b-packages"
+    )
+    assert "larger corpus (this one holds 4.92M)" in larger.why
+
+
+def test_goodput_of_the_summary_is_the_one_shown(tmp_path, fake_run):
+    made = fake_run.write(tmp_path / "run")
+    summary = made["summary"] | {"goodput": 0.5}
+    (tmp_path / "run/summary.json").write_text(json.dumps(summary))
+    got = report(tmp_path / "run")
+    assert got.keyed["goodput"] == pytest.approx(0.5)
+    assert sum(page.split_time(workdir.read(tmp_path / "run")).values()) == pytest.approx(161.25)

@@ -130,8 +130,8 @@ def test_diff_names_keys_and_both_values(tmp_path, fake_run):
     assert found["config"] == [
         ("model.ffn.experts", 16, None),
         ("model.ffn.kind", "moe", "dense"),
-        ("model.ffn.router.bias_rate", 1e-3, None),
         ("model.ffn.router.kind", "sigmoid_bias", None),
+        ("model.ffn.router.rate", 1e-3, None),
         ("model.tie", None, True),
         ("optim.lr", 0.002, 0.004),
     ]
