@@ -243,14 +243,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (old, new) of every value that two nested configs do not share."""
-    a, b, absent = flat(old), flat(new), "absent"
-    keys = list(a) + [k for k in b if k not in a]
-    pairs = {k: (a.get(k, absent), b.get(k, absent)) for k in keys}
-    return {k: (x, y) for k, (x, y) in pairs.items() if x != y}
-
-
 def walk(config: spec.Config, path: str = "config") -> Iterator[tuple[str, spec.Config]]:
     """Every record of a tree with its dotted name, parents first."""
     yield path, config

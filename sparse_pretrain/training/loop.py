@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from sparse_pretrain import checkpoint, config
 from sparse_pretrain.planning import chips
@@ -45,7 +46,8 @@ def train(
 
 
 def _quietly(quiet: bool, text: str):
-    return contextlib.nullcontext() if quiet else progress.status(text)
+    # on standard output, as the progress bar is: standard error is for what went wrong
+    return contextlib.nullcontext() if quiet else progress.status(text, Console())
 
 
 class Trainer:
@@ -105,6 +107,8 @@ class Trainer:
         train_state, batches = self._start()
         start = int(train_state.step)
         run.write_json(self.workdir / "run.json", self.record)
+        # with it the weights can be used when the corpus that made it is gone
+        self.p.dataset.tokenizer.save(self.workdir / run.TOKENIZER)
         e, p = self.experiment, self.p
         train_step = step.make_train_step(
             p.definition,

@@ -19,6 +19,8 @@ from sparse_pretrain.model import lm
 from sparse_pretrain.optim import schedules
 from sparse_pretrain.planning import flops, memory
 
+TOKENIZER = "tokenizer.json"  # in the workdir
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:

@@ -4,92 +4,111 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from sparse_pretrain import checkpoint, config, data, nn
+from sparse_pretrain.data import tokenize
 from sparse_pretrain.model import lm
-from sparse_pretrain.training import evaluate, tasks
-
-TOKENIZER = "tokenizer.json"
+from sparse_pretrain.training import evaluate, run, tasks
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A model with its weights (the averaged ones where the run kept an average), and its data."""
+    """A model with its weights: the averaged ones where the run kept an average."""
 
     workdir: Path
+    record: dict[str, Any]  # the content of run.json
     experiment: config.Experiment
-    dataset: Any
     definition: nn.Definition
     params: Any
     prices: Any
     step: int
 
 
-def open_run(workdir: Path, *, source: str = "") -> Trained:
-    """The latest checkpoint of a run, with its data or, given a `source`, other data.
+def open_run(workdir: Path) -> Trained:
+    """The newest checkpoint of a run.
 
-    Other data is read with the run's own tokenizer.
-    Errors: ValueError when the folder holds no run or no checkpoint, or the data is another than
-    the weights were trained on (no `source`), naming both hashes.
+    Errors: ValueError when the folder holds no run, no checkpoint, or a damaged one.
     """
     workdir = Path(workdir)
-    if not workdir.is_dir():
-        raise ValueError(f"--workdir: there is no folder {str(workdir)!r}")
     record = checkpoint.read_json(workdir / "run.json")
     if record is None:
         raise ValueError(f"--workdir: {str(workdir)!r} holds no run")
     experiment = config.from_config_dict(record["config"])
-    section = experiment.data
+    found = checkpoint.steps(workdir)
+    if not found:
+        raise ValueError(f"--workdir: {str(workdir)!r} holds no checkpoint yet")
+    definition = lm.define(experiment.model)
+    weights = "ema" if experiment.ema else "params"
+    template = {weights: definition.shapes, "router": definition.price_shapes}
+    state = checkpoint.init_from(workdir, template, found[-1])
+    return Trained(
+        workdir, record, experiment, definition, state[weights], state["router"], found[-1]
+    )
+
+
+def tokenizer(opened: Trained) -> Any:
+    """The run's own tokenizer, which is in its workdir; the corpus is not looked at."""
+    section = opened.experiment.data
+    if section.source.startswith("synthetic:"):
+        return data.load(section, seed=opened.experiment.seed).tokenizer
+    return tokenize.read(opened.workdir / run.TOKENIZER, documents=section.pack == "documents")
+
+
+def dataset(opened: Trained, source: str = "") -> Any:
+    """The run's data, or other data read with the run's own tokenizer.
+
+    Errors: ValueError naming both hashes when the run's data is no longer what it trained on.
+    """
+    section = opened.experiment.data
     if source:
         section = dataclasses.replace(section, source=source)
-        if section.tokenizer != "bytes" and (workdir / TOKENIZER).exists():
-            section = dataclasses.replace(section, tokenizer=f"file:{workdir / TOKENIZER}")
-    dataset = data.load(section, seed=experiment.seed)
-    _same("vocab", experiment.model.vocab, dataset.vocab)
+        if not source.startswith("synthetic:"):
+            section = dataclasses.replace(
+                section, tokenizer=f"file:{opened.workdir / run.TOKENIZER}"
+            )
+    found = data.load(section, seed=opened.experiment.seed)
     if not source:
-        for name in ("tokenizer_hash", "hash"):
-            _same(name, record["manifest"].get(name), dataset.manifest.get(name))
-    definition = lm.define(experiment.model)
-    saver = checkpoint.Checkpointer(workdir, **experiment.checkpoint.to_dict())
-    step = saver.latest()
-    if step is None:
-        raise ValueError(f"--workdir: {str(workdir)!r} holds no checkpoint yet")
-    params, prices = checkpoint.init_from(workdir, definition.shapes, definition.price_shapes)
-    return Trained(workdir, experiment, dataset, definition, params, prices, step)
-
-
-def _same(name: str, run: Any, here: Any) -> None:
-    if run != here:
+        for name in ("hash", "tokenizer_hash"):
+            then, now = opened.record["manifest"].get(name), found.manifest.get(name)
+            if then != now:
+                raise ValueError(
+                    f"data.source: {section.source!r} is no longer what the run trained on, its "
+                    f"{name} was {then} and is {now}; give --data={section.source} to score it "
+                    "all the same"
+                )
+    if found.vocab > opened.experiment.model.vocab:
         raise ValueError(
-            f"data.{name}: the run has {run!r}, the data here {here!r}; give --data=SOURCE to use "
-            "other data"
+            f"data.source: {source!r} has a vocabulary of {found.vocab}, the model of "
+            f"{opened.experiment.model.vocab}"
         )
+    return found
 
 
-def scores(run: Trained, text: str | None = None) -> dict[str, Any]:
-    """Nats per token and bits per byte of the held-out split (all of it), or of a text.
+def scores(opened: Trained, source: str | None = None, text: str | None = None) -> dict[str, Any]:
+    """Nats per token and bits per byte of the run's held-out split, another source's, or a text.
 
-    Errors: ValueError when the text holds nothing to predict.
+    Errors: ValueError when there is nothing to predict.
     """
-    domains = run.dataset.domains if text is None else ("text",)
-    batches = run.dataset.heldout() if text is None else run.dataset.text(text)
-    found = evaluate.Evaluator(run.definition, domains)(run.params, run.prices, batches)
-    return found | {"step": run.step}
+    found = dataset(opened, source or "")
+    domains = found.domains if text is None else ("text",)
+    batches = found.heldout() if text is None else found.text(text)
+    result = evaluate.Evaluator(opened.definition, domains)(opened.params, opened.prices, batches)
+    return result | {
+        "step": opened.step,
+        "manifest_hash": found.manifest.get("hash") if text is None else None,
+    }
 
 
-def choices(run: Trained, file: Path) -> dict[str, Any]:
+def choices(opened: Trained, file: Path) -> dict[str, Any]:
     """Accuracy on the multiple-choice tasks of a JSONL file.
 
     Errors: ValueError naming the file and the line.
     """
-    nats = tasks.row_nats(run.definition)
-    section = run.experiment.data
+    todo, nats = tasks.read(file), tasks.row_nats(opened.definition)
+    section = opened.experiment.data
     return tasks.score(
-        tasks.read(file),
-        run.dataset.tokenizer,
-        lambda batch: nats(run.params, run.prices, jax.tree.map(jnp.asarray, batch)),
+        todo,
+        tokenizer(opened),
+        lambda batch: nats(opened.params, opened.prices, batch),
         seq=section.seq,
         batch=section.batch,
     )

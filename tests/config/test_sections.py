@@ -231,16 +231,6 @@ def test_overrides_that_are_refused(override, parts):
     fails(lambda: over(override), *parts)
 
 
-def test_differences_name_every_changed_key():
-    old, new = over().to_dict(), over("best.attention.kind=latent", "lr=5").to_dict()
-    found = sections.differences(old, new)
-    assert found["lr"] == (1e-3, 5.0)
-    assert found["best.attention.kind"] == ("full", "latent")
-    assert found["best.attention.rank"] == ("absent", 64)
-    assert "width" not in found
-    assert sections.differences(old, over().to_dict()) == {}
-
-
 def test_walk_names_every_record():
     names = [name for name, _ in sections.walk(over())]
     assert names == [

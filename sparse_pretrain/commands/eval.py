@@ -1,0 +1,117 @@
+"""`eval`: what a trained model scores."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparse_pretrain.commands import errors, status
+
+EXAMPLES = """examples:
+  sparse-pretrain eval --workdir=runs/quickstart
+  sparse-pretrain eval --workdir=runs/quickstart --text=README.md --json
+  sparse-pretrain eval --workdir=runs/quickstart --data=text_folder:notes
+  sparse-pretrain eval --workdir=runs/quickstart --tasks=tasks.jsonl
+
+A line of the tasks is {"prompt": "2 + 2 =", "choices": ["3", "4"], "answer": 1}.
+"""
+DEFAULT = "runs/quickstart"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add_workdir(parser)
+    parser.add_argument("--text", metavar="FILE", help="score this text instead of the held-out")
+    parser.add_argument("--data", metavar="SOURCE", help="score this source's held-out text")
+    parser.add_argument(
+        "--tasks", metavar="FILE", help="score multiple-choice tasks, JSON lines, by likelihood"
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def add_workdir(parser: argparse.ArgumentParser) -> None:
+    """The option that chooses a run."""
+    parser.add_argument("--workdir", metavar="DIR", help=f"the run (default: {DEFAULT})")
+
+
+def workdir(args: argparse.Namespace) -> Path:
+    """The run's folder. Errors: Usage when there is none, naming the runs that there are."""
+    path = Path(args.workdir or DEFAULT).expanduser()
+    if (path / "run.json").is_file():
+        return path
+    runs = sorted(str(f.parent) for f in Path("runs").glob("*/run.json"))
+    hint = f"; there are {', '.join(runs[:8])}" if runs else "; `sparse-pretrain train` makes one"
+    raise errors.Usage(f"--workdir: {str(path)!r} holds no run{hint}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the scores."""
+    path = workdir(args)
+    if args.text is not None and args.data is not None:
+        raise errors.Usage("--text: a file is scored instead of data; give --text or --data")
+    text = None if args.text is None else read_text(args.text)
+    from sparse_pretrain.training import loop, trained
+
+    loop.run.compilation_cache()
+    with status(f"opening {path}"):
+        opened = trained.open_run(path)
+    found: dict[str, Any] = {"workdir": str(path), "name": opened.experiment.name}
+    found["step"] = opened.step
+    if args.tasks is not None:
+        with status("scoring the tasks"):
+            found["tasks"] = trained.choices(opened, Path(args.tasks).expanduser())
+    if args.tasks is None or text is not None or args.data is not None:
+        with status("scoring the text"):
+            found |= trained.scores(opened, args.data, text)
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        _show(found)
+    return 0
+
+
+def read_text(name: str) -> str:
+    """The text of a file. Errors: Usage naming the file when it is no UTF-8 text."""
+    path = Path(name).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise errors.Usage(f"--text: {str(path)!r} is not UTF-8 text") from None
+    except OSError as e:
+        reason = (e.strerror or str(e)).lower()
+        raise errors.Usage(f"--text: cannot read {str(path)!r}: {reason}") from None
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from sparse_pretrain.training.progress import si
+
+    console = Console()
+    head = f"{found['name']} at step {found['step']}"
+    console.print(Text(head, style="bold"))
+    if "per_domain" in found:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("text")
+        for name in ("bits/byte", "nats/token", "tokens"):
+            table.add_column(name, justify="right")
+        rows = found["per_domain"] if len(found["per_domain"]) > 1 else {}
+        for name, row in {**rows, "all": found}.items():
+            bits, nats = f"{row['bits_per_byte']:.4f}", f"{row['nats_per_token']:.4f}"
+            table.add_row(Text(name), bits, nats, si(row["tokens"]))
+        console.print(table)
+    if "tasks" in found:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("tasks")
+        for name in ("accuracy", "per byte", "chance", "count"):
+            table.add_column(name, justify="right")
+        rows = found["tasks"]["per_task"] if len(found["tasks"]["per_task"]) > 1 else {}
+        for name, row in {**rows, "all": found["tasks"]}.items():
+            keys = ("accuracy", "accuracy_normalised", "chance")
+            shares = [f"{100 * row[k]:.1f} %" for k in keys]
+            shares[0] += f" ± {196 * row['standard_error']:.1f}"
+            table.add_row(Text(name), *shares, str(row["count"]))
+        console.print(table)

@@ -1,0 +1,83 @@
+"""`train`: one command from text to a trained model with a report."""
+
+import argparse
+from pathlib import Path
+
+from sparse_pretrain.commands import errors
+
+OVERRIDES = True
+EXAMPLES = """examples:
+  sparse-pretrain train
+  sparse-pretrain train --config=experiments/nanogpt_char.py --data=text_folder:~/shakespeare
+  sparse-pretrain train --config.steps=200 --config.optim.lr=2e-3 --workdir=runs/short
+  sparse-pretrain train --config.model.blocks.moe.attention.kind=full
+  sparse-pretrain train --init-from=runs/quickstart --data=text_folder:notes --workdir=runs/notes
+
+The same command again resumes an interrupted run. `sparse-pretrain config` lists every key.
+"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add_config(parser)
+    parser.add_argument(
+        "--workdir", metavar="DIR", help="where the run is written (default: runs/NAME)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no tables")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a configuration."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE[:ARG]",
+        default="",
+        help="experiment file, or the name of one that ships (default: quickstart)",
+    )
+    parser.add_argument(
+        "--config.KEY=VALUE",
+        dest="unused",
+        metavar="",
+        default=None,
+        help="set any key of the configuration, such as --config.optim.lr=2e-3",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="SOURCE",
+        help="python_stdlib, python_packages, text_folder:PATH, tfds:NAME or synthetic:TASK; "
+        "short for --config.data.source",
+    )
+    parser.add_argument(
+        "--init-from",
+        metavar="WORKDIR",
+        help="start from the weights of another run; short for --config.init_from",
+    )
+
+
+def resolve(args: argparse.Namespace):
+    """The experiment that the options describe; returns a config.Experiment."""
+    from sparse_pretrain import config
+
+    shorthand = []
+    if args.data is not None:
+        shorthand.append(f"data.source={args.data}")
+    if args.init_from is not None:
+        shorthand.append(f"init_from={args.init_from}")
+    return config.resolve(args.config, [*shorthand, *args.overrides])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, or resume."""
+    if args.workdir is not None and Path(args.workdir).expanduser().is_file():
+        raise errors.Usage(f"--workdir: {args.workdir!r} is a file, not a folder")
+    experiment = resolve(args)
+    workdir = Path(args.workdir or f"runs/{experiment.name}").expanduser()
+
+    from sparse_pretrain.report import write_report
+    from sparse_pretrain.training import loop, recovery
+
+    try:
+        loop.train(experiment, workdir, args.argv, quiet=args.quiet, on_finish=write_report)
+    except recovery.Interrupted as e:
+        raise errors.Stopped(str(e), errors.INTERRUPTED) from None
+    return 0
