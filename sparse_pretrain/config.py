@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import sparse_pretrain
 from sparse_pretrain import attention, optim, routing, sections, spec
+from sparse_pretrain.checkpoint import Config as CheckpointConfig
 from sparse_pretrain.data import Config as DataConfig
 from sparse_pretrain.model import ffn, lm
 from sparse_pretrain.optim import schedules
@@ -35,22 +36,6 @@ def one_of(name: str, value: str, known: Sequence[str]) -> None:
     """ValueError unless `value` is known."""
     ok = value in known
     spec.require(ok, f"{name}: unknown value {value!r}; {sections.nearest(value, known)}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig(spec.Config):
-    """When the state is saved, and which checkpoints stay: the `keep` newest, and the best one.
-
-    Units: `every` steps, 0 for the end of the run only.
-    """
-
-    every: int = 0
-    keep: int = 2
-    best: bool = True
-
-    def __post_init__(self):
-        not_negative(self, "every")
-        spec.positive(self, "keep")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

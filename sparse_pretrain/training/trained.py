@@ -37,12 +37,10 @@ def open_run(workdir: Path) -> Trained:
     if not found:
         raise ValueError(f"--workdir: {str(workdir)!r} holds no checkpoint yet")
     definition = lm.define(experiment.model)
-    weights = "ema" if experiment.ema else "params"
-    template = {weights: definition.shapes, "router": definition.price_shapes}
-    state = checkpoint.init_from(workdir, template, found[-1])
-    return Trained(
-        workdir, record, experiment, definition, state[weights], state["router"], found[-1]
+    params, prices = checkpoint.init_from(
+        workdir, definition.shapes, definition.price_shapes, found[-1], averaged=experiment.ema > 0
     )
+    return Trained(workdir, record, experiment, definition, params, prices, found[-1])
 
 
 def tokenizer(opened: Trained) -> Any:
