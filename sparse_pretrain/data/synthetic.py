@@ -162,6 +162,8 @@ HELDOUT_ROWS = 256
 class Symbols(Tokenizer):
     """Ids written as decimal numbers between blanks; id 0 is the eos and has no number."""
 
+    is_text = False
+
     def __init__(self, vocab: int):
         names = {EOS: START} | {str(i): i for i in range(1, vocab)}
         inner = tokenizers.Tokenizer(models.WordLevel(vocab=names, unk_token=EOS))

@@ -39,6 +39,8 @@ class Tokenizer:
     out in a text are encoded as the text they are.
     """
 
+    is_text = True  # whether any text can be encoded; False for the symbols of a synthetic task
+
     def __init__(self, inner: tokenizers.Tokenizer, eos: int | None):
         inner.no_padding()
         inner.no_truncation()
