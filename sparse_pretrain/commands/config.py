@@ -114,5 +114,14 @@ def _lines(values: Mapping[str, Any], indent: str = ""):
             yield f"{indent}{key}:", True
             yield from _lines(value, indent + "  ")
         else:
-            shown = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-            yield f"{indent}{key}: {shown if shown != '' else repr('')}", False
+            yield f"{indent}{key}: {_shown(value)}", False
+
+
+def _shown(value: Any) -> str:
+    """A value as an override would give it; quoted where its ends would not be seen."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    text = str(value)
+    return text if text and text == text.strip() and text.isprintable() else repr(text)
