@@ -79,7 +79,7 @@ def suggest(run: Run) -> list[Suggestion]:
     active = run.derived.get("active_params")
     if tokens and active and tokens < CHINCHILLA * active:
         why = (
-            f"It saw {si(tokens)} tokens, {tokens / active:.1f} per active parameter (compute-"
+            f"It saw {si(tokens)} tokens, {tokens / active:.2g} per active parameter (compute-"
             f"optimal dense models take about {CHINCHILLA}): more data, or a smaller model, "
             "gives more for the same FLOPs."
         )

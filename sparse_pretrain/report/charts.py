@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from sparse_pretrain.training.progress import si
 
@@ -19,14 +20,14 @@ _VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)"} | {
 POINTS = 600  # more than a chart has pixels across
 
 
-def numbers(rows: Iterable[dict[str, Any]], key: str) -> np.ndarray:
+def numbers(rows: Iterable[dict[str, Any]], key: str) -> Float64[np.ndarray, " rows"]:
     """One column of rows as float64; absent, null and non-numeric become NaN."""
     found = [row.get(key) for row in rows]
     ok = [isinstance(v, (int, float)) and not isinstance(v, bool) for v in found]
     return np.array([v if k else math.nan for v, k in zip(found, ok, strict=True)], np.float64)
 
 
-def smooth(y: np.ndarray, span: int) -> np.ndarray:
+def smooth(y: Float64[np.ndarray, " rows"], span: int) -> Float64[np.ndarray, " rows"]:
     """Exponential mean over about `span` rows, NaN skipped.
 
     The span grows from 1 over the first rows, so that the steep start is followed, not smeared.
@@ -40,7 +41,9 @@ def smooth(y: np.ndarray, span: int) -> np.ndarray:
     return out
 
 
-def thin(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
+def thin(
+    x: Float64[np.ndarray, " rows"], y: Float64[np.ndarray, " rows"], points: int = POINTS
+) -> tuple[Float64[np.ndarray, " kept"], Float64[np.ndarray, " kept"]]:
     """At most `points` points of a curve that keep its extremes, so that spikes stay visible."""
     if len(x) <= points:
         return x, y
@@ -136,15 +139,15 @@ def _inline(text: str, title: str) -> str:
     return text.replace("font: 10px 'sans-serif'", "font: 10px system-ui, sans-serif").strip()
 
 
-def heatmap(load: np.ndarray, title: str) -> str:
+def heatmap(load_NxE: Float64[np.ndarray, "N E"], title: str) -> str:
     """Load over the even share, layers down and experts across; 1 is balance.
 
-    Shapes: load [N, E], pairs or fractions per expert.
+    Units: pairs, or any fraction of them.
     """
     import matplotlib
 
-    even = load.mean(axis=1, keepdims=True)
-    share = np.divide(load, even, out=np.zeros_like(load), where=even > 0)
+    even = load_NxE.mean(axis=1, keepdims=True)
+    share = np.divide(load_NxE, even, out=np.zeros_like(load_NxE), where=even > 0)
     layers = len(share)
     chart = Chart(x="expert", panels=["MoE layer"], height=min(4.5, max(1.7, 0.9 + 0.22 * layers)))
     axes = chart.axes[0]

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import scipy.stats
-from test_page import Page
 
 from sparse_pretrain.report import compare, workdir
 
@@ -27,10 +26,10 @@ BETTER = {0: 2.05, 1: 2.10, 2: 2.06, 3: 2.15}
 SAME = {0: 2.14, 1: 2.10, 2: 2.13, 3: 2.18}
 
 
-def test_page_ranks_and_pairs(tmp_path, arm):
+def test_page_ranks_and_pairs(tmp_path, arm, parse):
     arms = [arm("base", BASE), arm("same & <so>", SAME), arm("better", BETTER)]
     out = compare.write_comparison(arms, tmp_path / "comparison.html", "Three arms")
-    got = Page(out.read_text(encoding="utf-8"))
+    got = parse(out.read_text(encoding="utf-8"))
     assert got.title.startswith("Three arms")
     ranking = got.tables["ranking"][1:]
     assert [r[1] for r in ranking] == ["better", "same & <so>", "base"]
@@ -67,14 +66,14 @@ def test_pairs_need_equal_seed_corpus_and_an_end(arm):
     assert [a.name for a in compare.rank([broken, base])] == ["base", "broken"]
 
 
-def test_page_says_what_differs_and_warns(tmp_path, arm):
+def test_page_says_what_differs_and_warns(tmp_path, arm, parse):
     arms = [
         arm("low", {0: 2.0}, config={"optim": {"lr": 0.001}}),
         arm("high", {0: 2.1}, config={"optim": {"lr": 0.004}}, manifest_hash="f" * 16),
         arm("gone", {0: 2.1}, status="failed", error="loss is not finite"),
     ]
     out = compare.write_comparison(arms, tmp_path / "c.html")
-    got = Page(out.read_text(encoding="utf-8"))
+    got = parse(out.read_text(encoding="utf-8"))
     header, *rows = got.tables["settings"]
     column = header.index("optim.lr")
     assert {r[0]: r[column] for r in rows} == {"low": "0.001", "high": "0.004", "gone": "0.002"}
@@ -92,8 +91,8 @@ def test_mistakes(tmp_path, arm):
         compare.write_comparison([one, one], tmp_path / "c.html")
 
 
-def test_arms_without_any_file_still_have_a_page(tmp_path):
+def test_arms_without_any_file_still_have_a_page(tmp_path, parse):
     arm = compare.Arm("nothing yet", {0: workdir.read(tmp_path / "absent")})
     out = compare.write_comparison([arm], tmp_path / "c.html")
-    got = Page(out.read_text(encoding="utf-8"))
+    got = parse(out.read_text(encoding="utf-8"))
     assert got.tables["ranking"][1][:3] == ["-", "nothing yet", "-"]

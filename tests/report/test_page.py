@@ -2,78 +2,14 @@
 
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 from sparse_pretrain.report import advice, charts, page, workdir, write_report
 
-VOID = {"meta", "br", "hr", "img", "input", "link"}
 
-
-class Page(HTMLParser):
-    """Sections' text, exact values, tables, ids and references; fails on tags left open."""
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.open, self.ids, self.refs, self.tags = [], [], [], []
-        self.values, self.keyed, self.text, self.tables, self.title = {}, {}, {}, {}, ""
-        self.feed(text)
-        self.close()
-        assert self.open == [], f"never closed: {self.open}"
-
-    def place(self, kind):
-        return next((i for t, i in reversed(self.open) if t == kind and i), "")
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.tags.append((tag, attrs))
-        if "id" in attrs:
-            self.ids.append(attrs["id"])
-        self.refs += re.findall(r"url\(#([^)]*)\)", " ".join(v or "" for v in attrs.values()))
-        self.refs += [v[1:] for k, v in attrs.items() if k == "xlink:href" and v[0] == "#"]
-        if tag == "tr":
-            self.tables.setdefault(self.place("section"), []).append([])
-        if tag in ("td", "th"):
-            self.tables[self.place("section")][-1].append("")
-        if "data-value" in attrs:
-            self.values.setdefault(self.place("section"), []).append(float(attrs["data-value"]))
-            key = next((k for k in map(self.key_of, reversed(self.open)) if k), None)
-            if key:
-                self.keyed[key] = float(attrs["data-value"])
-        if tag not in VOID:
-            self.open.append((tag, attrs.get("id") or attrs.get("data-key", "")))
-
-    @staticmethod
-    def key_of(entry):
-        return entry[1] if entry[0] in ("div", "b") else None
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag):
-        last = self.open.pop()[0]
-        assert last == tag, f"</{tag}> closes <{last}>"
-
-    def handle_data(self, data):
-        section = self.place("section")
-        self.text[section] = self.text.get(section, "") + data
-        kinds = [t for t, _ in self.open]
-        if kinds and kinds[-1] == "title" and "svg" not in kinds:
-            self.title += data
-        if "td" in kinds or "th" in kinds:
-            self.tables[section][-1][-1] += data
-
-
-def report(path):
-    out = write_report(path)
-    assert out == path / "report.html"
-    return Page(out.read_text(encoding="utf-8"))
-
-
-def test_headline_numbers_are_the_inputs(tmp_path, fake_run):
+def test_headline_numbers_are_the_inputs(tmp_path, fake_run, report):
     made = fake_run.write(tmp_path / "run")
     got = report(tmp_path / "run")
     summary, derived = made["summary"], made["run"]["derived"]
@@ -87,7 +23,7 @@ def test_headline_numbers_are_the_inputs(tmp_path, fake_run):
     assert got.title.startswith("quickstart")
 
 
-def test_tables_are_the_inputs(tmp_path, fake_run):
+def test_tables_are_the_inputs(tmp_path, fake_run, report):
     made = fake_run.write(tmp_path / "run")
     got = report(tmp_path / "run")
     header, *rows = got.tables["domains"]
@@ -108,7 +44,7 @@ def test_tables_are_the_inputs(tmp_path, fake_run):
     assert {r[0]: r[1] for r in got.tables["environment"]}["versions.jax"] == "0.12.0"
 
 
-def test_text_is_escaped_and_kept(tmp_path, fake_run):
+def test_text_is_escaped_and_kept(tmp_path, fake_run, report):
     fake_run.write(tmp_path / "run")
     got = report(tmp_path / "run")
     assert fake_run.SAMPLE in got.text["sample"]
@@ -117,7 +53,7 @@ def test_text_is_escaped_and_kept(tmp_path, fake_run):
     assert "sparse-pretrain generate" in got.text["next"]
 
 
-def test_page_stands_alone(tmp_path, fake_run):
+def test_page_stands_alone(tmp_path, fake_run, report):
     fake_run.write(tmp_path / "run")
     got = report(tmp_path / "run")
     assert not {"script", "link", "iframe"} & {t for t, _ in got.tags}
@@ -134,7 +70,7 @@ def test_page_stands_alone(tmp_path, fake_run):
     )
 
 
-def test_figures_keep_their_ids_apart_and_take_the_pages_colours(tmp_path, fake_run):
+def test_figures_keep_their_ids_apart_and_take_the_pages_colours(tmp_path, fake_run, report):
     fake_run.write(tmp_path / "run")
     got = report(tmp_path / "run")
     assert [i for i in got.ids if got.ids.count(i) > 1] == []
@@ -160,7 +96,7 @@ def test_same_files_same_page(tmp_path, fake_run):
     assert write_report(tmp_path / "run").read_bytes() == first
 
 
-def test_time_is_split_without_remainder(tmp_path, fake_run):
+def test_time_is_split_without_remainder(tmp_path, fake_run, report):
     made = fake_run.write(tmp_path / "run")
     parts = page.split_time(workdir.read(tmp_path / "run"))
     tokens = 32 * 256
@@ -171,7 +107,7 @@ def test_time_is_split_without_remainder(tmp_path, fake_run):
     assert report(tmp_path / "run").keyed["goodput"] == pytest.approx(stepping / 161.25)
 
 
-def test_running_dense_and_broken_runs_have_a_page(tmp_path, fake_run):
+def test_running_dense_and_broken_runs_have_a_page(tmp_path, fake_run, report):
     fake_run.write(tmp_path / "dense", experts=0, layers=0)
     got = report(tmp_path / "dense")
     assert "balance" not in got.ids
@@ -281,7 +217,7 @@ def test_train_longer_as_far_as_the_corpus_goes(tmp_path, fake_run):
     assert "larger corpus (this one holds 4.92M)" in larger.why
 
 
-def test_goodput_of_the_summary_is_the_one_shown(tmp_path, fake_run):
+def test_goodput_of_the_summary_is_the_one_shown(tmp_path, fake_run, report):
     made = fake_run.write(tmp_path / "run")
     summary = made["summary"] | {"goodput": 0.5}
     (tmp_path / "run/summary.json").write_text(json.dumps(summary))
