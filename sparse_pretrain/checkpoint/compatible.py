@@ -1,0 +1,53 @@
+"""Which keys of a config a resumed run may change."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Sections that change neither the arrays nor what they are trained on.
+FREE = ("checkpoint", "log", "eval", "sample", "name", "workdir")
+# A longer run stretches the schedule, and another split of the work rounds differently: allowed,
+# and said.
+NOTED = ("steps", "tokens", "accumulate", "plan")
+
+
+def differing(saved: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (saved, new value) wherever two resolved configs differ."""
+    a, b = _dotted(json.loads(json.dumps(saved))), _dotted(json.loads(json.dumps(new)))
+    absent = "absent"
+    pairs = {k: (a.get(k, absent), b.get(k, absent)) for k in {**a, **b}}
+    return {k: v for k, v in sorted(pairs.items()) if v[0] != v[1]}
+
+
+def check_compatible(
+    saved: Mapping[str, Any], new: Mapping[str, Any], workdir: str | Path = ""
+) -> list[str]:
+    """Notes on what a resumed run does otherwise than the one it resumes, one line each.
+
+    Keys of FREE sections may change silently and those in NOTED with a note; everything else
+    shapes the state or what it is fed.
+    Errors: ValueError naming the workdir and every other differing key with both values.
+    """
+    notes, refused = [], []
+    for key, (old, now) in differing(saved, new).items():
+        if key in NOTED:
+            notes.append(f"{key}: {old!r} before, {now!r} from here on")
+        elif key.split(".", 1)[0] not in FREE:
+            refused.append(f"{key}: {old!r} there, {now!r} here")
+    if refused:
+        where = str(workdir) or "the workdir"
+        raise ValueError(
+            f"{where} holds a run of another config: " + "; ".join(refused) + "; use a new workdir"
+        )
+    return notes
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            out |= _dotted(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
