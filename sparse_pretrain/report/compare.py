@@ -42,6 +42,7 @@ class Arm:
 
     @property
     def manifest_hash(self) -> str:
+        """The corpora that its runs saw; results compare within one only."""
         return ", ".join(sorted({run.manifest_hash for run in self.runs.values()} - {""}))
 
 

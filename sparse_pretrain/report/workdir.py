@@ -33,14 +33,17 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The run's own name, else its folder's."""
         return str(self.run.get("name") or self.summary.get("name") or self.path.name)
 
     @property
     def config(self) -> dict[str, Any]:
+        """The resolved configuration, nested."""
         return section(self.run, "config")
 
     @property
     def derived(self) -> dict[str, Any]:
+        """The numbers that followed from the configuration: steps, parameters, FLOPs."""
         return section(self.run, "derived")
 
     @property

@@ -22,17 +22,12 @@ class Child:
     overrides: dict[str, Any]
     workdir: Path
     log: Path
+    arm: str  # the setting without its seed, and without what the whole sweep shares
 
     def arguments(self) -> list[str]:
         """What `sparse-pretrain train` gets."""
         flags = [f"--config.{key}={_flag(value)}" for key, value in self.overrides.items()]
         return [f"--config={self.config}", *flags, f"--workdir={self.workdir}"]
-
-    @property
-    def arm(self) -> str:
-        """The setting without its seed."""
-        rest = [f"{k}={_flag(v)}" for k, v in self.overrides.items() if k != SEED]
-        return " ".join([_stem(self.experiment), *rest])
 
     @property
     def setting(self) -> tuple[Any, ...]:
@@ -42,6 +37,7 @@ class Child:
 
     @property
     def label(self) -> str:
+        """The arm and the seed, for people."""
         seed = f" seed={self.overrides[SEED]}" if SEED in self.overrides else ""
         return self.arm + seed
 
@@ -119,14 +115,17 @@ def children(file: Path | str, root: Path | str) -> list[Child]:
     Errors: ValueError as `load`, and for an experiment that does not exist.
     """
     file, root = Path(file), Path(root)
+    pairs = load(file)
+    # Values can be lists, so they are told apart by their text.
+    values = {k: {repr(o.get(k, "")) for _, o in pairs} for _, o in pairs for k in o}
     found: dict[str, Child] = {}
-    for experiment, overrides in load(file):
+    for experiment, overrides in pairs:
         path = _locate(experiment, file)
         _, colon, arg = _split(experiment)
         content = [path.name, arg, _code(path), sorted(overrides.items())]
-        text = json.dumps(content, default=str)
-        id = hashlib.sha256(text.encode()).hexdigest()[:10]
+        id = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:10]
         name = f"{path.stem}-{id}"
+        own = [(k, v) for k, v in overrides.items() if k != SEED and len(values[k]) > 1]
         child = Child(
             id=id,
             experiment=experiment,
@@ -134,6 +133,7 @@ def children(file: Path | str, root: Path | str) -> list[Child]:
             overrides=overrides,
             workdir=root / name,
             log=root / "logs" / f"{name}.txt",
+            arm=" ".join([_stem(experiment), *(f"{k}={_flag(v)}" for k, v in own)]),
         )
         found.setdefault(id, child)
     return list(found.values())

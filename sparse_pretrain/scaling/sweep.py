@@ -76,7 +76,7 @@ def _last_words(log: Path, start: int) -> str:
     except OSError:
         return ""
     lines = [x.strip() for x in text.splitlines() if x.strip() and not x.startswith("$ ")]
-    return lines[-1] if lines else ""
+    return lines[-1].removeprefix("error: ") if lines else ""
 
 
 def _cause(code: int, run: workdir.Run, words: str) -> str:

@@ -100,6 +100,7 @@ class Jsonl:
         }
 
     def append(self, stream: str, row: Mapping[str, Any]) -> None:
+        """One row of one of the three files."""
         last, step = self._last[stream], row["step"]
         assert last is None or step >= last, f"{stream}: step {step} after step {last}"
         if step != last:  # a resumed run may evaluate its first step a second time
@@ -107,9 +108,11 @@ class Jsonl:
             self._last[stream] = step
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """The scalars of one step."""
         self.append("metrics", {"step": step, **scalars})
 
     def close(self) -> None:
+        """Flush and end."""
         for file in self._files.values():
             file.close()
 
@@ -135,10 +138,12 @@ class TensorBoard:
         self._writer = tensorboard.SummaryWriter(str(workdir / "tensorboard"), **purge)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """The scalars of one step."""
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Flush and end."""
         self._writer.close()
 
 
@@ -160,9 +165,11 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """The scalars of one step."""
         self._run.log({"step": step, **scalars})
 
     def close(self) -> None:
+        """Flush and end."""
         self._run.finish()
 
 
@@ -184,9 +191,11 @@ class Mlflow:
             self._mlflow.log_params(dict(list(params.items())[i : i + 100]))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """The scalars of one step."""
         self._mlflow.log_metrics(dict(scalars), step=step)
 
     def close(self) -> None:
+        """Flush and end."""
         self._mlflow.end_run()
 
 
@@ -204,9 +213,11 @@ class Trackio:
         )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """The scalars of one step."""
         self._trackio.log(dict(scalars), step=step)
 
     def close(self) -> None:
+        """Flush and end."""
         self._trackio.finish()
 
 

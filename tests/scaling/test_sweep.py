@@ -38,7 +38,7 @@ with open({{calls!r}}, "a") as f:
     f.write(workdir.name + "\\n")
 lr, seed = float(flags.get("optim.lr", 0.002)), int(flags.get("seed", 0))
 if lr < 0:
-    sys.exit(f"optim.lr: must be positive, got {{lr}}")
+    sys.exit(f"error: optim.lr: must be positive, got {{lr}}")
 if lr > 1:
     os.kill(os.getpid(), signal.SIGKILL)
 resumed = workdir.exists()
@@ -241,8 +241,30 @@ def test_equal_children_run_once_and_order_of_keys_is_nothing(place):
                 ("experiments/tiny.py:small", {"a": 1, "b": 2})]
     """)
     found = children(file, place.root)
-    assert [c.label for c in found] == ["tiny a=1 b=2", "tiny:small a=1 b=2"]
+    assert [c.label for c in found] == ["tiny", "tiny:small"]
     assert found[1].config == f"{place.experiment}:small"
+
+
+def test_labels_leave_out_what_all_children_share(place):
+    file = place.file("""
+    def get_sweep():
+        grid = prod([{"steps": 5, "betas": [1, 2]}], param("seed", [0, 1]), param("lr", [0.1, 1]))
+        return runs("experiments/tiny.py", grid) + [("experiments/tiny.py", {"extra": 1})]
+    """)
+    labels = [c.label for c in children(file, place.root)]
+    assert labels[:2] == [
+        "tiny steps=5 betas=(1, 2) lr=0.1 seed=0",
+        "tiny steps=5 betas=(1, 2) lr=1 seed=0",
+    ]
+    assert labels[-1] == "tiny extra=1"
+    file.write_text(file.read_text().replace(' + [("experiments/tiny.py", {"extra": 1})]', ""))
+    labels = [c.label for c in children(file, place.root)]
+    assert labels == [
+        "tiny lr=0.1 seed=0",
+        "tiny lr=1 seed=0",
+        "tiny lr=0.1 seed=1",
+        "tiny lr=1 seed=1",
+    ]
 
 
 def test_command_line_of_a_child(place):

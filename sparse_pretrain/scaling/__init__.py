@@ -1,0 +1,1 @@
+"""Many runs: tables, differences, sweeps and what to conclude from them."""
