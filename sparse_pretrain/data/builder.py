@@ -19,7 +19,7 @@ from sparse_pretrain.data.sources import base, folder, packages, stdlib
 PIECE = 1 << 20  # characters of a record at most; a longer document becomes several
 
 
-class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Documents with text, domain and name, in the splits train and heldout, in a fixed order.
 
     `split` is the split made already; without it the builder reads its source.
@@ -85,7 +85,7 @@ class TextFolder(TextBuilder):
         return folder.Folder(f"text_folder:{self._path}")
 
 
-class TfdsText(TextBuilder, skip_registration=True):
+class TfdsText(TextBuilder, skip_registration=True):  # type: ignore[call-arg]
     """The text of another TFDS dataset."""
 
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, overload
 
 from sparse_pretrain.data import sources
 
-FORMAT = 1  # raise it when the same source would give other documents, so that caches rebuild
+# What a corpus is made by, beside its source: a change here rebuilds it.
+_CODE = ("builder.py", "corpus.py", "dedup.py", "heldout.py", "spool.py", "sources/*.py")
 MANIFEST = "manifest.json"  # written last: a folder without it is no corpus
 _BUILDING = ".building-"
 _STALE = 86_400  # seconds after which another process's unfinished build is taken for dead
@@ -93,7 +94,7 @@ def open_corpus(source: str, cache: Path) -> Corpus:
         where the cache cannot be written.
     """
     origin = sources.parse(source)
-    key = sources.digest([FORMAT, source, origin.fingerprint()])
+    key = sources.digest([_code(), source, origin.fingerprint()])
     home = Path(cache).expanduser() / "corpora"
     folder = home / f"{origin.name}-{key}"
     manifest = _complete(folder)
@@ -109,6 +110,12 @@ def open_corpus(source: str, cache: Path) -> Corpus:
         for split in ("train", "heldout")
     )
     return Corpus(origin.name, domains, manifest, train, heldout)
+
+
+def _code() -> list[str]:
+    here = Path(__file__).parent
+    files = sorted(path for pattern in _CODE for path in here.glob(pattern))
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
 
 
 def _complete(folder: Path) -> dict[str, Any] | None:
@@ -161,8 +168,15 @@ def _write(origin: sources.Source, scratch: Path, tell: Callable[[str], None]) -
         make = builder.BUILDERS[origin.spec.partition(":")[0]]
         with prepared.quiet_tfds():
             built = make(split=split, data_dir=scratch, file_format="array_record")
-            built.download_and_prepare()
+            try:
+                built.download_and_prepare()
+            except RuntimeError as error:  # how ArrayRecord reports that it cannot write
+                full = "No space left" in str(error)
+                raise OSError(
+                    errno.ENOSPC if full else errno.EIO, " ".join(str(error).split())
+                ) from error
         data = Path(built.data_dir)
+        shutil.rmtree(scratch / "downloads", ignore_errors=True)  # TFDS makes it, empty
         domains, hashed = _count(split.domains, builder.pieces, split)
     finally:
         split.close()
@@ -186,7 +200,6 @@ def _write(origin: sources.Source, scratch: Path, tell: Callable[[str], None]) -
         "train_bytes": sum(d["train_bytes"] for d in domains.values()),
         "heldout_bytes": sum(d["heldout_bytes"] for d in domains.values()),
         "notes": split.notes | origin.notes,
-        "format": FORMAT,
         "folder": data.relative_to(scratch).as_posix(),
         "files": {
             path.relative_to(scratch).as_posix(): path.stat().st_size

@@ -18,6 +18,7 @@ SHARE = 0.07  # of a domain's bytes to hold out; accepted up to SHARE * (1 + SLA
 SLACK = 0.15
 TAIL = 0.1  # of the characters, where whole clusters are too large (nanoGPT's split)
 MOST = 64 << 20  # bytes held out at most, which bounds the memory of the overlap index
+REPEATED = 0.3  # of a document's characters in strings shared with train, and it is train instead
 GOAL = 0.01  # of held-out characters in strings shared with train, above which lines are removed
 LINE = 0.5  # share of a line's characters in shared strings from which the line is removed
 LEAST = 32  # characters that a held-out document keeps at least, or it goes
@@ -31,7 +32,7 @@ class Text(NamedTuple):
     text: str
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Document:
     name: str
     domain: str
@@ -130,10 +131,19 @@ class Split:
             self._cut(self._documents)
             self.notes["split"] = f"last {TAIL:.0%} of the characters of the only document"
             return
-        bare = self._select()
+        self._compare()
+        bare = self._pick(set())
         if bare and self._part(bare):
             self.notes["cut_in_parts"] = sorted(bare)
-            bare = self._select()
+            self._compare()
+            bare = self._pick(set())
+        repeated = self._repeated()
+        if repeated:
+            self.notes["clusters_passed_over"] = (
+                f"{len(repeated)}, each with a document of which at least {REPEATED:.0%} lies in "
+                f"{dedup.WINDOW}-character strings of train"
+            )
+            bare = self._pick(repeated)
         if bare:
             self._cut([d for d in self._documents if d.domain in bare and not d.heldout])
             self.notes["split_by_tail"] = dict.fromkeys(
@@ -148,17 +158,22 @@ class Split:
         self.notes["clusters"] = clusters
         self.notes["near_duplicates"] = len(self._documents) - clusters
 
-    def _select(self) -> set[str]:
-        """Hold out whole clusters in the order of a hash; the domains where too few fit."""
+    def _compare(self) -> None:
+        """Give each document its near-duplicate cluster."""
         self._tell(f"comparing {len(self._documents)} documents")
         found = dedup.clusters(
             np.stack([dedup.signature(self._spool[d.slot]) for d in self._documents])
         )
-        members: dict[int, list[_Document]] = {}
         for document, cluster in zip(self._documents, found.tolist(), strict=True):
-            document.cluster, document.heldout = cluster, False
-            members.setdefault(cluster, []).append(document)
+            document.cluster = cluster
 
+    def _pick(self, without: set[int]) -> set[str]:
+        """Hold out whole clusters in the order of a hash; the domains where too few fit."""
+        members: dict[int, list[_Document]] = {}
+        for document in self._documents:
+            document.heldout = False
+            if document.cluster not in without:
+                members.setdefault(document.cluster, []).append(document)
         total = _sizes(self._documents)
         share = min(SHARE, MOST / sum(total.values()))
         taken: Counter[str] = Counter()
@@ -176,6 +191,15 @@ class Split:
                 for document in group:
                     document.heldout = True
         return {d for d in total if taken[d] < 0.5 * share * total[d]}
+
+    def _repeated(self) -> set[int]:
+        """Clusters held out whose text train mostly has, though in other documents' company."""
+        self._tell("looking for repeats")
+        chosen = [d for d in self._documents if d.heldout]
+        overlap = dedup.Overlap([self._spool[d.slot] for d in chosen])
+        overlap.scan(d.text for d in self.train())
+        shares = [float(np.mean(covered)) for covered in overlap.covered()]
+        return {d.cluster for d, share in zip(chosen, shares, strict=True) if share >= REPEATED}
 
     def _part(self, domains: set[str]) -> bool:
         """Cut the long documents of `domains` in parts; whether there were any."""

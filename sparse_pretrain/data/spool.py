@@ -51,6 +51,7 @@ def parts(text: str) -> Iterator[str]:
     start = at = 0
     while at < len(text):
         end = text.find("\n", at, at + PART) + 1 or min(at + PART, len(text))
+        # One line in PART / (2 * its length): half of PART on average beyond the least half.
         chosen = zlib.crc32(text[at:end].encode()) * PART < (end - at) << 33
         if (chosen and at - start >= PART // 2) or end - start > 4 * PART:
             if at > start:

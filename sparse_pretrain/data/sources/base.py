@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # A directory or file of tests is left out wherever it lies: many systems ship none.
-_TESTS = re.compile(r"^(tests?|testing|_testing|_tests?|idle_test|test_.*|.*_tests?|conftest)$")
+_TESTS = re.compile(r"^(_?testing|(.*_)?tests?(_.*)?|conftest)$")
 
 
 class Raw(NamedTuple):
@@ -99,7 +99,8 @@ def head(text: str, limit: int) -> str:
 def is_table(text: str) -> bool:
     """Whether less than half of the characters are letters or white space: data, not prose or code.
 
-    The stdlib's code has 0.75 to 0.95 such characters, its charmap and entity tables 0.2 to 0.5.
+    Of the library's code files above 16,000 characters none has less than 0.74 of these; colour
+    maps and code-point tables of packages have less than 0.5.
     """
     sample = text[: 1 << 16]
     return sum(map(str.isalpha, sample)) + sum(map(str.isspace, sample)) < 0.5 * len(sample)

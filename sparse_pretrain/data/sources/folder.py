@@ -115,11 +115,12 @@ def _documents(path: Path, name: str) -> Iterator[tuple[str, str]]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        text = _declared(data) if kind == ".py" else None
-        if text is None:
+        declared = _declared(data) if kind == ".py" else None
+        if declared is None:
             raise ValueError(
                 f"cannot decode {path}: not UTF-8 at byte {error.start} ({error.reason})"
             ) from None
+        text = declared
     yield name, text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -99,7 +98,7 @@ class Packages(base.Source):
                 and not _LEGAL.match(parts[-1])
                 and (file.suffix != ".txt" or _PROSE.search("/".join(parts[1:])))
             ):
-                path = Path(os.fspath(distribution.locate_file(file)))
+                path = Path(str(distribution.locate_file(file)))
                 if path.is_file():
                     files[f"{name}/{file.as_posix()}"] = path
         return files
@@ -115,7 +114,7 @@ class Packages(base.Source):
         level = share_out([sum(files.values()) for files in sizes.values()], MOST)
         for name, (distribution, files) in plan.items():
             area = _AREA.get(name, "libraries")
-            about = (distribution.metadata.get_payload() or "").strip()  # the long description
+            about = _description(distribution).strip()
             if len(about) > 500:
                 yield base.Raw(base.head(about + "\n", FILE), area, f"{name}/description")
             keep = _within(sizes[name], level)
@@ -136,6 +135,11 @@ class Packages(base.Source):
             "caps": {"all packages, bytes": MOST, "file, characters": FILE, "table": TABLE},
             "dropped": dict(sorted(dropped.items())),
         }
+
+
+def _description(distribution: importlib.metadata.Distribution) -> str:
+    """The long description, most often the README: the body of METADATA after its headers."""
+    return (distribution.read_text("METADATA") or "").partition("\n\n")[2]
 
 
 def share_out(sizes: list[int], most: int) -> int:

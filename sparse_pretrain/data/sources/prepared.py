@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
+import os
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from sparse_pretrain.data.sources import base
 
 # Names of the text feature, best first; otherwise the only Text feature is taken.
 FEATURES = ("text", "content", "article", "document", "sentence", "story", "body")
+RESOLVE = 10.0  # seconds that the name of a download's host may take to resolve
 HELDOUT = ("validation", "valid", "val", "dev", "heldout", "test")
 
 
@@ -39,12 +48,23 @@ class Prepared(base.Source):
         import tensorflow_datasets as tfds
 
         try:
-            builder = tfds.builder(self.dataset, file_format="array_record")
+            builder = tfds.builder(
+                self.dataset,
+                data_dir=os.environ.get("TFDS_DATA_DIR"),  # TFDS itself reads it at import only
+                file_format="array_record",
+            )
         except tfds.core.DatasetNotFoundError:
             raise self._fail("TFDS knows no such dataset") from None
         except Exception as error:
             raise self._fail(f"{type(error).__name__}: {error}") from None
+        self._feature(builder.info.features)  # refuse images before they are downloaded
         if not builder.is_prepared():
+            hosts = _unreachable(builder)
+            if hosts:
+                raise self._fail(
+                    f"not prepared in {builder.data_dir}, and its download from "
+                    f"{', '.join(hosts)} cannot be reached"
+                )
             try:
                 with quiet_tfds():
                     builder.download_and_prepare(file_format="array_record")
@@ -100,6 +120,36 @@ class Prepared(base.Source):
         )
 
 
+def _unreachable(builder: Any) -> list[str]:
+    """The hosts that a dataset is downloaded from, if no name of them resolves within seconds.
+
+    Left to itself the downloader retries for minutes. Behind a proxy, or where some download lies
+    there already, only trying can tell.
+    """
+    downloads = Path(builder.data_dir).parents[len(Path(builder.info.full_name).parts) - 1]
+    kept = [path for path in downloads.glob("downloads/**/*") if path.is_file()]
+    if any(".tmp." not in path.name for path in kept) or {"http", "https"} & set(getproxies()):
+        return []
+    try:
+        hosts = sorted({urlsplit(url).hostname or "" for url in builder.url_infos} - {""})
+    except Exception:  # a dataset need not register its downloads
+        return []
+    found: list[bool] = []
+    threads = [threading.Thread(target=_resolve, args=(h, found), daemon=True) for h in hosts]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + RESOLVE
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return [] if found else hosts
+
+
+def _resolve(host: str, found: list[bool]) -> None:
+    with contextlib.suppress(OSError):
+        if socket.getaddrinfo(host, 443):
+            found.append(True)
+
+
 def _text(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
@@ -109,9 +159,13 @@ def quiet_tfds() -> Iterator[None]:
     """TFDS without its messages and progress bars."""
     import tensorflow_datasets as tfds
 
+    retries = logging.getLogger("urllib3.connectionpool")
+    level = retries.level
+    retries.setLevel(logging.ERROR)
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         tfds.enable_progress_bar()
+        retries.setLevel(level)
