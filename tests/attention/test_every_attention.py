@@ -1,0 +1,225 @@
+"""The laws every attention variant keeps; a new row of the table is picked up by itself.
+
+A variant computes attention through an op of `sharding.ops`. The mask law puts a dense float64
+attention in the place of that op, which knows nothing but the variant's own `mask`, and demands
+the same values and gradients.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_pretrain import attention, nn, spec
+from sparse_pretrain.attention import base
+from sparse_pretrain.sharding import ops
+
+WIDTH, LENGTH = 48, 40
+
+# Settings of a variant beyond its defaults; a variant that is not named here is tested at those.
+SETTINGS = {
+    "full": {
+        "default": {"heads": 4},
+        "grouped": {"heads": 4, "kv_heads": 2, "head_dim": 16, "softcap": 5.0},
+        "bare": {"heads": 3, "kv_heads": 1, "qk_norm": False},
+    },
+    "mla": {
+        "default": {"heads": 2, "kv_rank": 16, "nope_dim": 8, "rope_dim": 8, "v_dim": 12},
+        "latent queries": {"heads": 3, "q_rank": 12, "kv_rank": 8, "softcap": 5.0},
+        "yarn": {"heads": 2, "rope": {"interleaved": True, "factor": 4.0, "original": 16}},
+    },
+}
+CASES = [
+    pytest.param(kind, changes, id=f"{kind}-{name}")
+    for kind in attention.TABLE
+    for name, changes in SETTINGS.get(kind, {"default": {}}).items()
+]
+every = pytest.mark.parametrize(("kind", "changes"), CASES)
+
+
+def made(kind, changes):
+    """(class, config, definition, parameters of which none sits at its initial value)."""
+    variant = attention.TABLE[kind]
+    config = spec.build(variant.Config, changes)
+    definition = nn.define(lambda keys: variant(config, WIDTH, keys))
+    params, prices = definition.init(jax.random.key(0))
+    assert not jax.tree.leaves(prices)
+    leaves, tree = jax.tree.flatten(params)
+    noise = [0.1 * jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(leaves)]
+    params = jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
+    return variant, config, definition, params
+
+
+def forward(definition, params, x, context):
+    return definition.merge(params, {})(x, context)
+
+
+def inputs(rng, rows=2, length=LENGTH):
+    """x and the context of rows that hold several documents, the last one padding at its end."""
+    x = jnp.asarray(rng.normal(size=(rows, length, WIDTH)), jnp.float32)
+    segments = np.zeros((rows, length), np.int32)
+    positions = np.zeros((rows, length), np.int32)
+    for row in range(rows):
+        cuts = np.sort(rng.choice(np.arange(3, length - 8), 2, replace=False))
+        edges = [0, *cuts.tolist(), length - 5 if row == rows - 1 else length]
+        for n, (start, end) in enumerate(itertools.pairwise(edges)):
+            segments[row, start:end] = n + 1
+            positions[row, start:end] = np.arange(end - start)
+    return x, base.Context(jnp.asarray(segments), jnp.asarray(positions))
+
+
+def one_document(rows, length):
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (rows, length))
+    return base.Context(jnp.ones((rows, length), jnp.int32), positions)
+
+
+def dense(mask, calls):
+    """An op like flash that attends densely, in float64, where `mask` [B, L, L] allows."""
+
+    def attend(q, k, v, *, scale, softcap=None, **ignored):
+        calls.append(sorted(ignored))
+        wide = [a.astype(jnp.float64) for a in (q, k, v)]
+        q64, k64, v64 = (jnp.moveaxis(a, 2, 1) for a in wide)
+        share = q64.shape[1] // k64.shape[1]
+        k64, v64 = (jnp.repeat(a, share, axis=1) for a in (k64, v64))
+        score = jnp.matmul(q64, jnp.swapaxes(k64, 2, 3)) * scale
+        if softcap is not None:
+            score = softcap * jnp.tanh(score / softcap)
+        seen = jnp.broadcast_to(mask[:, None], score.shape)
+        none = ~jnp.any(seen, axis=-1, keepdims=True)
+        weight = jax.nn.softmax(jnp.where(seen | none, score, -jnp.inf), axis=-1)
+        weight = jnp.where(none, 0.0, weight)
+        return jnp.moveaxis(jnp.matmul(weight, v64), 1, 2).astype(v.dtype)
+
+    return attend
+
+
+def close(got, want, factor=1.0):
+    """Equal to float32 rounding, relative to the largest value of each array."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        scale = max(float(np.abs(b).max()), 1e-6)
+        np.testing.assert_allclose(a / scale, b / scale, atol=factor * 2e-5)
+
+
+@every
+def test_it_equals_dense_attention_under_its_own_mask(kind, changes, rng, monkeypatch):
+    variant, config, definition, params = made(kind, changes)
+    x, context = inputs(rng)
+    cotangent = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+
+    def value_and_gradients():
+        def run(params, x):
+            y, pull = jax.vjp(lambda p, x: forward(definition, p, x, context), params, x)
+            return y, pull(cotangent)
+
+        return jax.jit(run)(params, x)
+
+    ours = value_and_gradients()
+    calls = []
+    with jax.enable_x64(True):
+        mask = variant.mask(config, context)
+        assert mask.shape == (*x.shape[:2], x.shape[1])
+        monkeypatch.setattr(ops, "flash", dense(mask, calls))
+        oracle = value_and_gradients()
+    assert calls, f"{kind} attends through no op that this law replaces"
+    close(ours, oracle)
+    # the law is empty where the gradient is
+    assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(ours[1]))
+
+
+@every
+def test_a_gradient_is_zero_exactly_where_the_mask_is(kind, changes, rng):
+    variant, config, definition, params = made(kind, changes)
+    x, context = inputs(rng)
+    mask = np.asarray(variant.mask(config, context))
+    assert not np.triu(mask, 1).any()
+
+    @jax.jit
+    def gradient(cotangent):
+        return jax.vjp(lambda x: forward(definition, params, x, context), x)[1](cotangent)[0]
+
+    for query in (0, 5, LENGTH // 2, LENGTH - 6, LENGTH - 1):
+        cotangent = np.zeros(x.shape, np.float32)
+        cotangent[:, query] = rng.normal(size=(x.shape[0], WIDTH))
+        reached = np.abs(gradient(jnp.asarray(cotangent))).max(axis=-1)
+        np.testing.assert_array_equal(reached[~mask[:, query]], 0.0)
+        assert (reached[mask[:, query]] > 0).all()
+
+
+@every
+def test_a_later_token_changes_no_earlier_output(kind, changes, rng):
+    _, _, definition, params = made(kind, changes)
+    x, context = inputs(rng)
+    later = x.at[:, 17:].set(jnp.asarray(rng.normal(size=x[:, 17:].shape), jnp.float32))
+    run = jax.jit(lambda x: forward(definition, params, x, context))
+    before, after = run(x), run(later)
+    np.testing.assert_array_equal(before[:, :17], after[:, :17])
+    assert np.abs(before[:, 17:30] - after[:, 17:30]).max(axis=-1).all()
+
+
+@every
+def test_packed_documents_equal_separate_runs(kind, changes, rng):
+    _, _, definition, params = made(kind, changes)
+    x, context = inputs(rng)
+    run = jax.jit(lambda x, context: forward(definition, params, x, context))
+    together, segments = np.asarray(run(x, context)), np.asarray(context.segments)
+    places = [np.nonzero(segments[r] == n)[0] for r in range(2) for n in (1, 2, 3)]
+    alone, count = np.zeros((6, LENGTH, WIDTH), np.float32), np.zeros((6, 1), np.int32)
+    for n, where in enumerate(places):  # each document at the start of a row of its own
+        assert where.size
+        alone[n, : where.size], count[n] = np.asarray(x)[n // 3, where], where.size
+    order = np.broadcast_to(np.arange(LENGTH, dtype=np.int32)[None], (6, LENGTH))
+    separate = base.Context(jnp.asarray((order < count).astype(np.int32)), jnp.asarray(order))
+    separate = np.asarray(run(jnp.asarray(alone), separate))
+    for n, where in enumerate(places):
+        close(together[n // 3, where], separate[n, : where.size])
+    assert (segments == 0).any()
+    np.testing.assert_array_equal(together[segments == 0], 0.0)
+
+
+@every
+def test_decoding_equals_the_parallel_forward(kind, changes, rng):
+    variant, config, definition, params = made(kind, changes)
+    length = 20
+    x = jnp.asarray(rng.normal(size=(2, length, WIDTH)), jnp.float32)
+    context = one_document(2, length)
+    parallel = jax.jit(lambda x: forward(definition, params, x, context))(x)
+    sizes = variant.cache_shapes(config, WIDTH, 2, length)
+    cache = {name: jnp.zeros(size, jnp.float32) for name, size in sizes.items()}
+    step = jax.jit(lambda x, cache, t: definition.merge(params, {}).decode(x, cache, t))
+    for t in range(length):
+        y, cache = step(x[:, t : t + 1], cache, jnp.int32(t))
+        close(y[:, 0], parallel[:, t])
+    assert {name: c.shape for name, c in cache.items()} == sizes
+
+
+@every
+def test_its_figures_are_its_own(kind, changes):
+    variant, config, _, params = made(kind, changes)
+    held = sum(int(np.prod(s)) for s in variant.cache_shapes(config, WIDTH, 3, 7).values())
+    assert held == 3 * 7 * variant.kv_elements(config, WIDTH) > 0
+    # every projection is applied once to every token; a multiply-add counts as 2
+    matrices = sum(p.size for p in jax.tree.leaves(params) if p.ndim > 1)
+    assert variant.work(config, WIDTH, 64).linear == 2 * matrices
+    works = [variant.work(config, WIDTH, length) for length in (64, 512, 4096)]
+    for work in works:
+        assert min(work) > 0
+        assert work.core_backward >= work.core >= work.core_model
+    assert works[0].core_model < works[1].core_model <= works[2].core_model
+
+
+@every
+def test_it_fits_the_house(kind, changes):
+    variant, config, definition, params = made(kind, changes)
+    assert variant.Config.KIND == kind
+    assert spec.build(variant.Config, config.to_dict()) == config
+    dims = jax.tree.leaves(definition.dims, is_leaf=lambda d: isinstance(d, tuple))
+    for names, array in zip(dims, jax.tree.leaves(params), strict=True):
+        assert len(names) == array.ndim
+        assert array.dtype == jnp.float32
+    x, context = inputs(np.random.default_rng(3))
+    y = jax.jit(lambda x: forward(definition, params, x, context))(x.astype(jnp.bfloat16))
+    assert (y.shape, y.dtype) == (x.shape, jnp.bfloat16)
+    assert np.isfinite(np.asarray(y, np.float32)).all()
