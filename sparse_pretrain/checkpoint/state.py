@@ -127,7 +127,7 @@ def load(path: Path, meta: Mapping[str, Any], template: Any, *, partial: bool) -
         shape = tuple(saved[extra[0]][1])
         raise CheckpointError(f"{path}: {extra[0]} of shape {shape} there has no place here")
     abstract = {k: {n: _abstract(x) for n, x in v.items()} for k, v in groups.items() if v}
-    arrays = {}
+    arrays: dict[str, jax.Array] = {}
     with _hushed():
         for field, leaves in abstract.items():
             try:

@@ -48,20 +48,21 @@ def check_adam(config: Any) -> None:
         spec.require(value >= 0, f"{name}: must be 0 or more, got {value}")
 
 
+def build(config: Config, dims: Any, schedule: Schedule) -> optax.GradientTransformation:
+    """The update rule for parameters with these dimension names.
+
+    Shapes: `dims` is the nested dict of the parameters with a tuple of names at each leaf.
+    Source: 1711.05101, algorithm 2, with the rate times the decay as in torch.
+    """
+    return finish(config, dims, schedule, adam(config))
+
+
 class AdamW:
     """Adam on every parameter; matrices, the head and the routers decay."""
 
     KIND = Config.KIND
     Config = Config
-
-    @staticmethod
-    def build(config: Config, dims: Any, schedule: Schedule) -> optax.GradientTransformation:
-        """The update rule for parameters with these dimension names.
-
-        Shapes: `dims` is the nested dict of the parameters with a tuple of names at each leaf.
-        Source: 1711.05101, algorithm 2, with the rate times the decay as in torch.
-        """
-        return finish(config, dims, schedule, adam(config))
+    build = staticmethod(build)
 
 
 def adam(config: Any) -> optax.GradientTransformation:

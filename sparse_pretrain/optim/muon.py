@@ -79,34 +79,35 @@ class State(NamedTuple):
     momentum: Any
 
 
+def build(config: Config, dims: Any, schedule: Schedule) -> optax.GradientTransformation:
+    """The update rule for parameters with these dimension names.
+
+    Shapes: `dims` is the nested dict of the parameters with a tuple of names at each leaf.
+    Errors: ValueError naming the first parameter of three or more dims whose names do not say
+    which of them its matrices reduce over.
+    Source: Jordan 2024; 2502.16982 (root mean square, decay); 2606.19348 (coefficients).
+    Differs: from `optax.contrib.muon`, no bias correction (the result has no scale, so it
+    would only tilt Nesterov's mix in the first steps), and no silent fall-back to Adam.
+    """
+    for name, d in groups.leaves(dims):
+        if groups.group(d) == "unknown":
+            raise ValueError(
+                f"{name}: dims {d} name no Muon dimension numbers; teach optim/groups.py which "
+                "of them are copies or heads, or use optim.kind=adamw"
+            )
+    labels = groups.map_dims(lambda d: "muon" if config.orthogonal(d) else "adam", dims)
+    direction = optax.partition(
+        {"muon": scale_by_muon(config, dims), "adam": adamw.adam(config)}, labels
+    )
+    return adamw.finish(config, dims, schedule, direction)
+
+
 class Muon:
     """Momentum orthogonalised by Newton-Schulz, one matrix per layer, expert and perhaps head."""
 
     KIND = Config.KIND
     Config = Config
-
-    @staticmethod
-    def build(config: Config, dims: Any, schedule: Schedule) -> optax.GradientTransformation:
-        """The update rule for parameters with these dimension names.
-
-        Shapes: `dims` is the nested dict of the parameters with a tuple of names at each leaf.
-        Errors: ValueError naming the first parameter of three or more dims whose names do not say
-        which of them its matrices reduce over.
-        Source: Jordan 2024; 2502.16982 (root mean square, decay); 2606.19348 (coefficients).
-        Differs: from `optax.contrib.muon`, no bias correction (the result has no scale, so it
-        would only tilt Nesterov's mix in the first steps), and no silent fall-back to Adam.
-        """
-        for name, d in groups.leaves(dims):
-            if groups.group(d) == "unknown":
-                raise ValueError(
-                    f"{name}: dims {d} name no Muon dimension numbers; teach optim/groups.py which "
-                    "of them are copies or heads, or use optim.kind=adamw"
-                )
-        labels = groups.map_dims(lambda d: "muon" if config.orthogonal(d) else "adam", dims)
-        direction = optax.partition(
-            {"muon": scale_by_muon(config, dims), "adam": adamw.adam(config)}, labels
-        )
-        return adamw.finish(config, dims, schedule, direction)
+    build = staticmethod(build)
 
 
 def scale_by_muon(config: Config, dims: Any) -> optax.GradientTransformation:
