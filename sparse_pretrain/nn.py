@@ -59,7 +59,7 @@ def _fill(template: nnx.State, values: dict) -> nnx.State:
     return state
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, to be a static argument
 class Definition:
     """A model without arrays: what to build, and names and shapes of all it holds."""
 

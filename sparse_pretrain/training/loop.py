@@ -81,7 +81,9 @@ class Trainer:
     def _check_same(self) -> None:
         saved = checkpoint.read_json(self.workdir / "run.json")
         if saved is not None:
-            checkpoint.check_compatible(saved["config"], self.config_dict, self.workdir)
+            notes = checkpoint.check_compatible(saved["config"], self.config_dict, self.workdir)
+            for note in notes if not self.quiet else ():
+                Console().print(f"note: config.{note}", markup=False, highlight=False)
 
     def _start(self) -> tuple[state.TrainState, Any]:
         """(state, training iterator): fresh, resumed, or from another run's weights."""
@@ -103,7 +105,23 @@ class Trainer:
     # --- the run ---
 
     def run(self) -> dict[str, Any]:
-        """Steps from where the workdir stands to the end; returns the summary."""
+        """Steps from where the workdir stands to the end; returns the summary.
+
+        Whatever stops it is written to run.json before it is raised again.
+        """
+        try:
+            return self._run()
+        except recovery.Interrupted as e:
+            self._status("interrupted", str(e))
+            raise
+        except BaseException as e:
+            self._status("failed", str(e).strip().splitlines()[0] if str(e) else type(e).__name__)
+            raise
+        finally:
+            self.saver.close()
+
+    def _run(self) -> dict[str, Any]:
+        checkpoint.warm()
         train_state, batches = self._start()
         start = int(train_state.step)
         run.write_json(self.workdir / "run.json", self.record)
@@ -161,7 +179,6 @@ class Trainer:
                 clock = time.perf_counter()
             if asked and n < self.steps:
                 self.saver.wait()
-                self._status("interrupted")
                 raise recovery.Interrupted(
                     f"stopped at step {n} of {self.steps}; the checkpoint is written, run the same "
                     "command again to continue"
@@ -177,7 +194,6 @@ class Trainer:
         loss, seconds = float(out["loss"]), now - clock
         if not (math.isfinite(loss) and math.isfinite(float(out["grad_norm"]))):
             path = recovery.save_batch(self.workdir, n, batch)
-            self._status("failed")
             raise recovery.RunFailed(
                 f"step {n}: loss {loss} and gradient norm {float(out['grad_norm'])} are not both "
                 f"finite; the batch is saved as {path.name}, earlier checkpoints are intact"
@@ -235,8 +251,8 @@ class Trainer:
             commit=self.record["commit"],
         )
 
-    def _status(self, status: str) -> None:
-        self.record["status"] = status
+    def _status(self, status: str, error: str | None = None) -> None:
+        self.record |= {"status": status, "error": error}
         run.write_json(self.workdir / "run.json", self.record)
 
     # --- after the last step ---

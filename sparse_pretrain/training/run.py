@@ -53,7 +53,8 @@ def prepare(experiment: configs.Experiment) -> Prepared:
     )
     # the optimizer multiplies by the schedule and each group's share of the peak
     tx = optim.TABLE[experiment.optim.KIND].build(experiment.optim, definition.dims, schedule)
-    return Prepared(experiment, dataset, definition, run, schedule, tx, derive(experiment, run))
+    derived = derive(experiment, run) | {"train_tokens": dataset.train_tokens}
+    return Prepared(experiment, dataset, definition, run, schedule, tx, derived)
 
 
 def derive(experiment: configs.Experiment, run: configs.Run) -> dict[str, Any]:
@@ -151,6 +152,8 @@ def record(prepared: Prepared, argv: list[str]) -> dict[str, Any]:
         "status": "running",
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "argv": argv,
+        "pid": os.getpid(),
+        "host": platform.node(),
         "commit": commit(),
         **environment(),
         "manifest": prepared.dataset.manifest,

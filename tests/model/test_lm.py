@@ -16,7 +16,7 @@ from tests.model.conftest import DENSE, EXPERTS, packed, small
 
 def _made(config, key=0):
     definition = lm.define(config)
-    params, prices = definition.init(jax.random.key(key))
+    params, prices = jax.jit(definition.init)(jax.random.key(key))
     # zero biases hide bugs
     leaves, tree = jax.tree.flatten(prices)
     keys = jax.random.split(jax.random.key(9), max(len(leaves), 1))
@@ -25,10 +25,14 @@ def _made(config, key=0):
 
 
 def _logits(definition, params, prices, batch):
-    model = definition.merge(params, prices)
-    hidden, _ = model(batch)
-    head, layout = model.head_weight()
-    return jnp.einsum("bld,dv->blv" if layout == "DV" else "bld,vd->blv", hidden, head)
+    @jax.jit
+    def run(params, prices, batch):
+        model = definition.merge(params, prices)
+        hidden, _ = model(batch)
+        head, layout = model.head_weight()
+        return jnp.einsum("bld,dv->blv" if layout == "DV" else "bld,vd->blv", hidden, head)
+
+    return run(params, prices, batch)
 
 
 def _loss(definition, prices, batch):
@@ -36,14 +40,14 @@ def _loss(definition, prices, batch):
         weight = jnp.sum(jnp.asarray(batch.weights))
         return loss.loss_sums(definition, params, prices, batch, weight, 1)[0]
 
-    return value
+    return jax.jit(value)
 
 
 def test_scan_unroll_and_remat_agree(batch):
     results = []
     for changes in ({}, {"scan": False}, {"remat": "full"}, {"remat": "dots"}):
         definition, params, prices = _made(small(**changes))
-        results.append(jax.value_and_grad(_loss(definition, prices, batch))(params))
+        results.append(jax.jit(jax.value_and_grad(_loss(definition, prices, batch)))(params))
     for value, grads in results[1:]:
         np.testing.assert_allclose(value, results[0][0], rtol=1e-6)
         for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(results[0][1]), strict=True):
@@ -64,7 +68,7 @@ def test_packed_documents_equal_separate_rows(batch):
     definition, params, prices = _made(small())
     together = np.asarray(_logits(definition, params, prices, batch))
     row = 1
-    for segment in range(1, int(batch.segments[row].max()) + 1):
+    for segment in (1, 2):
         where = np.flatnonzero(batch.segments[row] == segment)
         alone = shapes.Batch(*(np.asarray(f)[row : row + 1, where] for f in batch))
         alone = alone._replace(segments=np.ones_like(alone.segments))
@@ -84,8 +88,9 @@ def test_decoding_equals_the_parallel_forward(tied, rng):
     parallel = _logits(definition, params, prices, batch)
     model = definition.merge(params, prices)
     cache = lm.init_cache(model, 2, length)
+    decode = jax.jit(lambda token, cache, t: lm.decode(model, token, cache, t))
     for t in range(length):
-        logits, cache = lm.decode(model, jnp.asarray(ids[:, t]), cache, t)
+        logits, cache = decode(jnp.asarray(ids[:, t]), cache, t)
         np.testing.assert_allclose(logits, parallel[:, t], atol=2e-5)
 
 
@@ -125,7 +130,7 @@ def test_padding_moves_no_load_and_no_loss(rng):
     changed[-1, -5:] = 3
     other = batch._replace(tokens=changed)
     for which in (batch, other):
-        _, aux = definition.merge(params, prices)(which)
+        _, aux = jax.jit(lambda batch: definition.merge(params, prices)(batch))(which)
         for load in aux.load.values():
             np.testing.assert_array_equal(load.sum(-1), 2 * (batch.segments > 0).sum())
     a, b = (_loss(definition, prices, x)(params) for x in (batch, other))
