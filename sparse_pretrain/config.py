@@ -121,6 +121,11 @@ class Experiment(spec.Config):
             self.data.batch % self.accumulate == 0,
             f"accumulate: {self.accumulate} does not divide data.batch {self.data.batch}",
         )
+        spec.require(
+            self.tokens_per_step < 2**31,
+            f"data.batch: {self.data.batch} rows of seq {self.data.seq} are {self.tokens_per_step} "
+            "tokens, a step holds fewer than 2**31",
+        )
         self._check_blocks()
         steps = self.steps_of(0)
         if steps:

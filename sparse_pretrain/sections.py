@@ -16,6 +16,7 @@ from typing import Any
 from sparse_pretrain import spec
 
 LARGEST = 2**53  # where a float stops holding every whole number, and JSON readers lose digits
+SMALLEST = 1e-37  # about the smallest normal float32, which every number ends up in
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -294,6 +295,8 @@ def _check_numbers(value: Any, path: str) -> None:
         where = f"{path}[{i}]" if isinstance(value, (list, tuple)) else path
         if isinstance(number, float):
             spec.require(math.isfinite(number), f"{where}: must be finite, got {number}")
+            ok = number == 0 or SMALLEST <= abs(number) <= 1 / SMALLEST
+            spec.require(ok, f"{where}: {number} is beyond what float32 holds")
         elif isinstance(number, int):
             # not printed: past 4300 digits Python refuses to
             spec.require(abs(number) <= LARGEST, f"{where}: must be at most 2**53 = {LARGEST}")

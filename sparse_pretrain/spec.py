@@ -125,3 +125,14 @@ def positive(config: Config, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value > 0, f"{name}: must be positive, got {value}")
+
+
+def at_most(config: Config, limit: int, *names: str) -> None:
+    """ValueError naming the first of `names` that is above `limit`.
+
+    Sizes need a bound so that a slip of the keyboard is refused at once, and not by whatever
+    overflows or runs out of memory first.
+    """
+    for name in names:
+        value = getattr(config, name)
+        require(value <= limit, f"{name}: must be at most {limit}, got {value}")

@@ -28,6 +28,7 @@ class Config(spec.Config):
 
     def __post_init__(self):
         spec.positive(self, "heads")
+        spec.at_most(self, 2**16, "heads", "kv_heads", "head_dim")
         spec.require(self.kv_heads >= 0, f"kv_heads: must not be negative, got {self.kv_heads}")
         spec.require(
             self.heads % (self.kv_heads or self.heads) == 0,

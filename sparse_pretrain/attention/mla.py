@@ -30,7 +30,9 @@ class Config(spec.Config):
     rope: layers.RopeConfig = layers.RopeConfig(interleaved=True)
 
     def __post_init__(self):
-        spec.positive(self, "heads", "kv_rank", "nope_dim", "rope_dim", "v_dim", "norm_eps")
+        sizes = ("heads", "kv_rank", "nope_dim", "rope_dim", "v_dim")
+        spec.positive(self, *sizes, "norm_eps")
+        spec.at_most(self, 2**16, *sizes, "q_rank")
         spec.require(self.q_rank >= 0, f"q_rank: must not be negative, got {self.q_rank}")
         spec.require(self.rope_dim % 2 == 0, f"rope_dim: must be even, got {self.rope_dim}")
         spec.require(self.softcap >= 0, f"softcap: must not be negative, got {self.softcap}")

@@ -21,6 +21,7 @@ class DenseConfig(spec.Config):
 
     def __post_init__(self):
         spec.positive(self, "hidden")
+        spec.at_most(self, 2**24, "hidden")
 
 
 class Dense(nn.Module):

@@ -48,7 +48,8 @@ class RopeConfig(spec.Config):
     mscale: float = 1.0
 
     def __post_init__(self):
-        spec.positive(self, "theta", "original", "beta_fast", "beta_slow")
+        spec.positive(self, "original", "beta_fast", "beta_slow")
+        spec.require(self.theta > 1, f"theta: must be above 1, got {self.theta}")
         spec.require(self.factor >= 1.0, f"factor: must be at least 1, got {self.factor}")
 
     @property

@@ -40,6 +40,7 @@ class Config(spec.Config):
 
     def __post_init__(self):
         spec.positive(self, "width", "norm_eps")
+        spec.at_most(self, 2**24, "width", "vocab")
         spec.require(self.vocab >= 0, f"vocab: must not be negative, got {self.vocab}")
         spec.require(self.repeats >= 0, f"repeats: must not be negative, got {self.repeats}")
         for field in ("softcap", "z_loss"):
@@ -47,6 +48,10 @@ class Config(spec.Config):
             spec.require(value >= 0, f"{field}: must not be negative, got {value}")
         spec.require(
             self.dtype in DTYPES, f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}"
+        )
+        spec.require(
+            self.dtype != "float64" or jax.config.jax_enable_x64,
+            "dtype: float64 needs the environment variable JAX_ENABLE_X64=1",
         )
         spec.require(
             self.remat in REMAT, f"remat: {self.remat!r} is not one of {', '.join(REMAT)}"
@@ -58,6 +63,8 @@ class Config(spec.Config):
                     name in self.blocks, f"{field}: block {name!r} is not in blocks ({known})"
                 )
         spec.require(self.layers > 0, f"repeats: the model has no layer (pattern {self.pattern})")
+        depth = f"repeats: {self.repeats} of {self.pattern} are {self.layers} layers, above 10000"
+        spec.require(self.layers <= 10000, depth)
 
     @property
     def layers(self) -> int:

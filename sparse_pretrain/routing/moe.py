@@ -25,6 +25,8 @@ class Config(spec.Config):
 
     def __post_init__(self):
         spec.positive(self, "experts", "top_k", "hidden")
+        spec.at_most(self, 2**20, "experts", "shared")
+        spec.at_most(self, 2**24, "hidden")
         spec.require(self.shared >= 0, f"shared: must not be negative, got {self.shared}")
         spec.require(
             self.top_k <= self.experts, f"top_k: {self.top_k} exceeds experts {self.experts}"

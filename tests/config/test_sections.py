@@ -142,6 +142,8 @@ def test_optional_sections():
         ({"width": 10**400}, ["config.width: must be at most 2**53"]),
         ({"width": 8, "lr": float("nan")}, ["config.lr: must be finite, got nan"]),
         ({"width": 8, "lr": float("inf")}, ["config.lr: must be finite, got inf"]),
+        ({"width": 8, "lr": 1e300}, ["config.lr: 1e+300 is beyond what float32 holds"]),
+        ({"width": 8, "lr": 1e-300}, ["config.lr: 1e-300 is beyond what float32 holds"]),
         ({"width": 8, "lr": None}, ["config.lr"]),
         ({"width": 8, "pattern": "abc"}, ["config.pattern: expected a list", "'abc'"]),
         ({"width": 8, "pattern": ["a", 1]}, ["config.pattern[1]: expected str, got int 1"]),
