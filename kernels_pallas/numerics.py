@@ -31,30 +31,34 @@ def tolerance(dtype) -> float:
     return TOLERANCE[jnp.dtype(dtype).name]
 
 
-def error(got, want) -> float:
-    """Return max |got - want| over max |want|, nan and infinity counting as infinite error."""
+def error(got, want, *, floor=0.0) -> float:
+    """Return max |got - want| over max |want|, nan and infinity counting as infinite error.
+
+    A magnitude under `floor` counts as floor, for results that may be zero but for rounding.
+    """
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     if got.shape != want.shape:
         raise ValueError(f"shapes differ: got {got.shape}, want {want.shape}")
     if got.size == 0:
         return 0.0
     worst = np.abs(got - want).max()
-    scale = np.abs(want).max()
+    scale = max(np.abs(want).max(), floor)
     if not np.isfinite(worst):
         return float("inf")
     return float(worst / scale) if scale > 0 else float(worst)
 
 
-def report(got, want, *, dtype=None, factor=1.0) -> str | None:
+def report(got, want, *, dtype=None, factor=1.0, floor=0.0) -> str | None:
     """Return None when the trees agree to the tolerance of dtype, else where and by how much.
 
-    `dtype` is got's own for each leaf when None; `factor` multiplies the tolerance.
+    `dtype` is got's own for each leaf when None; `factor` multiplies the tolerance; `floor` is
+    the smallest magnitude that errors are held against.
     """
     lines = []
     paths = jax.tree_util.tree_flatten_with_path(got)[0]
     for (path, g), w in zip(paths, jax.tree.leaves(want), strict=True):
         limit = tolerance(dtype or g.dtype) * factor
-        found = error(g, w)
+        found = error(g, w, floor=floor)
         if not found <= limit:
             g64, w64 = np.asarray(g, np.float64), np.asarray(w, np.float64)
             where = np.unravel_index(np.argmax(np.abs(g64 - w64)), g64.shape)

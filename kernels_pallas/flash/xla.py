@@ -3,164 +3,24 @@
 Queries and keys are cut in blocks; only o and the logarithm of the softmax's denominator are
 kept, and the backward pass computes the scores of a block again. Block pairs that no query sees
 by position are never computed. Few query blocks are unrolled, so a short row costs no loop; many
-become a scan over query blocks with a bounded loop over key blocks.
-
-Letters beside the house's: N = B x K rows of the batched products, G = H / K query heads per key
-head, R = G x block_q query rows of one product, U = keys of one block.
+become a scan over query blocks with a bounded loop over key blocks. Letters as in pairs.py.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# A masked score. Finite, so that no difference of two is nan; a row whose largest score is under
-# EMPTY sees nothing.
-MASKED, EMPTY = -1e30, -1e29
+from kernels_pallas.flash import pairs
+
 # Query blocks up to this many are unrolled.
 UNROLL = 4
 # Both sides of a block: between these, a quarter of the row. Measured on two cores (see below).
 SMALLEST, LARGEST = 128, 512
-
-
-class _Plan(NamedTuple):
-    """All that is known when tracing."""
-
-    scale: float
-    causal: bool
-    window: int | None
-    softcap: float | None
-    block_q: int
-    block_k: int
-    L: int
-    S: int
-
-    @property
-    def offset(self) -> int:
-        """Position of query 0."""
-        return self.S - self.L
-
-
-def _wide(dtype):
-    """Return the dtype of scores and sums: float32, or float64 for float64."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
-
-
-# The products. XLA:CPU (jax 0.12) runs a batched bfloat16 product on the matrix units only when
-# the left operand is contracted over its last dim; others become float32 loops, or wait for a
-# transposed copy of the big operand. So everything contracted over queries is written with the
-# small operand transposed, on the left. Measured at N=64, 256 x 256, head 64, one core, GFLOP/s:
-#   scores nrd,nud->nru              350     dv nru,nrd->nud (what autodiff writes)      40
-#   output nru,nud->nrd              530     dv with rows split in two                  220
-#   dq     nru,nud->nrd              530     dv ndr,nru->ndu, do transposed             540
-def _rows_by_keys(a_NxRxD, b_NxUxD, dtype):
-    return jnp.einsum("nrd,nud->nru", a_NxRxD, b_NxUxD, preferred_element_type=dtype)
-
-
-def _weigh_keys(w_NxRxU, b_NxUxD, dtype):
-    return jnp.einsum("nru,nud->nrd", w_NxRxU, b_NxUxD, preferred_element_type=dtype)
-
-
-def _weigh_rows(a_NxDxR, w_NxRxU, dtype):
-    return jnp.einsum("ndr,nru->ndu", a_NxDxR, w_NxRxU, preferred_element_type=dtype)
-
-
-def _bias(plan, start_q, start_k, size_q, size_k, segments_q, segments_k, dtype):
-    """0 where seen and MASKED elsewhere, [B or 1, 1, 1, size_q, size_k].
-
-    The barrier keeps it one array that the heads share: fused into its users it is computed for
-    every head, and costs more than the exponential.
-    """
-    position_Q = start_q + plan.offset + lax.iota(jnp.int32, size_q)
-    key_U = start_k + lax.iota(jnp.int32, size_k)
-    ahead_QxU = position_Q[:, None] - key_U[None, :]
-    seen_QxU = jnp.broadcast_to((key_U < plan.S)[None, :], (size_q, size_k))
-    if plan.causal:
-        seen_QxU &= ahead_QxU >= 0
-    if plan.window is not None:
-        seen_QxU &= ahead_QxU < plan.window
-    seen_BxQxU = seen_QxU[None]
-    if segments_q is not None:
-        seen_BxQxU &= segments_q[:, :, None] == segments_k[:, None, :]
-    zero, masked = jnp.zeros((), dtype), jnp.full((), MASKED, dtype)
-    bias_BxQxU = lax.optimization_barrier(jnp.where(seen_BxQxU, zero, masked))
-    return bias_BxQxU[:, None, None]
-
-
-def _scores(plan, raw, bias):
-    """Scale, cap and mask; [B, K, G, Q, U]."""
-    scores = raw * np.asarray(plan.scale, raw.dtype)
-    if plan.softcap is not None:
-        cap = np.asarray(plan.softcap, raw.dtype)
-        scores = jnp.tanh(scores / cap) * cap
-    return scores if bias is None else scores + bias
-
-
-def _pair(plan, q, k, v, bias, state):
-    """Add one pair of blocks to the softmax; q [B, K, G, Q, Dk], k and v [N, U, D].
-
-    state is (top, total, sum): largest score and denominator [B, K, G, Q], numerator
-    [B, K, G, Q, Dv]; None before the first pair when there are no sinks.
-    """
-    dtype = _wide(q.dtype)
-    B, K, G, Q = q.shape[:4]
-    raw = _rows_by_keys(q.reshape(B * K, G * Q, -1), k, dtype).reshape(B, K, G, Q, -1)
-    scores = _scores(plan, raw, bias)
-    floor = np.asarray(EMPTY, dtype) if state is None else state[0]
-    top = jnp.maximum(scores.max(-1), floor)
-    weights = jnp.exp(scores - top[..., None]).astype(v.dtype)
-    # One array for the sum and the product, or the exponential is computed for each.
-    weights = lax.optimization_barrier(weights)
-    total = weights.astype(dtype).sum(-1)
-    summed = _weigh_keys(weights.reshape(B * K, G * Q, -1), v, dtype).reshape(B, K, G, Q, -1)
-    if state is not None:
-        shrink = jnp.exp(state[0] - top)
-        total += state[1] * shrink
-        summed += state[2] * shrink[..., None]
-    return top, total, summed
-
-
-def _finish(state, dtype):
-    """Return o [B, K, G, Q, Dv] and the logarithm of the denominator [B, K, G, Q]."""
-    top, total, summed = state
-    empty = total == 0
-    total = jnp.where(empty, jnp.ones_like(total), total)
-    # A row that sees nothing: its weights in the backward pass are exp(score - 1e30) = 0.
-    lse = jnp.where(empty, jnp.full_like(top, -MASKED), top + jnp.log(total))
-    return (summed / total[..., None]).astype(dtype), lse
-
-
-def _start(sinks, B, K, G, Q, Dv, dtype):
-    """Return the softmax before any key: of the sinks alone, or of nothing."""
-    if sinks is None:
-        top, total = jnp.full((B, K, G, Q), EMPTY, dtype), jnp.zeros((B, K, G, Q), dtype)
-    else:
-        top = jnp.broadcast_to(sinks.astype(dtype).reshape(1, K, G, 1), (B, K, G, Q))
-        total = jnp.ones((B, K, G, Q), dtype)
-    return top, total, jnp.zeros((B, K, G, Q, Dv), dtype)
-
-
-def _pair_gradients(plan, q, q_T, k, v, do, do_T, bias, lse, delta):
-    """Return dq [N, R, Dk], dk [N, Dk, U], dv [N, Dv, U] of one pair; dq and dk before scale."""
-    dtype = lse.dtype
-    B, K, G, Q = lse.shape
-    N, R = B * K, G * Q
-    raw = _rows_by_keys(q, k, dtype).reshape(B, K, G, Q, -1)
-    scores = _scores(plan, raw, bias)
-    weights = lax.optimization_barrier(jnp.exp(scores - lse[..., None]).astype(v.dtype))
-    d_weights = _rows_by_keys(do, v, dtype).reshape(B, K, G, Q, -1)
-    d_scores = weights.astype(dtype) * (d_weights - delta[..., None])
-    if plan.softcap is not None:
-        bent = jnp.tanh(raw * np.asarray(plan.scale / plan.softcap, dtype))
-        d_scores *= 1 - bent * bent
-    d_scores = lax.optimization_barrier(d_scores.astype(k.dtype)).reshape(N, R, -1)
-    dv = _weigh_rows(do_T, weights.reshape(N, R, -1), dtype)
-    return _weigh_keys(d_scores, k, dtype), _weigh_rows(q_T, d_scores, dtype), dv
 
 
 # Layouts. Heads lead: queries [B, K, G, L, D] and [B, K, G, D, L], keys [N, S, D].
@@ -195,7 +55,7 @@ def _keys_back(x_NxDxS, B):
 # Unrolled: every start and size is a Python number.
 
 
-def _pairs(plan, start, stop):
+def _keys(plan, start, stop):
     """Yield (start_k, stop_k, masked by position) for the queries [start, stop)."""
     low, high = 0, plan.S
     if plan.causal:
@@ -214,24 +74,24 @@ def _unrolled_bias(plan, q, k, masked, segments_q, segments_k, dtype):
         return None
     cut_q = None if segments_q is None else segments_q[:, slice(*q)]
     cut_k = None if segments_k is None else segments_k[:, slice(*k)]
-    return _bias(plan, q[0], k[0], q[1] - q[0], k[1] - k[0], cut_q, cut_k, dtype)
+    return pairs.bias_of(plan, q[0], k[0], q[1] - q[0], k[1] - k[0], cut_q, cut_k, dtype)
 
 
 def _forward_unrolled(plan, q, k, v, segments_q, segments_k, sinks):
     B, K, G = q.shape[:3]
-    dtype = _wide(q.dtype)
+    dtype = pairs.wide(q.dtype)
     done = []
     for a in range(0, plan.L, plan.block_q):
         b = min(a + plan.block_q, plan.L)
-        pairs = list(_pairs(plan, a, b))
+        keys = list(_keys(plan, a, b))
         # Nothing to merge with: the first pair starts the softmax.
         state = None
-        if sinks is not None or not pairs:
-            state = _start(sinks, B, K, G, b - a, v.shape[-1], dtype)
-        for c, d, masked in pairs:
+        if sinks is not None or not keys:
+            state = pairs.start(sinks, B, K, G, b - a, v.shape[-1], dtype)
+        for c, d, masked in keys:
             bias = _unrolled_bias(plan, (a, b), (c, d), masked, segments_q, segments_k, dtype)
-            state = _pair(plan, q[:, :, :, a:b], k[:, c:d], v[:, c:d], bias, state)
-        done.append(_finish(state, v.dtype))
+            state = pairs.add_pair(plan, q[:, :, :, a:b], k[:, c:d], v[:, c:d], bias, state)
+        done.append(pairs.finish(state, v.dtype))
     o, lse = zip(*done, strict=True)
     return jnp.concatenate(o, 3), jnp.concatenate(lse, 3)
 
@@ -252,9 +112,9 @@ def _backward_unrolled(plan, q, q_T, k, v, do, do_T, segments_q, segments_k, lse
         rows = [x[:, :, :, a:b].reshape(N, G * (b - a), -1) for x in (q, do)]
         rows_T = [x[..., a:b].reshape(N, -1, G * (b - a)) for x in (q_T, do_T)]
         dq = None
-        for c, d, masked in _pairs(plan, a, b):
+        for c, d, masked in _keys(plan, a, b):
             bias = _unrolled_bias(plan, (a, b), (c, d), masked, segments_q, segments_k, dtype)
-            parts = _pair_gradients(plan, rows[0], rows_T[0], k[:, c:d], v[:, c:d], rows[1],
+            parts = pairs.pair_gradients(plan, rows[0], rows_T[0], k[:, c:d], v[:, c:d], rows[1],
                                     rows_T[1], bias, lse[..., a:b], delta[..., a:b])
             dq = parts[0] if dq is None else dq + parts[0]
             dk = _add_keys(dk, parts[1], c, d, plan.S)
@@ -301,7 +161,7 @@ def _looped_bias(plan, i, j, masked, segments_q, segments_k, dtype):
     if not masked:
         return None
     cut_k = None if segments_k is None else _cut(segments_k, j, plan.block_k)
-    return _bias(plan, i * plan.block_q, j * plan.block_k, plan.block_q, plan.block_k,
+    return pairs.bias_of(plan, i * plan.block_q, j * plan.block_k, plan.block_q, plan.block_k,
                  segments_q, cut_k, dtype)
 
 
@@ -324,7 +184,7 @@ def _out_of_blocks(x, dim, length):
 
 def _forward_looped(plan, q, k, v, segments_q, segments_k, sinks):
     B, K, G = q.shape[:3]
-    dtype = _wide(q.dtype)
+    dtype = pairs.wide(q.dtype)
     segmented = segments_q is not None
     k, v = _pad(k, 1, plan.block_k), _pad(v, 1, plan.block_k)
     segments_k = _pad(segments_k, 1, plan.block_k) if segmented else None
@@ -334,12 +194,13 @@ def _forward_looped(plan, q, k, v, segments_q, segments_k, sinks):
 
         def body(j, state, masked):
             bias = _looped_bias(plan, i, j, masked, segments_q, segments_k, dtype)
-            return _pair(plan, q, _cut(k, j, plan.block_k), _cut(v, j, plan.block_k), bias, state)
+            keys, values = _cut(k, j, plan.block_k), _cut(v, j, plan.block_k)
+            return pairs.add_pair(plan, q, keys, values, bias, state)
 
-        state = _start(sinks, B, K, G, plan.block_q, v.shape[-1], dtype)
+        state = pairs.start(sinks, B, K, G, plan.block_q, v.shape[-1], dtype)
         for first, stop, masked in _ranges(plan, i, segmented):
             state = lax.fori_loop(first, stop, functools.partial(body, masked=masked), state)
-        return _finish(state, v.dtype)
+        return pairs.finish(state, v.dtype)
 
     q = _in_blocks(q, 3, plan.block_q)
     segments_q = _in_blocks(segments_q, 1, plan.block_q) if segmented else None
@@ -367,7 +228,7 @@ def _backward_looped(plan, q, q_T, k, v, do, do_T, segments_q, segments_k, lse, 
         def body(j, state, masked):
             dq, dk, dv = state
             bias = _looped_bias(plan, i, j, masked, segments_q, segments_k, dtype)
-            parts = _pair_gradients(plan, q, q_T, _cut(k, j, plan.block_k),
+            parts = pairs.pair_gradients(plan, q, q_T, _cut(k, j, plan.block_k),
                                     _cut(v, j, plan.block_k), do, do_T, bias, lse, delta)
             return dq + parts[0], add(dk, parts[1], j), add(dv, parts[2], j)
 
@@ -440,7 +301,7 @@ def flash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=Non
     """Attend block by block."""
     L, S = q_BxLxHxDk.shape[1], k_BxSxKxDk.shape[1]
     # A key block is never shorter than the queries', so a row of few blocks needs no merging.
-    plan = _Plan(float(scale), causal, window, softcap, _block(L, block_q),
+    plan = pairs.Plan(float(scale), causal, window, softcap, _block(L, block_q),
                  min(block_k or LARGEST, S), L, S)
     if segments_k is not None:
         # Padding equals no query's segment, so that it sees nothing and is not seen.
