@@ -3,11 +3,13 @@
 import argparse
 import errno
 import os
+import sys
 from typing import Any
 
 from sparse_pretrain.sections import nearest
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+OWN = ("sparse_pretrain", "kernels_pallas")
 LONGEST = 1000  # characters of a message; compilers write pages
 _FULL = ("no space left on device", "disk quota exceeded", "errno 28")
 
@@ -43,12 +45,23 @@ def describe(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError) and error.strerror:
         where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
         return MISTAKE, _error(f"{where}{error.strerror.lower()}")
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError) and _is_ours(error):
         return MISTAKE, _error(one_line(error))
     if isinstance(error, RuntimeError) and type(error).__module__.startswith("sparse_pretrain"):
         return FAILED, _error(one_line(error))
     hint = "SPARSE_PRETRAIN_TRACEBACK=1 shows where"
     return FAILED, _error(f"unexpected {type(error).__name__}: {first_line(error)} ({hint})")
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package (or Python itself) raised it, and not a library on our mistake."""
+    trace = error.__traceback__
+    if trace is None:
+        return True
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    package = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    return package in OWN or package in sys.stdlib_module_names
 
 
 def disk_full(error: BaseException | None) -> bool:

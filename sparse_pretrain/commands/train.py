@@ -80,4 +80,49 @@ def run(args: argparse.Namespace) -> int:
         loop.train(experiment, workdir, args.argv, quiet=args.quiet, on_finish=write_report)
     except recovery.Interrupted as e:
         raise errors.Stopped(str(e), errors.INTERRUPTED) from None
+    if not args.quiet:
+        show(workdir)
     return 0
+
+
+def show(workdir: Path) -> None:
+    """What a finished run reached, a sample of its text, and what to try next."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from sparse_pretrain.report import advice
+    from sparse_pretrain.report import workdir as workdirs
+    from sparse_pretrain.training.progress import clock, si
+
+    run, console = workdirs.read(workdir), Console()
+    summary = run.summary
+    domains = summary.get("per_domain") or {}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("held out")
+    for name in ("bits/byte", "nats/token", "tokens"):
+        table.add_column(name, justify="right")
+    for name, row in (domains if len(domains) > 1 else {}).items():
+        bits, nats = f"{row['bits_per_byte']:.4f}", f"{row['nats_per_token']:.4f}"
+        table.add_row(Text(name), bits, nats, si(row["tokens"]))
+    bits, nats = f"{summary['bits_per_byte']:.4f}", f"{summary['nats_per_token']:.4f}"
+    table.add_row("all", bits, nats, si(summary.get("heldout_tokens")), style="bold")
+    console.print()
+    console.print(table)
+    console.print(
+        f"\n{summary['steps']} steps, {si(summary['tokens'])} tokens, {si(summary['flops'])} "
+        f"FLOPs, {si(summary['tokens_per_second'])} tokens/s, {clock(summary['wall_seconds'])} in "
+        f"all ({clock(summary['compile_seconds'])} compiling)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    sample = summary.get("sample")
+    if sample:
+        console.print("\n[bold]Sample[/bold]")
+        console.print(Text(sample["prompt"], style="dim") + Text(sample["text"]))
+    console.print(f"\n[bold]Report[/bold]  {workdir / 'report.html'}", soft_wrap=True)
+    console.print("\n[bold]What to try next[/bold]")
+    for suggestion in advice.suggest(run):
+        console.print(Text(f"- {suggestion.why}"), soft_wrap=True)
+        if suggestion.command:
+            console.print(Text(f"    {suggestion.command}", style="cyan"), soft_wrap=True)

@@ -28,7 +28,10 @@ class Evaluator:
             counted = (batch.weights > 0).astype(jnp.float32)
             size = batch.bytes.astype(jnp.float32) * counted
             columns = jnp.stack([nats * batch.weights, batch.weights, size], -1)
-            mine = batch.domains[..., None] == jnp.arange(rows, dtype=batch.domains.dtype)
+            mine = (
+                batch.domains[..., None]
+                == jnp.arange(rows, dtype=batch.domains.dtype)[None, None, :]
+            )
             return jnp.einsum("bld,blc->dc", mine.astype(jnp.float32), columns)
 
         self._step = step

@@ -38,6 +38,11 @@ def train(
         prepared = run.prepare(experiment)
     trainer = Trainer(prepared, workdir, argv, quiet=quiet, began=began)
     summary = trainer.finished()
+    if not quiet:
+        done = ", finished already" if summary else ""
+        Console().print(
+            f"{run.headline(prepared)}; {workdir}{done}", highlight=False, soft_wrap=True
+        )
     if summary is None:
         summary = trainer.run()
     if on_finish is not None:

@@ -18,6 +18,7 @@ from sparse_pretrain import data, nn, optim
 from sparse_pretrain.model import lm
 from sparse_pretrain.optim import schedules
 from sparse_pretrain.planning import flops, memory
+from sparse_pretrain.training import progress
 
 TOKENIZER = "tokenizer.json"  # in the workdir
 
@@ -78,6 +79,18 @@ def derive(experiment: configs.Experiment, run: configs.Run) -> dict[str, Any]:
             model, run.tokens_per_step // experiment.accumulate, muon=muon
         ),
     }
+
+
+def headline(prepared: Prepared) -> str:
+    """What is about to be trained, on what, for how long: one line."""
+    d, e = prepared.derived, prepared.experiment
+    si = progress.si
+    return (
+        f"{e.name}: {si(d['total_params'])} parameters, {si(d['active_params'])} active; "
+        f"{d['steps']} steps of {d['tokens_per_step']} tokens of {e.data.source}; "
+        f"{si(d['train_flops_per_token'])} FLOPs/token, {si(d['flops'])} in all; about "
+        f"{si(d['memory_bytes']['total'])} bytes of memory"
+    )
 
 
 def compilation_cache() -> None:
