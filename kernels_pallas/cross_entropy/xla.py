@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from kernels_pallas import device
+from kernels_pallas.rounding import narrow
 
 # Tokens of a chunk, from the vocabulary V and the width D: V x tokens near CHUNK, so that a chunk
 # stays near the processor (16 MB in float32), but no fewer tokens than D, since each chunk reads
@@ -94,19 +95,19 @@ def _chunk_gradients(plan, x, head, targets, weights):
         cap = np.asarray(plan.softcap, dtype)
         soft *= 1 - (logits / cap) * (logits / cap)
         at_target *= 1 - (chosen / cap) * (chosen / cap)
-    d_logits = soft.astype(x.dtype).at[lax.iota(targets.dtype, len(targets)), targets].set(
+    d_logits = narrow(soft, x.dtype).at[lax.iota(targets.dtype, len(targets)), targets].set(
         at_target.astype(x.dtype), mode="drop", unique_indices=True)
     d_logits = lax.optimization_barrier(d_logits)
     form = "tv,dv->td" if plan.layout == "DV" else "tv,vd->td"
     dx = jnp.einsum(form, d_logits, head, preferred_element_type=dtype) * row[:, None]
-    scaled = (x.astype(dtype) * row[:, None]).astype(x.dtype)
+    scaled = narrow(x.astype(dtype) * row[:, None], x.dtype)
     if plan.split > 1:
         cut = (plan.split, len(targets) // plan.split, -1)
         dhead = jnp.einsum("btd,btv->dv", scaled.reshape(cut), d_logits.reshape(cut),
                            preferred_element_type=dtype)
     else:
         dhead = jnp.einsum("td,tv->dv", scaled, d_logits, preferred_element_type=dtype)
-    return _loss(plan, weights, lse - chosen, lse), lse - chosen, dx.astype(x.dtype), dhead
+    return _loss(plan, weights, lse - chosen, lse), lse - chosen, narrow(dx, x.dtype), dhead
 
 
 def _in_chunks(plan, x, targets, weights):
@@ -120,7 +121,7 @@ def _in_chunks(plan, x, targets, weights):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(plan, x, head, targets, weights):
-    cast = head.astype(x.dtype)
+    cast = narrow(head, x.dtype)
     losses, nll = lax.map(lambda c: _chunk_loss(plan, c[0], cast, *c[1:]),
                           _in_chunks(plan, x, targets, weights))
     return losses.sum(), nll.reshape(-1)[:len(x)]
@@ -128,7 +129,7 @@ def _cross_entropy(plan, x, head, targets, weights):
 
 def _forward(plan, x, head, targets, weights):
     dtype = _wide(x.dtype)
-    cast = head.astype(x.dtype)
+    cast = narrow(head, x.dtype)
     chunks = _in_chunks(plan, x, targets, weights)
 
     def step(carry, chunk):

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kernels_pallas.rounding import narrow
+
 # A masked score. Finite, so that no difference of two is nan; a row whose largest score is under
 # EMPTY sees nothing.
 MASKED, EMPTY = -1e30, -1e29
@@ -102,7 +104,7 @@ def add_pair(plan, q, k, v, bias, state):
     scores = _scores(plan, raw, bias)
     floor = np.asarray(EMPTY, dtype) if state is None else state[0]
     top = jnp.maximum(scores.max(-1), floor)
-    weights = jnp.exp(scores - top[..., None]).astype(v.dtype)
+    weights = narrow(jnp.exp(scores - top[..., None]), v.dtype)
     # One array for the sum and the product, or the exponential is computed for each.
     weights = lax.optimization_barrier(weights)
     total = weights.astype(dtype).sum(-1)
@@ -121,7 +123,7 @@ def finish(state, dtype):
     total = jnp.where(empty, jnp.ones_like(total), total)
     # A row that sees nothing: its weights in the backward pass are exp(score - 1e30) = 0.
     lse = jnp.where(empty, jnp.full_like(top, -MASKED), top + jnp.log(total))
-    return (summed / total[..., None]).astype(dtype), lse
+    return narrow(summed / total[..., None], dtype), lse
 
 
 def start(sinks, B, K, G, Q, Dv, dtype):
@@ -141,12 +143,12 @@ def pair_gradients(plan, q, q_T, k, v, do, do_T, bias, lse, delta):
     N, R = B * K, G * Q
     raw = _rows_by_keys(q, k, dtype).reshape(B, K, G, Q, -1)
     scores = _scores(plan, raw, bias)
-    weights = lax.optimization_barrier(jnp.exp(scores - lse[..., None]).astype(v.dtype))
+    weights = lax.optimization_barrier(narrow(jnp.exp(scores - lse[..., None]), v.dtype))
     d_weights = _rows_by_keys(do, v, dtype).reshape(B, K, G, Q, -1)
     d_scores = weights.astype(dtype) * (d_weights - delta[..., None])
     if plan.softcap is not None:
         bent = jnp.tanh(raw * np.asarray(plan.scale / plan.softcap, dtype))
         d_scores *= 1 - bent * bent
-    d_scores = lax.optimization_barrier(d_scores.astype(k.dtype)).reshape(N, R, -1)
+    d_scores = lax.optimization_barrier(narrow(d_scores, k.dtype)).reshape(N, R, -1)
     dv = _weigh_rows(do_T, weights.reshape(N, R, -1), dtype)
     return _weigh_keys(d_scores, k, dtype), _weigh_rows(q_T, d_scores, dtype), dv
