@@ -56,7 +56,7 @@ def describe(error: BaseException) -> tuple[int, str]:
 def _is_ours(error: BaseException) -> bool:
     """Whether this package (or Python itself) raised it, and not a library on our mistake."""
     trace = error.__traceback__
-    if trace is None:
+    if trace is None or isinstance(error, Usage):
         return True
     while trace.tb_next is not None:
         trace = trace.tb_next

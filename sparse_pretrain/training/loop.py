@@ -40,9 +40,8 @@ def train(
     summary = trainer.finished()
     if not quiet:
         done = ", finished already" if summary else ""
-        Console().print(
-            f"{run.headline(prepared)}; {workdir}{done}", highlight=False, soft_wrap=True
-        )
+        line = f"{run.headline(prepared)}; {workdir}{done}"
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)
     if summary is None:
         summary = trainer.run()
     if on_finish is not None:

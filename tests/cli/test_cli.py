@@ -1,14 +1,16 @@
 """The console script: help, suggestions, one line per mistake, exit codes, and its speed."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
-from sparse_pretrain import cli
+from sparse_pretrain import cli, sections
 from sparse_pretrain.commands import errors
 
 
@@ -167,7 +169,7 @@ def _wrapped():
 @pytest.mark.parametrize(
     ("error", "code", "parts"),
     [
-        (ValueError("a: bad\n  b"), 2, ["error: a: bad b"]),
+        (errors.Usage("a: bad\n  b"), 2, ["error: a: bad b"]),
         (FileNotFoundError(2, "No such file or directory", "x.txt"), 2, ["x.txt: no such file"]),
         (PermissionError(13, "Permission denied", "x.txt"), 2, ["x.txt: permission denied"]),
         (OSError(errno.ENOSPC, "No space left on device"), 1, ["disk is full", "checkpoint"]),
@@ -194,6 +196,20 @@ def test_every_error_becomes_one_line(error, code, parts, monkeypatch, command):
     assert err.startswith("error: ") == (code != 130)
     for part in parts:
         assert part in err
+
+
+def test_a_value_error_is_the_users_unless_a_library_raised_it():
+    def raised(call):
+        with pytest.raises(ValueError) as e:
+            call()
+        return errors.describe(e.value)
+
+    assert raised(lambda: sections.parse("x", int, "config.steps"))[0] == 2
+    assert raised(lambda: int("x"))[0] == 1  # this test is not the package
+    assert raised(lambda: json.loads("{"))[0] == 2
+    code, line = raised(lambda: np.zeros(3).reshape(2, 2))
+    assert code == 1
+    assert "unexpected ValueError: cannot reshape" in line
 
 
 def test_the_traceback_is_shown_on_request():
