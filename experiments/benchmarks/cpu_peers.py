@@ -272,7 +272,7 @@ def print_rows(rows):
 
 
 def device():
-    """The processor's name, the cores we may use and the system."""
+    """The processor's name, its cores, the system, and how busy the last minute was."""
     name = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -281,7 +281,8 @@ def device():
                 break
     except OSError:
         pass
-    return {"cpu": name, "cores": os.cpu_count(), "system": platform.platform()}
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # programs wanting a core
+    return {"cpu": name, "cores": os.cpu_count(), "system": platform.platform(), "load": load}
 
 
 def save(path, part, result):

@@ -69,7 +69,7 @@ def main():
     parser.add_argument("--out", default=str(Path(__file__).parents[1] / "results/startup.json"))
     parser.add_argument("arguments", nargs="*", help="further arguments of `train`, after --")
     options = parser.parse_args()
-    rows = []
+    rows, machine = [], device()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         cache, count = folder / "cache", 0
@@ -104,7 +104,7 @@ def main():
         f"bar under {BAR:.0f} s: {'met' if met else 'MISSED'}"
     )
     print(verdict)
-    result = {"rows": rows, "table": table, "verdict": verdict, "met": met, "device": device()}
+    result = {"rows": rows, "table": table, "verdict": verdict, "met": met, "device": machine}
     save(options.out, "startup", result)
 
 
