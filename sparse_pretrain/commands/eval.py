@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     text = None if args.text is None else read_text(args.text)
     from sparse_pretrain.training import loop, trained
 
-    loop.run.compilation_cache()
+    loop.run.prepare_process()
     with status(f"opening {path}"):
         opened = trained.open_run(path)
     found: dict[str, Any] = {"workdir": str(path), "name": opened.experiment.name}

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from sparse_pretrain.interop import generate
     from sparse_pretrain.training import loop, trained
 
-    loop.run.compilation_cache()
+    loop.run.prepare_process()
     with status(f"opening {path}"):
         opened = trained.open_run(path)
     section = opened.experiment.sample

@@ -25,6 +25,7 @@ def get_config(arg=""):
         data=dict(source="text_folder:texts", tokenizer="bytes", seq=32, batch=4),
         model=dict(width=16, blocks=dict(moe=block), pattern=("moe",), repeats=2),
         optim=dict(kind="adamw", lr=1e-2),
+        schedule=dict(kind="constant", warmup=0.0),  # one program for runs of every length
         checkpoint=dict(every=2),
         eval=dict(tokens=512),
         sample=dict(tokens=8, prompt="the "),
@@ -54,8 +55,20 @@ def rows(path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with texts, an experiment, and a run that the command line trained."""
-    root = tmp_path_factory.mktemp("cli")
+    """A folder with texts, an experiment, and a run that the command line trained.
+
+    Made once and shared by the test processes, since it takes longer than all the tests.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "commands"
+    try:
+        root.mkdir()
+    except FileExistsError:
+        deadline = time.monotonic() + 400
+        while not (root / "err.txt").exists():
+            assert time.monotonic() < deadline, "the process that trains did not end"
+            time.sleep(0.2)
+        return root
     rng = np.random.default_rng(0)
     for domain in ("one", "two"):
         (root / "texts" / domain).mkdir(parents=True)
@@ -64,10 +77,10 @@ def folder(tmp_path_factory):
             (root / "texts" / domain / f"{i}.txt").write_text(f"{domain} {i} {text}\n")
     (root / "tiny.py").write_text(EXPERIMENT)
     done = spawn(root, "train", "--config=tiny.py")
-    out, err = done.communicate(timeout=300)
-    assert done.returncode == 0, err
+    out, err = done.communicate(timeout=400)
     (root / "out.txt").write_text(out)
     (root / "err.txt").write_text(err)
+    assert done.returncode == 0, err
     return root
 
 
@@ -138,9 +151,6 @@ def test_eval_scores_the_held_out_text(command, folder):
     assert nats / found["tokens"] == pytest.approx(found["nats_per_token"])
     # bytes are tokens here, but for the one between documents
     assert found["bits_per_byte"] == pytest.approx(found["nats_per_token"] / np.log(2), rel=0.05)
-    code, out, _ = command("eval", "--workdir=runs/tiny")
-    assert code == 0
-    assert f"{found['bits_per_byte']:.4f}" in out
 
 
 def test_eval_of_a_text_and_of_other_data(command, folder):
@@ -153,9 +163,10 @@ def test_eval_of_a_text_and_of_other_data(command, folder):
     (folder / "noise.txt").write_text("".join(chr(33 + i * 7919 % 90) for i in range(460)))
     noise = json.loads(command("eval", "--workdir=runs/tiny", "--text=noise.txt", "--json")[1])
     assert noise["bits_per_byte"] > found["bits_per_byte"]
-    code, out, _ = command("eval", "--workdir=runs/tiny", "--data=text_folder:texts/one", "--json")
+    code, out, _ = command("eval", "--workdir=runs/tiny", "--data=text_folder:texts/one")
     assert code == 0
-    assert json.loads(out)["manifest_hash"]
+    assert out.startswith("tiny at step 6")
+    assert "bits/byte" in out
 
 
 def test_eval_of_tasks(command, folder):
@@ -171,25 +182,16 @@ def test_eval_of_tasks(command, folder):
     assert found["accuracy"] == found["chance"] == 0.5
     assert {found["per_task"][k]["accuracy"] for k in "ab"} == {0.0, 1.0}
     assert "bits_per_byte" not in json.loads(out)
-    assert command("eval", "--workdir=runs/tiny", "--tasks=tasks.jsonl")[0] == 0
 
 
 def test_generate(command):
-    def write(*argv):
-        code, out, err = command("generate", "--workdir=runs/tiny", "--json", *argv)
-        assert (code, err) == (0, "")
-        return json.loads(out)
-
-    first = write("--prompt=the ", "--tokens=6", "--seed=1")
-    assert first["prompt"] == "the "
-    assert first == write("--prompt=the ", "--tokens=6", "--seed=1")
-    assert (
-        write("--temperature=0", "--tokens=6")["text"]
-        == write("--temperature=0", "--tokens=6", "--seed=5")["text"]
-    )
-    _, out, _ = command("generate", "--workdir=runs/tiny", "--prompt=the ", "--tokens=6",
-                           "--seed=1")  # fmt: skip
-    assert out == "the " + first["text"] + "\n"
+    argv = ["generate", "--workdir=runs/tiny", "--tokens=6"]
+    code, out, err = command(*argv, "--json", "--prompt=the ", "--seed=1")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["prompt"], found["tokens"], found["step"]) == ("the ", 6, 6)
+    code, out, err = command(*argv, "--prompt=the ", "--seed=1")
+    assert (code, out, err) == (0, "the " + found["text"] + "\n", "")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,8 @@ def test_mistakes_on_a_trained_run(command, folder, argv, parts):
 def test_a_missing_run_names_those_there_are(command):
     code, _, err = command("eval", "--workdir=runs/other")
     assert code == 2
-    assert "'runs/other' holds no run; there are runs/tiny" in err
+    assert "'runs/other' holds no run; there are " in err
+    assert "runs/tiny" in err
 
 
 def test_runs_and_their_difference(command, folder):
@@ -270,14 +273,10 @@ def test_the_record_of_a_run_is_what_config_said(command, folder):
 
 
 def test_another_run_can_be_started_from(command, folder):
-    code, _, err = command(
-        "train",
-        "--config=tiny.py",
-        "--config.steps=2",
-        "--init-from=runs/tiny",
-        "--workdir=runs/next",
-    )
-    assert (code, err) == (0, "")
+    argv = ["train", "--config=tiny.py", "--config.steps=2", "--quiet"]
+    process = spawn(folder, *argv, "--init-from=runs/tiny", "--workdir=runs/next")
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out, err) == (0, "", "")
     first = rows(folder / "runs/next/metrics.jsonl")[0]["loss"]
     fresh = rows(folder / "runs/tiny/metrics.jsonl")
     assert first < fresh[0]["loss"] - 0.1
