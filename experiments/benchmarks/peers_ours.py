@@ -15,6 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
+from kernels_pallas import device  # noqa: E402
 from sparse_pretrain import optim, shapes  # noqa: E402
 from sparse_pretrain.attention import full, mla  # noqa: E402
 from sparse_pretrain.model import block, ffn, lm  # noqa: E402
@@ -79,6 +80,7 @@ def batches():
 
 def build(request):
     """Training steps of one model; everything a run's step does but the data and the logging."""
+    device.keep_memory()  # as every run does
     config = model_config(request["model"], request["precision"])
     definition = lm.define(config)
     adamw = common.ADAMW
