@@ -11,11 +11,12 @@ _op = Op(
 
 
 def grouped_matmul(x, w, layout, *, implementation=None):
-    """Each row of expert e times w[e]; rows that belong to no expert give zero.
+    """Each row of expert e times w[e]; rows that belong to no expert give anything finite.
 
     Shapes: x [R, D], w [E, D, F] in any float dtype, layout a Layout over R rows -> [R, F].
-    Rows outside every group must be zero in x. The gradient of w has w's dtype and is accumulated
-    in float32; an expert without rows gets a zero gradient.
+    Rows of no group must be finite in x and zero in the cotangent of the result, which they are
+    when nobody reads them. The gradient of w has w's dtype and is accumulated in float32; an expert
+    without rows gets a zero gradient.
     """
     return _op(x, w, layout, implementation=implementation)
 

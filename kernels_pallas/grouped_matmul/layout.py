@@ -1,8 +1,8 @@
 """Where each expert's rows lie in one buffer of static size.
 
-Every group starts at a multiple of `block`, so a block of rows has one expert. When the loads
-are even enough the groups start at equal distances (`uniform`), and the whole product is one
-batched matmul; otherwise groups are laid end to end and the product loops over the blocks in use.
+When the loads are even enough the groups start at equal distances (`uniform`), and the whole
+product is one batched matmul; otherwise groups are laid end to end, each from a multiple of
+`block`, so that a block of rows has one expert, and the product loops over the blocks in use.
 Both use the same buffer, so residuals of the backward pass have one shape.
 """
 
@@ -40,12 +40,13 @@ def rows_needed(pairs: int, experts: int, block: int, slack: float) -> tuple[int
     The buffer holds at least slack * pairs rows, so that loads up to `slack` times the mean take
     the uniform path; the block shrinks until its padding fits in the same buffer.
     """
-    mean = pairs / experts
-    while block > 8 and experts * (block - 1) > max(slack - 1, 0.25) * pairs:
+    while block > 8 and experts * (block - 1) > max(slack - 1, 0.125) * pairs:
         block //= 2
-    seats = -(-int(mean * slack) // block) * block
-    worst = -(-(pairs + experts * (block - 1)) // (experts * block)) * block
-    return experts * max(seats, worst), block
+    need = max(int(pairs * slack), pairs + experts * (block - 1))
+    # seats in 32s keep the matrix units' tiles whole
+    unit = 32 if need >= 64 * experts else 8
+    seats = -(-need // (experts * unit)) * unit
+    return experts * seats, block
 
 
 def aligned(sizes, *, pairs: int, block: int = 128, slack: float = 1.25) -> Layout:

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from kernels_pallas.linear.xla import contract_rows, split_rows
 
 _f32 = jnp.float32
+# Blocks of one batched product in the loop: enough to keep all cores busy, and a copy of this many
+# experts' matrices is all the loop holds.
+_AT_ONCE = 16
 
 
 def _blocks(layout):
@@ -20,6 +23,7 @@ def _blocks(layout):
 
     def locate(i):
         expert = jnp.searchsorted(ends, i, side="right").astype(jnp.int32)
+        expert = jnp.minimum(expert, layout.sizes.shape[0] - 1)
         return expert, layout.starts[expert] + (i - first[expert]).astype(jnp.int32) * layout.block
 
     return ends[-1], locate
@@ -35,16 +39,22 @@ def _rows_times(x, w, layout, transposed):
         return jnp.einsum(spec, x.reshape(experts, layout.seats, -1), w).reshape(-1, out_width)
 
     def ragged(x, w):
+        # groups lie end to end in whole blocks, so block i starts at row i * block
         count, locate = _blocks(layout)
+        total = layout.rows // block
+        at_once = min(_AT_ONCE, total)
 
         def body(i, out):
-            expert, row = locate(i)
-            x_block = jax.lax.dynamic_slice_in_dim(x, row, block)
-            w_e = jax.lax.dynamic_index_in_dim(w, expert, keepdims=False)
-            y = jnp.einsum("cf,df->cd" if transposed else "cd,df->cf", x_block, w_e)
-            return jax.lax.dynamic_update_slice_in_dim(out, y, row, 0)
+            first = jnp.minimum(i * at_once, total - at_once)
+            expert = locate(first + jnp.arange(at_once, dtype=jnp.int32))[0]
+            rows = jax.lax.dynamic_slice_in_dim(x, first * block, at_once * block)
+            spec = "bcf,bdf->bcd" if transposed else "bcd,bdf->bcf"
+            y = jnp.einsum(spec, rows.reshape(at_once, block, -1), w[expert])
+            y = y.reshape(at_once * block, out_width)
+            return jax.lax.dynamic_update_slice_in_dim(out, y, first * block, 0)
 
-        return jax.lax.fori_loop(0, count, body, jnp.zeros((layout.rows, out_width), x.dtype))
+        zeros = jnp.zeros((layout.rows, out_width), x.dtype)
+        return jax.lax.fori_loop(0, (count + at_once - 1) // at_once, body, zeros)
 
     return jax.lax.cond(layout.uniform, even, ragged, x, w)
 

@@ -1,23 +1,59 @@
 """RMSNorm, rotary positions (with YaRN), SwiGLU: plain functions and the modules that hold them."""
 
 import dataclasses
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.rounding import narrow
 from sparse_pretrain import nn, spec
 from sparse_pretrain.sharding import ops
 
 
+def wide(dtype) -> Any:
+    """The dtype of sums and elementwise work: float32, or float64 for float64."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Float[Array, "... D"], scale_D: Float[Array, " D"], eps: float):
-    """x over its root mean square, times a learned scale; float32 inside, x's dtype outside."""
-    x32 = x.astype(jnp.float32)
+    """x over its root mean square, times a learned scale; float32 inside, x's dtype outside.
+
+    Its backward pass keeps x and one number per row.
+    """
+    return _rms_forward(x, scale_D, eps)[0]
+
+
+def _rms_forward(x, scale_D, eps):
+    x32 = x.astype(wide(x.dtype))
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    scale = jnp.reshape(scale_D, (1,) * (x.ndim - 1) + scale_D.shape)
-    return (x32 * inverse * scale).astype(x.dtype)
+    y = narrow(x32 * inverse * _along_last(scale_D, x32), x.dtype)
+    return y, (x, scale_D, inverse)
+
+
+def _rms_backward(eps, residuals, dy):
+    del eps
+    # the barrier keeps XLA from saving forward's float32 intermediates for the backward pass
+    x, scale_D, inverse = jax.lax.optimization_barrier(residuals)
+    x32, dy32 = x.astype(inverse.dtype), dy.astype(inverse.dtype)
+    normal = x32 * inverse
+    d_normal = dy32 * _along_last(scale_D, x32)
+    along = jnp.mean(d_normal * normal, axis=-1, keepdims=True)
+    dx = narrow(inverse * (d_normal - normal * along), x.dtype)
+    d_scale = jnp.sum(dy32 * normal, axis=tuple(range(x.ndim - 1)))
+    return dx, d_scale.astype(scale_D.dtype)
+
+
+def _along_last(scale_D, like):
+    return jnp.reshape(scale_D, (1,) * (like.ndim - 1) + scale_D.shape).astype(like.dtype)
+
+
+rms_norm.defvjp(lambda x, scale, eps: _rms_forward(x, scale, eps), _rms_backward)
 
 
 class RMSNorm(nn.Module):
@@ -94,7 +130,7 @@ def rope(x_BxLxHxR: Float[Array, "B L H R"], positions_BxL: Int[Array, "B L"], c
     else:
         a, b = x[..., : width // 2], x[..., width // 2 :]
         out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return out.astype(x_BxLxHxR.dtype)
+    return narrow(out, x_BxLxHxR.dtype)
 
 
 @jax.custom_vjp
@@ -104,8 +140,8 @@ def swiglu(gate, up):
     The logistic is written through tanh, which XLA:CPU vectorises 3 times faster than exp and
     divide, and the backward pass recomputes it instead of keeping it.
     """
-    g = gate.astype(jnp.float32)
-    return (g * (0.5 + 0.5 * jnp.tanh(0.5 * g)) * up.astype(jnp.float32)).astype(gate.dtype)
+    g = gate.astype(wide(gate.dtype))
+    return narrow(g * (0.5 + 0.5 * jnp.tanh(0.5 * g)) * up.astype(g.dtype), gate.dtype)
 
 
 def _swiglu_forward(gate, up):
@@ -113,12 +149,13 @@ def _swiglu_forward(gate, up):
 
 
 def _swiglu_backward(residuals, dy):
-    gate, up = (r.astype(jnp.float32) for r in residuals)
-    dy = dy.astype(jnp.float32)
+    # the barrier keeps XLA from saving forward's float32 tanh for the backward pass
+    gate, up = (r.astype(wide(r.dtype)) for r in jax.lax.optimization_barrier(residuals))
+    dy = dy.astype(gate.dtype)
     s = 0.5 + 0.5 * jnp.tanh(0.5 * gate)
     d_gate = dy * up * (s * (1 + gate * (1 - s)))
     dtype = residuals[0].dtype
-    return d_gate.astype(dtype), (dy * gate * s).astype(dtype)
+    return narrow(d_gate, dtype), narrow(dy * gate * s, dtype)
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas.rounding import narrow
 from sparse_pretrain.sharding import ops
 
 
@@ -48,15 +49,6 @@ def plan(expert_TxC: Int[Array, "T C"], experts: int) -> Plan:
     return Plan(layout, row.reshape(T, C), pair, used)
 
 
-def _gather_rows(x_TxD, plan_: Plan, scale_R=None):
-    seats = plan_.row.shape[1]
-    rows = x_TxD[plan_.pair // seats]
-    keep = plan_.used.astype(x_TxD.dtype)
-    if scale_R is not None:
-        keep = keep * scale_R.astype(x_TxD.dtype)
-    return rows * keep[:, None]
-
-
 def _sum_seats(rows_RxD, plan_: Plan, weight_TxC=None):
     total = None
     for c in range(plan_.row.shape[1]):
@@ -68,13 +60,13 @@ def _sum_seats(rows_RxD, plan_: Plan, weight_TxC=None):
             factor = factor * weight_TxC[:, c].astype(jnp.float32)
         part = rows_RxD[jnp.where(live, row, 0)].astype(jnp.float32) * factor[:, None]
         total = part if total is None else total + part
-    return total.astype(rows_RxD.dtype)
+    return narrow(total, rows_RxD.dtype)
 
 
 @jax.custom_vjp
 def dispatch(x_TxD: Float[Array, "T D"], plan_: Plan) -> Float[Array, "R D"]:
-    """Each pair's token in its row; unused rows are zero."""
-    return _gather_rows(x_TxD, plan_)
+    """Each pair's token in its row; a row without a pair holds some other token, read by nobody."""
+    return x_TxD[plan_.pair // plan_.row.shape[1]]
 
 
 dispatch.defvjp(
@@ -95,9 +87,13 @@ def _combine_forward(rows, weight, p):
 
 def _combine_backward(residuals, dy_TxD):
     rows, weight, p = residuals
-    d_rows = _gather_rows(dy_TxD, p, weight.reshape(-1)[p.pair])
+    seats = weight.shape[1]
+    # zero in rows without a pair: what grouped_linear asks of a cotangent
+    scale = jnp.where(p.used, weight.reshape(-1)[p.pair], 0)
+    wide = dy_TxD[p.pair // seats].astype(scale.dtype) * scale[:, None]
+    d_rows = narrow(wide, rows.dtype)
     d_weight = []
-    for c in range(weight.shape[1]):
+    for c in range(seats):
         live = p.row[:, c] < rows.shape[0]
         part = rows[jnp.where(live, p.row[:, c], 0)].astype(jnp.float32)
         dot = jnp.sum(part * dy_TxD.astype(jnp.float32), axis=1)

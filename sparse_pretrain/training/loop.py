@@ -33,7 +33,7 @@ def train(
     """
     began = time.perf_counter()
     workdir = Path(workdir)
-    run.compilation_cache()
+    run.prepare_process()
     with _quietly(quiet, "preparing the data"):
         prepared = run.prepare(experiment)
     trainer = Trainer(prepared, workdir, argv, quiet=quiet, began=began)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from kernels_pallas import device
 from sparse_pretrain import config as configs
 from sparse_pretrain import data, nn, optim
 from sparse_pretrain.model import lm
@@ -93,8 +94,9 @@ def headline(prepared: Prepared) -> str:
     )
 
 
-def compilation_cache() -> None:
-    """Keeps compiled programs between runs, in the user's cache folder."""
+def prepare_process() -> None:
+    """Keeps compiled programs between runs, in the user's cache folder, and memory between steps."""
+    device.keep_memory()
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(data.cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

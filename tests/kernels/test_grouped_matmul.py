@@ -42,7 +42,7 @@ def test_grouped_matmul(load, dtype, implementation, rng):
     _, used = row_expert(layout)
     keep = np.asarray(used)[:, None]
     assert keep.sum() == sum(LOADS[load])
-    x = jnp.asarray(rng.normal(size=(layout.rows, D)) * keep, dtype)
+    x = jnp.asarray(rng.normal(size=(layout.rows, D)), dtype)  # rows of no group hold anything
     dy = jnp.asarray(rng.normal(size=(layout.rows, F)) * keep, dtype)
     w = jnp.asarray(rng.normal(size=(8, D, F)), jnp.float32)
 
@@ -53,7 +53,8 @@ def test_grouped_matmul(load, dtype, implementation, rng):
     dx, dw = pull(dy)
     rounded = w.astype(dtype).astype(jnp.float32)
     tolerance = 1e-5 if dtype == "float32" else 4e-2
-    for ours, oracle in zip((y, dx, dw), _numpy(x, rounded, dy, layout), strict=True):
+    results = (y * keep.astype(dtype), dx, dw)
+    for ours, oracle in zip(results, _numpy(x, rounded, dy, layout), strict=True):
         scale = max(np.abs(oracle).max(), 1.0)
         np.testing.assert_allclose(
             np.asarray(ours, np.float64) / scale, oracle / scale, atol=tolerance
@@ -71,7 +72,8 @@ def test_any_split_fits_in_one_buffer(rng):
             ends = np.asarray(layout.starts) + sizes
             assert (ends[:-1] <= np.asarray(layout.starts)[1:]).all()
             assert ends[-1] <= layout.rows
-            assert (np.asarray(layout.starts) % layout.block == 0).all()
+            if not layout.uniform:
+                assert (np.asarray(layout.starts) % layout.block == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 33), (4, 256), (1, 1)])
