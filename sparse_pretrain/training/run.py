@@ -95,7 +95,7 @@ def headline(prepared: Prepared) -> str:
 
 
 def prepare_process() -> None:
-    """Keeps compiled programs between runs, in the user's cache folder, and memory between steps."""
+    """Keeps compiled programs between runs, in the user's cache, and memory between steps."""
     device.keep_memory()
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(data.cache_dir() / "xla"))
