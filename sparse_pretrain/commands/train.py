@@ -73,13 +73,8 @@ def run(args: argparse.Namespace) -> int:
     experiment = resolve(args)
     workdir = Path(args.workdir or f"runs/{experiment.name}").expanduser()
 
-    from sparse_pretrain import checkpoint
     from sparse_pretrain.report import write_report
     from sparse_pretrain.training import loop, recovery
-
-    start = Path(experiment.init_from)  # looked at here, before minutes of preparation
-    if experiment.init_from and not checkpoint.steps(start):
-        raise errors.Usage(f"config.init_from: {str(start)!r} holds no checkpoint")
 
     try:
         loop.train(experiment, workdir, args.argv, quiet=args.quiet, on_finish=write_report)

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 
 from kernels_pallas import device
+from sparse_pretrain import checkpoint, data, nn, optim
 from sparse_pretrain import config as configs
-from sparse_pretrain import data, nn, optim
 from sparse_pretrain.model import lm
 from sparse_pretrain.optim import schedules
 from sparse_pretrain.planning import flops, memory
@@ -42,6 +42,9 @@ def prepare(experiment: configs.Experiment) -> Prepared:
 
     Errors: ValueError naming the field when data and configuration disagree.
     """
+    if experiment.init_from and not checkpoint.steps(experiment.init_from):
+        # looked at before the data, whose preparation can take minutes
+        raise ValueError(f"config.init_from: {experiment.init_from!r} holds no checkpoint")
     dataset = data.load(experiment.data, seed=experiment.seed)
     experiment, run = configs.complete(
         experiment, vocab=dataset.vocab, train_tokens=dataset.train_tokens

@@ -204,7 +204,7 @@ def _optimizer(key, held):
 def refusal(error, keys):
     """What is wrong with a refusal; '' when it is a good one."""
     text = str(error)
-    if type(error) is not ValueError:
+    if not isinstance(error, ValueError):
         return f"{type(error).__name__}: {text[:300]}"
     if "\n" in text or not text or len(text) > 600:
         return f"not one line: {text[:300]!r}"
