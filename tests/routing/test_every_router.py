@@ -238,14 +238,14 @@ def test_the_mixture_equals_a_dense_evaluation(kind, changes, rng):
     cotangent = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
 
     def layer(params, x):
-        y, load, balance = definition.merge(params, prices)(x, valid)
+        y, load, balance = definition.merge(params, prices)(x, jnp.asarray(valid))
         return jnp.sum((y * cotangent).astype(jnp.float32)) + balance, (y, load, balance)
 
     grads = dict(argnums=(0, 1), has_aux=True)
     (_, (y, load, balance)), ours = jax.jit(jax.value_and_grad(layer, **grads))(params, x)
 
     def routed(params, x):
-        return definition.merge(params, prices).router(x, valid)
+        return definition.merge(params, prices).router(x, jnp.asarray(valid))
 
     # the experts in float64, then the router by the chain rule: its own gradient is held above
     assignment = jax.jit(routed)(params, x)
@@ -293,7 +293,7 @@ def test_any_load_equals_the_dense_evaluation(rng):
     def layer(params, x, weight, expert):
         module = definition.merge({**params, "router": router}, prices)
         module.router = lambda x, valid: base.Assignment(expert, weight, jnp.zeros(()))
-        y, _, _ = module(x, valid)
+        y, _, _ = module(x, jnp.asarray(valid))
         return jnp.sum(y * cotangent), y
 
     def oracle(params, x, weight, expert):

@@ -53,7 +53,8 @@ def test_it_is_the_equations(config, rng):
     valid[1, 13:] = False
     # negative biases too: a dropped group must not win against them
     bias = rng.normal(size=EXPERTS).astype(np.float32) - 0.5
-    got = definition.merge(params, {"bias": jnp.asarray(bias)})(jnp.asarray(x), valid)
+    router = definition.merge(params, {"bias": jnp.asarray(bias)})
+    got = router(jnp.asarray(x), jnp.asarray(valid))
     experts, weights, balance = by_hand(
         x.astype(np.float64), np.asarray(params["w"], np.float64), bias, config, valid
     )
