@@ -1,7 +1,7 @@
 """grouped_matmul: rows sorted by expert times the expert's matrix, group sizes as data."""
 
 from kernels_pallas.grouped_matmul import reference, xla
-from kernels_pallas.grouped_matmul.layout import Layout, aligned
+from kernels_pallas.grouped_matmul.layout import Layout, aligned, rows_needed
 from kernels_pallas.op import Backend, Op
 
 _op = Op(
@@ -23,4 +23,4 @@ def grouped_matmul(x, w, layout, *, implementation=None):
 
 explain = _op.explain
 
-__all__ = ["Layout", "aligned", "explain", "grouped_matmul"]
+__all__ = ["Layout", "aligned", "explain", "grouped_matmul", "rows_needed"]

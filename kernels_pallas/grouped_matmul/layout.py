@@ -34,7 +34,9 @@ class Layout:
         return self.rows // self.sizes.shape[0]
 
 
-def rows_needed(pairs: int, experts: int, block: int, slack: float) -> tuple[int, int]:
+def rows_needed(
+    pairs: int, experts: int, block: int = 128, slack: float = 1.25
+) -> tuple[int, int]:
     """(rows of the buffer, block): enough for any split of `pairs` over `experts`.
 
     The buffer holds at least slack * pairs rows, so that loads up to `slack` times the mean take

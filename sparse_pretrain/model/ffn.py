@@ -42,6 +42,12 @@ class Dense(nn.Module):
         return 6.0 * width * config.hidden
 
     @staticmethod
+    def padding(config: DenseConfig, width: int, tokens: int) -> float:
+        """Forward FLOPs per token on padding: none."""
+        del config, width, tokens
+        return 0.0
+
+    @staticmethod
     def inactive(config: DenseConfig, width: int) -> int:
         """Parameters a token does not touch."""
         del config, width

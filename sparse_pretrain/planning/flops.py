@@ -36,24 +36,30 @@ def parameters(config: lm.Config) -> Counts:
 class TrainFlops(NamedTuple):
     """Training FLOPs per token (forward and backward, multiply-add = 2).
 
-    `executed` counts masked attention work and work redone by rematerialisation; `model` neither.
+    `executed` counts masked attention work, padding rows of experts and work redone by
+    rematerialisation; `model` none of them.
     """
 
     model: float
     executed: float
 
 
-def train_flops_per_token(config: lm.Config, length: int) -> TrainFlops:
+def train_flops_per_token(config: lm.Config, length: int, tokens: int = 0) -> TrainFlops:
     """Three times the forward products; the attention core's backward recomputes its scores.
 
-    Units: FLOPs per token at `length`.
+    Units: FLOPs per token at `length`; `tokens` of one (micro-)batch, for the experts' padding
+    under even loads (0 leaves it out).
     """
     work = lm.work_per_token(config, length)
     model = 3 * (work.linear + work.core_model)
-    executed = 3 * work.linear + work.core + work.core_backward
+    padding = sum(
+        ffn.TABLE[x.ffn.KIND].padding(x.ffn, config.width, tokens) if tokens else 0.0
+        for x in config.layer_list
+    )
+    executed = 3 * (work.linear + padding) + work.core + work.core_backward
     if config.remat == "full":
         head = 2.0 * config.width * config.vocab
-        executed += work.linear - head + work.core
+        executed += work.linear + padding - head + work.core
     return TrainFlops(model, executed)
 
 

@@ -77,6 +77,13 @@ class MoE(nn.Module):
         return 2.0 * width * config.experts + 6.0 * width * config.hidden * active
 
     @staticmethod
+    def padding(config: Config, width: int, tokens: int) -> float:
+        """Forward FLOPs per token on rows without a pair, in a batch of `tokens`."""
+        pairs = tokens * config.top_k
+        rows, _ = ops.group_rows(pairs, config.experts)
+        return 6.0 * width * config.hidden * (rows - pairs) / tokens
+
+    @staticmethod
     def inactive(config: Config, width: int) -> int:
         """Parameters a token does not touch."""
         return (config.experts - config.top_k) * 3 * width * config.hidden

@@ -11,6 +11,7 @@ from kernels_pallas.flash.xla import keys_per_query as flash_keys_per_query
 from kernels_pallas.grouped_matmul import Layout as GroupLayout
 from kernels_pallas.grouped_matmul import aligned as group_layout
 from kernels_pallas.grouped_matmul import grouped_matmul as grouped_linear
+from kernels_pallas.grouped_matmul import rows_needed as group_rows
 from kernels_pallas.linear import linear as _linear
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "flash",
     "flash_keys_per_query",
     "group_layout",
+    "group_rows",
     "grouped_linear",
     "linear",
 ]

@@ -66,7 +66,8 @@ def derive(experiment: configs.Experiment, run: configs.Run) -> dict[str, Any]:
     """Numbers that follow from a complete configuration, computed once and printed."""
     model, length = experiment.model, experiment.data.seq
     counts = flops.parameters(model)
-    per_token = flops.train_flops_per_token(model, length)
+    micro = run.tokens_per_step // experiment.accumulate
+    per_token = flops.train_flops_per_token(model, length, micro)
     muon = experiment.optim.KIND == "muon"
     return {
         "steps": run.steps,
@@ -80,7 +81,7 @@ def derive(experiment: configs.Experiment, run: configs.Run) -> dict[str, Any]:
         "flops": per_token.model * run.tokens,
         "kv_bytes_per_token": flops.kv_bytes_per_token(model),
         "memory_bytes": memory.training_bytes(
-            model, run.tokens_per_step // experiment.accumulate, muon=muon
+            model, micro, muon=muon
         ),
     }
 

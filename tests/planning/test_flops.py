@@ -1,0 +1,85 @@
+"""The FLOP formula against the compiler's own count, on models without loops or custom calls."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.flash.xla import keys_per_query
+from sparse_pretrain import shapes
+from sparse_pretrain.attention import full, mla
+from sparse_pretrain.model import block, ffn, lm
+from sparse_pretrain.planning import flops
+from sparse_pretrain.routing import moe
+from sparse_pretrain.training import loss
+
+ATTENTION = {
+    "full": full.Config(heads=4, kv_heads=2, head_dim=32),
+    "mla": mla.Config(heads=4, q_rank=64, kv_rank=64, nope_dim=32, rope_dim=16, v_dim=32),
+}
+
+
+def _counted(config, batch, rows, length):
+    """FLOPs of forward and backward per token, as the compiler counts the lowered program."""
+    definition = lm.define(config)
+
+    def value(params, prices):
+        weight = jnp.asarray(float(rows * length), jnp.float32)
+        return loss.loss_sums(definition, params, prices, batch, weight, 1)[0]
+
+    lowered = jax.jit(jax.grad(value)).lower(definition.shapes, definition.price_shapes)
+    return lowered.cost_analysis()["flops"] / (rows * length)
+
+
+def _batch(rows, length, vocab):
+    zeros = np.zeros((rows, length), np.int32)
+    positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    ones = zeros + 1
+    return shapes.Batch(zeros, zeros, ones, positions, ones.astype(np.float32), ones, zeros)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("length", [128, 512])
+def test_dense_models(attention, length):
+    rows, vocab = 2, 512
+    config = lm.Config(
+        width=512,
+        vocab=vocab,
+        dtype="float32",
+        scan=False,
+        blocks={
+            "b": block.Config(attention=ATTENTION[attention], ffn=ffn.DenseConfig(hidden=1536))
+        },
+        pattern=("b",),
+        repeats=2,
+    )
+    counted = _counted(config, _batch(rows, length, vocab), rows, length)
+    ours = flops.train_flops_per_token(config, length)
+    assert ours.executed == pytest.approx(counted, rel=0.02)
+    assert ours.model <= ours.executed
+
+
+def test_experts(monkeypatch):
+    """With even loads: the branch that is then taken is put in place of the choice."""
+    monkeypatch.setattr(jax.lax, "cond", lambda chosen, even, uneven, *args: even(*args))
+    rows, length, vocab = 2, 256, 512
+    experts = moe.Config(experts=8, top_k=2, hidden=256, shared=1)
+    config = lm.Config(
+        width=512,
+        vocab=vocab,
+        dtype="float32",
+        scan=False,
+        blocks={"b": block.Config(attention=ATTENTION["mla"], ffn=experts)},
+        pattern=("b",),
+        repeats=2,
+    )
+    counted = _counted(config, _batch(rows, length, vocab), rows, length)
+    ours = flops.train_flops_per_token(config, length, rows * length)
+    assert ours.executed == pytest.approx(counted, rel=0.02)
+    assert ours.model < ours.executed
+
+
+def test_attention_reaches_every_visible_key():
+    for length in (1, 7, 128, 300, 2048, 5000):
+        keys = keys_per_query(length)
+        assert (length + 1) / 2 <= keys <= max(length + 1024, 1.2 * length)

@@ -1,0 +1,169 @@
+"""The loop: resuming changes nothing to the bit, a broken loss stops the run, files are complete."""
+
+import contextlib
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from sparse_pretrain import checkpoint, config
+from sparse_pretrain.training import loop, recovery, run, state
+from sparse_pretrain.training import step as steps
+
+STEPS = 12
+
+
+def experiment(folder, **changes) -> config.Experiment:
+    """A small mixture of experts on a folder of text; seconds to train."""
+    attention = {"kind": "mla", "heads": 2, "kv_rank": 8, "nope_dim": 8, "rope_dim": 4, "v_dim": 8}
+    router = {"kind": "sigmoid_bias", "rate": 0.01}
+    moe = {"kind": "moe", "experts": 4, "top_k": 2, "hidden": 16, "router": router}
+    values = {
+        "name": "tiny",
+        "steps": STEPS,
+        "data": {"source": f"text_folder:{folder}", "tokenizer": "bytes", "seq": 32, "batch": 4},
+        "model": {
+            "width": 32,
+            "blocks": {"moe": {"attention": attention, "ffn": moe}},
+            "pattern": ["moe"],
+            "repeats": 2,
+        },
+        "optim": {"kind": "muon", "lr": 0.01},
+        "ema": 0.9,
+        "accumulate": 2,
+        "checkpoint": {"every": 5},
+        "eval": {"tokens": 256},
+        "sample": {"tokens": 0},
+    }
+    return config.from_config_dict(values | changes)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder of two domains of random words."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), 5)) for _ in range(60)]
+    for domain in ("prose", "notes"):
+        (folder / domain).mkdir()
+        for i in range(8):
+            body = "\n".join(" ".join(rng.choice(words, 9)) for _ in range(30))
+            (folder / domain / f"{i}.txt").write_text(body)
+    return folder
+
+
+def _train(wanted, workdir):
+    return loop.train(wanted, workdir, [], quiet=True)
+
+
+def _losses(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(1, len(rows) + 1))
+    return [(r["loss"], r["grad_norm"], r["max_vio"]) for r in rows]
+
+
+def _state(wanted, workdir):
+    prepared = run.prepare(wanted)
+    template = state.create(prepared.definition, prepared.tx, 0, ema=True)
+    restored, cursor = checkpoint.Checkpointer(workdir).restore(template)
+    return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x), restored), cursor
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """A run that nothing interrupts."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, _train(experiment(text), workdir)
+
+
+@pytest.mark.parametrize("stop", [3, 5, 7])
+def test_an_interrupted_run_equals_one_that_was_not(stop, text, whole, tmp_path, monkeypatch):
+    """Losses, parameters, prices, averages, optimizer and cursor, to the bit."""
+    with monkeypatch.context() as patch:
+        train_step = steps.make_train_step
+
+        def counted(*args, **kwargs):
+            return _Stopping(train_step(*args, **kwargs), stop, asked)
+
+        asked: list[int] = []
+        patch.setattr(steps, "make_train_step", counted)
+        patch.setattr(recovery, "stop_requests", lambda: contextlib.nullcontext(asked))
+        with pytest.raises(recovery.Interrupted, match=f"step {stop} of {STEPS}"):
+            _train(experiment(text), tmp_path)
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"
+    assert checkpoint.Checkpointer(tmp_path).latest() == stop
+    summary = _train(experiment(text), tmp_path)
+    workdir, expected = whole
+    assert _losses(tmp_path) == _losses(workdir)
+    assert summary["bits_per_byte"] == expected["bits_per_byte"]
+    (ours, cursor), (theirs, other) = (_state(experiment(text), w) for w in (tmp_path, workdir))
+    assert cursor == other
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+class _Stopping:
+    """A step function that files a stop request when it is called the n-th time."""
+
+    def __init__(self, inner, at, asked):
+        self.inner, self.at, self.asked, self.calls = inner, at, asked, 0
+
+    def lower(self, *args):
+        return _Stopping(self.inner.lower(*args), self.at, self.asked)
+
+    def compile(self):
+        return _Stopping(self.inner.compile(), self.at, self.asked)
+
+    def __call__(self, *args):
+        self.calls += 1
+        if self.calls == self.at:
+            self.asked.append(2)
+        return self.inner(*args)
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    workdir, summary = whole
+    for name in ("run.json", "summary.json", "metrics.jsonl", "eval.jsonl", "moe.jsonl"):
+        assert (workdir / name).stat().st_size > 0, name
+    wanted = {"steps", "tokens", "bits_per_byte", "nats_per_token", "tokens_per_second", "flops"}
+    assert wanted | {"compile_seconds", "wall_seconds", "manifest_hash"} <= set(summary)
+    assert summary["steps"] == STEPS
+    assert summary["tokens"] == STEPS * 4 * 32
+    assert set(summary["per_domain"]) == {"prose", "notes"}
+    assert json.loads((workdir / "run.json").read_text())["status"] == "finished"
+    assert checkpoint.Checkpointer(workdir).latest() == STEPS
+
+
+def test_a_finished_run_is_not_trained_again(text, whole):
+    workdir, summary = whole
+    before = (workdir / "metrics.jsonl").read_bytes()
+    again = _train(experiment(text), workdir)
+    assert again["bits_per_byte"] == summary["bits_per_byte"]
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_seed_is_refused(text, whole):
+    with pytest.raises(ValueError, match=r"seed: 0 there, 1 here"):
+        _train(experiment(text, seed=1), whole[0])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_batch(text, tmp_path):
+    broken = experiment(text, optim={"kind": "adamw", "lr": 1e30, "clip": 0.0}, ema=0.0)
+    with pytest.raises(recovery.RunFailed, match="not both finite; the batch is saved") as caught:
+        _train(broken, tmp_path)
+    assert "\n" not in str(caught.value)
+    (saved,) = tmp_path.glob("nonfinite_step_*.npz")
+    assert np.load(saved)["tokens"].shape == (4, 32)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert "finite" in record["error"]
+
+
+def test_starting_from_another_runs_weights(text, whole, tmp_path):
+    workdir, _ = whole
+    fresh = _train(dataclasses.replace(experiment(text), steps=3), tmp_path / "a")
+    warm = dataclasses.replace(experiment(text), steps=3, init_from=str(workdir))
+    started = _train(warm, tmp_path / "b")
+    assert started["train_loss"] < fresh["train_loss"]
