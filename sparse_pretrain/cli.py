@@ -12,6 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from sparse_pretrain import __version__
 from sparse_pretrain.commands import errors
@@ -37,7 +38,8 @@ EXAMPLES = f"""examples:
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises instead of printing its usage and leaving."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
+        """Raise Usage with argparse's message."""
         raise errors.Usage(message.removeprefix("argument "))
 
 

@@ -273,13 +273,10 @@ def experiment_dirs() -> list[Path]:
     """Where shipped experiments are: beside the package in a checkout, else as installed data."""
     beside = Path(sparse_pretrain.__file__).resolve().parent.parent / "experiments"
     found = [beside] if (beside / DEFAULT).exists() else []
-    try:
-        files = importlib.metadata.files(DISTRIBUTION) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.parts[-2:] == ("experiments", DEFAULT):
-            found.append(Path(str(file.locate())).resolve().parent)
+    for distribution in importlib.metadata.distributions(name=DISTRIBUTION):
+        for file in distribution.files or []:
+            if file.parts[-2:] == ("experiments", DEFAULT):
+                found.append(Path(str(file.locate())).resolve().parent)
     return found
 
 
@@ -323,7 +320,7 @@ def load(path: Path, arg: str = "") -> dict[str, Any]:
         module = importlib.util.module_from_spec(source)
         sys.modules[source.name] = module  # dataclasses in the file look themselves up here
         source.loader.exec_module(module)
-        get = getattr(module, "get_config", None)
+        get: Any = getattr(module, "get_config", None)
         spec.require(callable(get), "has no function get_config(arg)")
         takes = len(inspect.signature(get).parameters) > 0
         spec.require(takes or not arg, f"get_config takes no argument, got {arg!r}")
