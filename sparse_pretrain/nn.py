@@ -73,7 +73,7 @@ class Definition:
         _, params, prices = nnx.split(self.build(Keys(key)), nnx.Param, Price)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(prices)
 
-    def merge(self, params: dict, prices: dict) -> Module:
+    def merge(self, params: dict, prices: dict) -> Any:
         """The callable module that holds these arrays."""
         return nnx.merge(
             self.graphdef, _fill(self.param_state, params), _fill(self.price_state, prices)
@@ -139,7 +139,7 @@ def stack(build: Callable[[Keys], Module], repeats: int, keys: Keys) -> Module:
 
 def scan_layers(
     stacks: Sequence[Module],
-    call: Callable[[Sequence[Module], Any, Any], tuple[Any, Any]],
+    call: Callable[..., tuple[Any, Any]],
     carry: Any,
     *,
     scan: bool,

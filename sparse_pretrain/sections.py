@@ -143,10 +143,12 @@ class Schema:
 
     def _set(self, given: dict, full: Mapping, keys: Sequence[str], text: str) -> None:
         """Set one override in `given`; `full` is `given` with its defaults and says what exists."""
-        name, hint, value, path = "", self.root, full, self.name
+        value: Any = full
+        name, hint, path = "", self.root, self.name
         for depth, key in enumerate(keys):
             parts = self._parts(name, hint, value, path)
-            spec.require(parts is not None, f"{path}: is a value, it has no key {key!r}")
+            if parts is None:
+                raise ValueError(f"{path}: is a value, it has no key {key!r}")
             if key not in parts:
                 tree = [f"{self.name}.{k}" for k in flat(full)]
                 raise ValueError(f"{path}.{key}: unknown key; {_near_key(key, path, parts, tree)}")

@@ -8,7 +8,10 @@ W window, J indexer heads. An `axis` belongs to a mesh, a `dim` to an array.
 
 from typing import Any, NamedTuple
 
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+AnyArray = Array | np.ndarray
 
 
 class Batch(NamedTuple):
@@ -18,13 +21,13 @@ class Batch(NamedTuple):
     Units: `bytes` UTF-8 bytes the target token stands for; `weights` 1 where the target counts.
     """
 
-    tokens: Int[Array, "B L"]
-    targets: Int[Array, "B L"]
-    segments: Int[Array, "B L"]  # 0 is padding; documents count from 1 within a row
-    positions: Int[Array, "B L"]  # position inside the document piece, 0 at its start
-    weights: Float[Array, "B L"]
-    bytes: Int[Array, "B L"]
-    domains: Int[Array, "B L"]
+    tokens: Int[AnyArray, "B L"]
+    targets: Int[AnyArray, "B L"]
+    segments: Int[AnyArray, "B L"]  # 0 is padding; documents count from 1 within a row
+    positions: Int[AnyArray, "B L"]  # position inside the document piece, 0 at its start
+    weights: Float[AnyArray, "B L"]
+    bytes: Int[AnyArray, "B L"]
+    domains: Int[AnyArray, "B L"]
 
 
 class Aux(NamedTuple):

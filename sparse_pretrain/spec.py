@@ -10,6 +10,10 @@ from typing import Any
 class Config:
     """Base of all configuration sections; subclasses are frozen keyword-only dataclasses."""
 
+    if typing.TYPE_CHECKING:  # every subclass is a dataclass; one chosen by name has a KIND
+        KIND: typing.ClassVar[str]
+        __dataclass_fields__: typing.ClassVar[dict[str, Any]]
+
     def to_dict(self) -> dict[str, Any]:
         """The section as nested plain data; sections chosen by name carry their `kind`."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}

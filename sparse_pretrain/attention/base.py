@@ -5,14 +5,15 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from sparse_pretrain.shapes import AnyArray
 from sparse_pretrain.sharding import ops
 
 
 class Context(NamedTuple):
     """What a layer knows of its tokens. Shapes: [B, L]; segment 0 is padding."""
 
-    segments: Int[Array, "B L"]
-    positions: Int[Array, "B L"]
+    segments: Int[AnyArray, "B L"]
+    positions: Int[AnyArray, "B L"]
 
 
 def causal_mask(context: Context, window: int | None = None) -> Bool[Array, "B L L"]:

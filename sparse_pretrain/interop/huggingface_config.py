@@ -166,7 +166,8 @@ def _rope_from(fields: Mapping[str, Any]) -> layers.RopeConfig:
     _only(given, "truncate", True)
     _only(given, "attention_factor", None)
     # with two different values cos and sin are scaled too, which only reaches the rotary part
-    mscale, everywhere = given.get("mscale"), given.get("mscale_all_dim")
+    mscale: Any = given.get("mscale")
+    everywhere = given.get("mscale_all_dim")
     spec.require(
         bool(mscale) and mscale == everywhere,
         f"rope_parameters.mscale: must be set and equal mscale_all_dim, got {mscale} and "

@@ -53,8 +53,9 @@ def train_flops_per_token(config: lm.Config, length: int, tokens: int = 0) -> Tr
     work = lm.work_per_token(config, length)
     model = 3 * (work.linear + work.core_model)
     padding = sum(
-        ffn.TABLE[x.ffn.KIND].padding(x.ffn, config.width, tokens) if tokens else 0.0
+        float(ffn.TABLE[x.ffn.KIND].padding(x.ffn, config.width, tokens))
         for x in config.layer_list
+        if tokens
     )
     executed = 3 * (work.linear + padding) + work.core + work.core_backward
     if config.remat == "full":

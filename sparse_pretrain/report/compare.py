@@ -203,8 +203,8 @@ def _curves(ranked: Sequence[Arm]) -> str:
         ("metrics", "loss", "training loss, nats/token"),
         ("eval", METRIC, "held-out bits/byte"),
     ):
-        drawn = [(i, _mean_curve(arm, kind, key)) for i, arm in enumerate(ranked[:SHOWN])]
-        drawn = [(i, c) for i, c in drawn if c is not None]
+        curves = enumerate(_mean_curve(arm, kind, key) for arm in ranked[:SHOWN])
+        drawn = [(i, curve) for i, curve in curves if curve is not None]
         if not drawn:
             continue
         chart = Chart(x=drawn[0][1][2], panels=[label], height=3.0)

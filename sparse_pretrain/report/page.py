@@ -158,7 +158,8 @@ def _domains(run: workdir.Run) -> str:
     top = max(finite, default=0.0)
 
     def hardest(name: str) -> float:
-        return -(values[name] if isinstance(values[name], (int, float)) else math.inf)
+        value = values[name]
+        return -value if isinstance(value, (int, float)) else -math.inf
 
     table = html.table(
         ["domain", "bits/byte", "", "nats/token", "tokens"],

@@ -4,7 +4,7 @@ Forward and backward are gathers only: a scatter-add is serial on CPU and unorde
 static buffer of rows holds any load, so nothing is dropped.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def plan(expert_TxC: Int[Array, "T C"], experts: int) -> Plan:
 
 
 def _sum_seats(rows_RxD, plan_: Plan, weight_TxC=None):
-    total = None
+    total: Any = None
     for c in range(plan_.row.shape[1]):
         row = plan_.row[:, c]
         # an undispatched pair reads row 0 with weight zero

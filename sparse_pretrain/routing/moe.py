@@ -51,10 +51,11 @@ class MoE(nn.Module):
         self.w_gate = nn.param(keys, (E, width, F), ("E", "D", "F"), std=width**-0.5)
         self.w_up = nn.param(keys, (E, width, F), ("E", "D", "F"), std=width**-0.5)
         self.w_down = nn.param(keys, (E, F, width), ("E", "F", "D"), std=out_gain * F**-0.5)
-        if config.shared:
-            self.shared = layers.SwiGLU(width, F * config.shared, keys, out_gain=out_gain)
-        else:
-            self.shared = None
+        self.shared: layers.SwiGLU | None = (
+            layers.SwiGLU(width, F * config.shared, keys, out_gain=out_gain)
+            if config.shared
+            else None
+        )
 
     def __call__(self, x: Float[Array, "B L D"], valid: Bool[Array, "B L"]):
         assignment = self.router(x, valid)

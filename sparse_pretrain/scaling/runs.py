@@ -152,8 +152,8 @@ def diff(a: Path | str, b: Path | str) -> dict[str, Any]:
     return {
         "a": str(runs[0].path),
         "b": str(runs[1].path),
-        "config": _changes(*configs, sorted(configs[0].keys() | configs[1].keys())),
-        "results": _changes(*results, keys),
+        "config": _changes(configs[0], configs[1], sorted(configs[0].keys() | configs[1].keys())),
+        "results": _changes(results[0], results[1], keys),
         "comparable": hashes[0] == hashes[1],
     }
 

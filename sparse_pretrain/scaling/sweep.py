@@ -225,7 +225,7 @@ def _write(
     rows = []
     for child in todo:
         status, cause = states[child.id]
-        row = {"id": child.id, "label": child.label, "arm": child.arm}
+        row: dict[str, Any] = {"id": child.id, "label": child.label, "arm": child.arm}
         row |= {"experiment": child.experiment, "overrides": child.overrides}
         row |= {"workdir": child.workdir.name, "log": f"logs/{child.log.name}"}
         row |= {"status": status, "cause": cause}

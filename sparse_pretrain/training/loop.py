@@ -132,7 +132,7 @@ class Trainer:
         # with it the weights can be used when the corpus that made it is gone
         self.p.dataset.tokenizer.save(self.workdir / run.TOKENIZER)
         e, p = self.experiment, self.p
-        train_step = step.make_train_step(
+        train_step: Any = step.make_train_step(
             p.definition,
             e.model,
             p.tx,

@@ -289,7 +289,11 @@ class Writer:
     def _send(self, step: int, prefix: str, row: Mapping[str, Any]) -> None:
         for name in list(self._services):
             flat = scalars({k: v for k, v in row.items() if k != "step"}, prefix)
-            self._guard(name, lambda sink, flat=flat: sink.write(step, flat))
+
+            def write(sink: Any, flat: dict[str, Any] = flat) -> None:
+                sink.write(step, flat)
+
+            self._guard(name, write)
 
     def _guard(self, name: str, act: Callable[[Any], None]) -> None:
         # A service that goes away mid-run must not take hours of training with it.

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,8 @@ class Interrupted(RuntimeError):
 def save_batch(workdir: Path, step: int, batch: shapes.Batch) -> Path:
     """The batch that broke step `step`, as an .npz to look at."""
     path = workdir / f"nonfinite_step_{step}.npz"
-    np.savez_compressed(path, **{k: np.asarray(v) for k, v in batch._asdict().items()})
+    arrays: dict[str, Any] = {k: np.asarray(v) for k, v in batch._asdict().items()}
+    np.savez_compressed(path, **arrays)
     return path
 
 

@@ -1,4 +1,4 @@
-"""The loop: resuming changes nothing to the bit, a broken loss stops the run, files are complete."""
+"""The loop: resuming changes nothing to the bit, a broken loss stops it, its files are whole."""
 
 import contextlib
 import dataclasses
@@ -68,7 +68,12 @@ def _state(wanted, workdir):
     prepared = run.prepare(wanted)
     template = state.create(prepared.definition, prepared.tx, 0, ema=True)
     restored, cursor = checkpoint.Checkpointer(workdir).restore(template)
-    return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x), restored), cursor
+
+    def plain(x):
+        is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if is_key else x)
+
+    return jax.tree.map(plain, restored), cursor
 
 
 @pytest.fixture(scope="module")
