@@ -259,6 +259,7 @@ def _small(experiment):
 
 @pytest.mark.slow
 def test_twenty_edits_train(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # an edited path must not land in the repository
     monkeypatch.setenv("SPARSE_PRETRAIN_CACHE", str(tmp_path / "cache"))
     seed, trained, wrong = 1000, 0, []
     while trained < 20:
