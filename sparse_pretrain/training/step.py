@@ -63,7 +63,7 @@ def make_train_step(
             "bits_per_byte": report["nats"]
             / jnp.float32(jnp.log(2.0))
             / jnp.maximum(size, 1.0),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "lr": schedule(state.step),
             "tokens": tokens,
             "load": report["load"],
