@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def sign(bias_E: Float[Array, " E"], load_E: Float[Array, " E"], rate: float):
+def sign(bias_E: Float[Array, "... E"], load_E: Float[Array, " E"], rate: float):
     """bias + rate * sign(mean load - load), with the mean of the moves taken out.
 
     Shapes: [E] or stacked [N, E]. Source: 2408.15664 algorithm 1.
@@ -18,7 +18,7 @@ def sign(bias_E: Float[Array, " E"], load_E: Float[Array, " E"], rate: float):
     return bias_E + rate * (move - jnp.mean(move, axis=-1, keepdims=True))
 
 
-def max_violation(load_E: Float[Array, " E"]):
+def max_violation(load_E: Float[Array, "... E"]):
     """MaxVio: how far the busiest expert is above the mean load, as a share of the mean.
 
     Source: 2408.15664 equation 4.

@@ -52,11 +52,9 @@ def train_flops_per_token(config: lm.Config, length: int, tokens: int = 0) -> Tr
     """
     work = lm.work_per_token(config, length)
     model = 3 * (work.linear + work.core_model)
-    padding = sum(
-        float(ffn.TABLE[x.ffn.KIND].padding(x.ffn, config.width, tokens))
-        for x in config.layer_list
-        if tokens
-    )
+    padding = 0.0
+    for layer in config.layer_list if tokens else ():
+        padding += ffn.TABLE[layer.ffn.KIND].padding(layer.ffn, config.width, tokens)
     executed = 3 * (work.linear + padding) + work.core + work.core_backward
     if config.remat == "full":
         head = 2.0 * config.width * config.vocab

@@ -51,7 +51,7 @@ class SigmoidBias(nn.Module):
     """top-k of sigmoid(x W) + bias; weights are the scores without the bias.
 
     Source: 2412.19437 sections 2.1.2; 2408.15664.
-    Differs: dropped groups are masked with -inf (Transformers 5 masks with 0, which lets a
+    Differs: dropped groups are masked with -inf (Transformers 5.0 masks with 0, which lets a
     negative bias lose to a dropped expert).
     """
 
