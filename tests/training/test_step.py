@@ -65,13 +65,19 @@ def test_balance_law_over_many_steps(rng):
     """Every layer's bias moves, MaxVio falls, the mean bias stays, the gradient has no share."""
     config = small(repeats=1)
     _, train_state, run = _setup(config)
-    first, last = [], []
+    loads = []
     batches = [packed(np.random.default_rng(i), rows=16) for i in range(8)]
     for n in range(80):
         train_state, out = run(train_state, batches[n % 8])
-        vio = np.concatenate([np.ravel(v) for v in jax.tree.leaves(out["max_vio"])])
-        (first if n < 8 else last).append(vio)
-    assert np.mean(last[-8:]) < 0.6 * np.mean(first)
+        loads.append([np.asarray(x, np.float64) for x in jax.tree.leaves(out["load"])])
+
+    def violation(rounds):
+        # over all eight batches: one alone is small, and its MaxVio is mostly sampling noise
+        totals = [np.sum(layer, axis=0) for layer in zip(*rounds, strict=True)]
+        return np.mean([(x.max(-1) / x.mean(-1) - 1).mean() for x in totals])
+
+    before, after = violation(loads[:8]), violation(loads[-8:])
+    assert after < 0.6 * before, (before, after)
     for bias in jax.tree.leaves(train_state.router):
         assert np.abs(np.asarray(bias)).max(-1).min() > 0.005
         np.testing.assert_allclose(np.asarray(bias).mean(-1), 0, atol=1e-6)
