@@ -21,7 +21,7 @@ Tuning:   rates 0.007, 0.014, 0.028 and then, since the lowest was best, 0.0035 
           speed), scale 2 (1.7939) and scale 3 (1.8004, without the tenth); scale 1 is kept. An
           earlier grid of 0.005 to 0.04 was stopped before any of its runs ended.
 Timing:   the runs had real-time priority on a machine with other work; read the ratios.
-Learned:  the gain is small here, about a third of a percent. Whether it grows with tokens is untried.
+Learned:  the gain is small here, about a third of a percent; growth with tokens is untried.
 """
 
 from ml_collections import ConfigDict
