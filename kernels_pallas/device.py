@@ -30,6 +30,19 @@ def jax_version() -> tuple[int, ...]:
     return tuple(int(part) for part in jax.__version__.split(".")[:3] if part.isdigit())
 
 
+@functools.cache
+def has_amx() -> bool:
+    """Return whether this processor has AMX's bfloat16 matrix units; False where it does not say.
+
+    Without them (AVX-512 only, or ARM) a product costs relatively more and a copy relatively less.
+    """
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return any("amx_bf16" in line for line in lines if line.startswith("flags"))
+    except OSError:
+        return False
+
+
 def keep_memory() -> bool:
     """Make the C library keep freed memory for this process; True where that could be done.
 

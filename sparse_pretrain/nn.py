@@ -168,8 +168,11 @@ def scan_layers(
     if scan and repeats > 1:
         return jax.lax.scan(body, carry, (arrays, jnp.arange(repeats), extra))
     outs = []
+    # split and not indexed: its gradient is one concatenation, not a sum of padded arrays
+    leaves, tree = jax.tree.flatten((arrays, extra))
+    columns = [jax.lax.split(a, (1,) * repeats) for a in leaves]
     for n in range(repeats):
-        layer, more = jax.tree.map(lambda a: a[n], (arrays, extra))  # noqa: B023
+        layer, more = tree.unflatten([jax.lax.squeeze(column[n], (0,)) for column in columns])
         carry, out = body(carry, (layer, n, more))
         outs.append(out)
     return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outs)

@@ -54,6 +54,7 @@ def model_config(model, precision):
         blocks={"block": block.Config(attention=attention, ffn=feed)},
         pattern=("block",),
         repeats=common.LAYERS,
+        scan=False,  # as every experiment that ships: a tenth faster on CPU, longer to compile
         dtype={"bf16": "bfloat16", "fp32": "float32"}[precision],
     )
 

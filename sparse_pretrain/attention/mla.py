@@ -71,31 +71,39 @@ class MLA(nn.Module):
         c = self.config
         return (c.nope_dim + c.rope_dim) ** -0.5 * c.rope.softmax_gain
 
+    def _halves(self, w, start: int):
+        """A projection whose last dim is rotated from `start` on, ready for rotation by halves."""
+        if not self.config.rope.interleaved:
+            return w
+        return jnp.concatenate([w[..., :start], layers.half_split(w[..., start:])], axis=-1)
+
+    def _rope(self, x, positions, start: int = 0):
+        halves = dataclasses.replace(self.config.rope, interleaved=False)
+        return layers.rope(x, positions, halves, start=start)
+
     def queries(self, x, positions):
-        """(q_nope [B, L, H, nope], q_rope [B, L, H, rope])."""
+        """[B, L, H, nope + rope], rotated from dim nope on."""
         c = self.config
         if c.q_rank:
-            latent = self.q_norm(ops.linear(x, nn.read(self.w_dq)))
-            q = ops.linear(latent, nn.read(self.w_uq))
-        else:
-            q = ops.linear(x, nn.read(self.w_q))
-        return q[..., : c.nope_dim], layers.rope(q[..., c.nope_dim :], positions, c.rope)
+            x = self.q_norm(ops.linear(x, nn.read(self.w_dq)))
+        w = nn.read(self.w_uq if c.q_rank else self.w_q)
+        return self._rope(ops.linear(x, self._halves(w, c.nope_dim)), positions, c.nope_dim)
 
     def latents(self, x, positions):
         """(c_kv [B, L, Dc], k_rope [B, L, rope]): all a cache must hold."""
         c = self.config
-        both = ops.linear(x, nn.read(self.w_dkv))
-        k_rope = layers.rope(both[..., None, c.kv_rank :], positions, c.rope)
+        both = ops.linear(x, self._halves(nn.read(self.w_dkv), c.kv_rank))
+        k_rope = self._rope(both[..., None, c.kv_rank :], positions)
         return self.kv_norm(both[..., : c.kv_rank]), k_rope[..., 0, :]
 
     def __call__(self, x: Float[Array, "B L D"], context: base.Context) -> Float[Array, "B L D"]:
-        q_nope, q_rope = self.queries(x, context.positions)
+        q = self.queries(x, context.positions)
         c_kv, k_rope = self.latents(x, context.positions)
         k_nope = ops.linear(c_kv, nn.read(self.w_uk))
         v = ops.linear(c_kv, nn.read(self.w_uv))
         k_rope = jnp.broadcast_to(k_rope[:, :, None, :], (*k_nope.shape[:3], k_rope.shape[-1]))
         o = ops.flash(
-            jnp.concatenate([q_nope, q_rope], axis=-1),
+            q,
             jnp.concatenate([k_nope, k_rope], axis=-1),
             v,
             segments_q=context.segments,
@@ -109,7 +117,8 @@ class MLA(nn.Module):
         """One token at `position` [] with absorbed projections: heads share the latent as key."""
         B, f32 = x_Bx1xD.shape[0], jnp.float32
         positions = jnp.full((B, 1), position, jnp.int32)
-        q_nope, q_rope = self.queries(x_Bx1xD, positions)
+        q = self.queries(x_Bx1xD, positions)
+        q_nope, q_rope = jnp.split(q, [self.config.nope_dim], axis=-1)
         c_kv, k_rope = self.latents(x_Bx1xD, positions)
         cache = {
             "c_kv": jax.lax.dynamic_update_slice_in_dim(cache["c_kv"], c_kv, position, 1),

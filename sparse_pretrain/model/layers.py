@@ -113,24 +113,54 @@ def rope_frequencies(width: int, config: RopeConfig) -> np.ndarray:
     return (frequency / config.factor * ramp + frequency * (1 - ramp)).astype(np.float32)
 
 
-def rope(x_BxLxHxR: Float[Array, "B L H R"], positions_BxL: Int[Array, "B L"], config: RopeConfig):
-    """Rotates each plane of the last dim by position times its frequency, in float32.
+def rope(
+    x_BxLxHxD: Float[Array, "B L H D"],
+    positions_BxL: Int[Array, "B L"],
+    config: RopeConfig,
+    *,
+    start: int = 0,
+):
+    """Rotates each plane of the dims from `start` on by position times its frequency, in float32.
 
-    Planes are (i, i + R/2), or (2i, 2i + 1) when `interleaved`.
+    Planes are (i, i + R/2) of the R rotated dims, or (2i, 2i + 1) when `interleaved`.
     """
-    width = x_BxLxHxR.shape[-1]
-    frequency = jnp.asarray(rope_frequencies(width, config))
+    frequency = jnp.asarray(rope_frequencies(x_BxLxHxD.shape[-1] - start, config))
     angle = positions_BxL.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    x = x_BxLxHxR.astype(jnp.float32)
-    if config.interleaved:
-        x = x.reshape(*x.shape[:-1], width // 2, 2)
-        a, b = x[..., 0], x[..., 1]
-        out = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x_BxLxHxR.shape)
+    # one table for all heads: without the barrier XLA computes it again for every element
+    cos, sin = jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
+    return _rotate(start, config.interleaved, x_BxLxHxD, cos, sin)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rotate(start: int, interleaved: bool, x, cos, sin):
+    r = x[..., start:].astype(wide(x.dtype))
+    cos, sin = cos.astype(r.dtype), sin.astype(r.dtype)
+    if interleaved:
+        pairs = r.reshape(*r.shape[:-1], -1, 2)
+        a, b = pairs[..., 0], pairs[..., 1]
+        r = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(r.shape)
     else:
-        a, b = x[..., : width // 2], x[..., width // 2 :]
-        out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return narrow(out, x_BxLxHxR.dtype)
+        a, b = jnp.split(r, 2, axis=-1)
+        r = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return jnp.concatenate([x[..., :start], narrow(r, x.dtype)], axis=-1)
+
+
+# a rotation's transpose is the rotation back: no padding and adding of slices
+_rotate.defvjp(
+    lambda start, interleaved, x, cos, sin: (_rotate(start, interleaved, x, cos, sin), (cos, sin)),
+    lambda start, interleaved, kept, dy: (
+        _rotate(start, interleaved, dy, kept[0], -kept[1]), None, None,
+    ),
+)
+
+
+def half_split(w: Float[Array, "... R"]) -> Float[Array, "... R"]:
+    """The columns of a projection in the order in which planes (2i, 2i + 1) are (i, i + R/2).
+
+    Queries and keys that are both reordered have the same scores, and rotating halves is fast where
+    rotating neighbours is not; reordering the weight costs next to nothing.
+    """
+    return jnp.swapaxes(w.reshape(*w.shape[:-1], -1, 2), -1, -2).reshape(w.shape)
 
 
 @jax.custom_vjp
