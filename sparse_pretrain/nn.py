@@ -172,7 +172,8 @@ def scan_layers(
     leaves, tree = jax.tree.flatten((arrays, extra))
     columns = [jax.lax.split(a, (1,) * repeats) for a in leaves]
     for n in range(repeats):
-        layer, more = tree.unflatten([jax.lax.squeeze(column[n], (0,)) for column in columns])
+        row = [jax.lax.squeeze(column[n], (0,)) for column in columns]
+        layer, more = jax.tree.unflatten(tree, row)
         carry, out = body(carry, (layer, n, more))
         outs.append(out)
     return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outs)
