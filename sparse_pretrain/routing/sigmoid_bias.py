@@ -102,8 +102,8 @@ def select(score_TxE, bias_E, top_k: int, config: Config):
     if config.groups > 1:
         grouped = z.reshape(z.shape[0], config.groups, -1)
         best_two = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
-        kept = jax.lax.top_k(best_two, config.groups_kept)[1]
+        kept = base.top_k(best_two, config.groups_kept)
         group = jnp.arange(config.groups)
         allowed = jnp.any(kept[:, :, None] == group[None, None, :], axis=1)
         z = jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(z.shape)
-    return jax.lax.top_k(z, top_k)[1].astype(jnp.int32)
+    return base.top_k(z, top_k)
