@@ -42,7 +42,9 @@ def main(folder: str = "runs/quickstart_vs_dense") -> None:
     """Writes the JSON and prints the table."""
     found = rows(Path(folder))
     by = {arm: {r["seed"]: r for r in found if r["arm"] == arm} for arm in ARMS}
-    seeds = sorted(by[ARMS[0]].keys() & by[ARMS[1]].keys())
+    # a tuning sweep has one seed and many rates: nothing to pair
+    paired_arms = len(found) == len(by[ARMS[0]]) + len(by[ARMS[1]])
+    seeds = sorted(by[ARMS[0]].keys() & by[ARMS[1]].keys()) if paired_arms else []
     scores = [[by[arm][s]["bits_per_byte"] for s in seeds] for arm in ARMS]
     result = {"rows": found, "seeds": seeds}
     if len(seeds) > 1:
