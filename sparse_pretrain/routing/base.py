@@ -1,12 +1,15 @@
 """What every router returns, and the pieces routers share."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import device
+from sparse_pretrain import spec
+from sparse_pretrain.shapes import AnyArray
+from sparse_pretrain.sharding import ops
 
 
 class Assignment(NamedTuple):
@@ -14,11 +17,111 @@ class Assignment(NamedTuple):
 
     Shapes: expert, weight [T, C]; balance [] is the router's own loss, already weighted.
     A pair whose expert is E (one past the last) is not dispatched: padding, or dropped.
+    `market` holds what a market of experts reports, means over micro-batches: `price` [E] it routed
+    by, `proposal` [E] for the next prices, `objective` [] of the dual per token; or nothing.
     """
 
     expert: Int[Array, "T C"]
     weight: Float[Array, "T C"]
     balance: Float[Array, ""]
+    market: dict[str, Array] = {}  # noqa: RUF012 (nobody writes to it)
+
+
+class Report(NamedTuple):
+    """What a feed-forward layer tells besides its output.
+
+    Shapes: load [E] pairs per expert, [0] without experts; balance []; market as in Assignment.
+    """
+
+    load: Float[Array, " E"]
+    balance: Float[Array, ""]
+    market: dict[str, Array]
+
+
+SCORES = ("sigmoid", "softmax", "sqrt_softplus")
+
+
+def check_score(kind: str) -> None:
+    """Errors: ValueError when there is no such score."""
+    spec.require(kind in SCORES, f"score: {kind!r} is not one of {', '.join(SCORES)}")
+
+
+def logits(x_BxLxD: Float[Array, "B L D"], w_DxE: Float[Array, "D E"]) -> Float[Array, "T E"]:
+    """The gate's product in float32, tokens in one dim."""
+    x_TxD = x_BxLxD.reshape(-1, x_BxLxD.shape[-1]).astype(jnp.float32)
+    return ops.linear(x_TxD, w_DxE)
+
+
+def score(kind: str, logits_TxE: Float[Array, "T E"]) -> Float[Array, "T E"]:
+    """Scores from logits: DeepSeek-V3's sigmoid, Switch's softmax, DeepSeek-V4's sqrt-softplus."""
+    if kind == "softmax":
+        return jax.nn.softmax(logits_TxE, axis=1)
+    if kind == "sigmoid":
+        return jax.nn.sigmoid(logits_TxE)
+    # softplus is 0 in float32 far below zero, where the root has no slope: keep it off that edge
+    return jnp.sqrt(jax.nn.softplus(logits_TxE) + 1e-12)
+
+
+def assign(
+    expert_TxC: Int[Array, "T C"],
+    score_TxE: Float[Array, "T E"],
+    valid_BxL: Bool[AnyArray, "B L"],
+    config: Any,
+    top_k: int,
+    **market: Array,
+) -> Assignment:
+    """The assignment of these experts: weights from scores, no pair for padding, sequence balance.
+
+    `config` has `normalise`, `scale` and `balance`. Experts numbered E are no pair.
+    """
+    B, L = valid_BxL.shape
+    E = score_TxE.shape[1]
+    live = expert_TxC < E
+    weight = take_seats(score_TxE, jnp.where(live, expert_TxC, 0)) * live
+    if config.normalise:
+        weight = weight / (jnp.sum(weight, axis=1, keepdims=True) + 1e-20)
+    balance = jnp.zeros((), jnp.float32)
+    if config.balance:
+        column = jnp.arange(E, dtype=expert_TxC.dtype)
+        chosen = jnp.any(expert_TxC[:, :, None] == column[None, None, :], axis=1)
+        balance = config.balance * sequence_balance(
+            score_TxE.reshape(B, L, E),
+            chosen.reshape(B, L, E).astype(jnp.float32),
+            jnp.asarray(valid_BxL).astype(jnp.float32),
+            top_k,
+        )
+    expert_TxC = jnp.where(jnp.reshape(jnp.asarray(valid_BxL), (-1, 1)), expert_TxC, E)
+    market = {k: jax.lax.stop_gradient(v) for k, v in market.items()}
+    return Assignment(expert_TxC, weight * config.scale, balance, market)
+
+
+def buy_above(
+    score_TxE: Float[Array, "T E"], price_E: Float[Array, " E"], seats: int
+) -> Int[Array, "T C"]:
+    """Every expert with score above its price, the `seats` highest scores where there are more."""
+    E = score_TxE.shape[1]
+    wanted = score_TxE > price_E[None, :]
+    expert = top_k(jnp.where(wanted, score_TxE, -jnp.inf), seats)
+    taken = jnp.take_along_axis(wanted, expert, axis=1)
+    return jnp.where(taken, expert, E)
+
+
+def within_capacity(
+    expert_TxC: Int[Array, "T C"], weight_TxC: Float[Array, "T C"], experts: int, seats: int
+) -> Int[Array, "T C"]:
+    """The experts with pairs past an expert's `seats` dropped, lowest weights first.
+
+    Source: batch prioritised routing, V-MoE 2106.05974 section 4.1.
+    """
+    pairs = expert_TxC.size
+    expert, weight = expert_TxC.reshape(-1), weight_TxC.reshape(-1)
+    number = jnp.arange(pairs, dtype=jnp.int32)
+    ranked = jax.lax.sort((expert, -weight, number), num_keys=3)
+    starts = jnp.searchsorted(ranked[0], jnp.arange(experts + 1, dtype=expert.dtype))
+    place = number - starts.astype(jnp.int32)[jnp.minimum(ranked[0], experts)]
+    kept = jnp.where(place < seats, ranked[0], experts)
+    out = jnp.zeros((pairs,), expert.dtype).at[ranked[2]].set(kept, unique_indices=True)
+    return out.reshape(expert_TxC.shape)
 
 
 def top_k(score_TxE, k: int) -> Int[Array, "T C"]:

@@ -1,0 +1,84 @@
+"""Top-k by score with auxiliary losses: Switch, GShard, Mixtral, OLMoE."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sparse_pretrain import nn, spec
+from sparse_pretrain.routing import base
+from sparse_pretrain.shapes import AnyArray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(spec.Config):
+    """`aux` weighs the load-balance loss over the batch, `z` the logits' z-loss, `balance` the
+    loss per sequence; defaults are OLMoE's. `normalise` makes a token's weights sum to 1.
+    """
+
+    KIND: ClassVar[str] = "topk"
+
+    score: str = "softmax"
+    aux: float = 0.01
+    z: float = 0.001
+    balance: float = 0.0
+    scale: float = 1.0
+    normalise: bool = False
+
+    def __post_init__(self):
+        base.check_score(self.score)
+        spec.positive(self, "scale")
+        for name in ("aux", "z", "balance"):
+            value = getattr(self, name)
+            spec.require(value >= 0, f"{name}: must not be negative, got {value}")
+
+    def check(self, experts: int, top_k: int) -> None:
+        """Errors: ValueError when there are fewer experts than top_k."""
+        spec.require(top_k <= experts, f"top_k: {top_k} exceeds experts {experts}")
+
+
+class TopK(nn.Module):
+    """The k experts with the highest score; balance comes from losses alone.
+
+    aux  E sum_e f_e P_e over the tokens it sees: f the share of pairs, P the mean score share.
+    z    mean squared logsumexp of the logits.
+    With gradient accumulation the auxiliary loss is a micro-batch's, as in Switch it is a device's.
+    Source: Switch 2101.03961 equations 4 to 6; ST-MoE 2202.08906 equation 5; OLMoE 2409.02060.
+    """
+
+    Config = Config
+
+    def __init__(self, config: Config, width: int, experts: int, top_k: int, keys: nn.Keys):
+        config.check(experts, top_k)
+        self.config, self.top_k = config, top_k
+        self.w = nn.param(keys, (width, experts), ("D", "E"), std=width**-0.5)
+
+    def __call__(
+        self,
+        x_BxLxD: Float[Array, "B L D"],
+        valid_BxL: Bool[AnyArray, "B L"],
+        tokens_BxL: Int[AnyArray, "B L"] | None = None,
+        *,
+        train: bool = True,
+    ) -> base.Assignment:
+        del tokens_BxL, train
+        c = self.config
+        logits = base.logits(x_BxLxD, nn.read(self.w))
+        score = base.score(c.score, logits)
+        expert = base.top_k(jax.lax.stop_gradient(score), self.top_k)
+        found = base.assign(expert, score, valid_BxL, c, self.top_k)
+        extra = jnp.zeros((), jnp.float32)
+        live = jnp.reshape(jnp.asarray(valid_BxL), (-1,)).astype(jnp.float32)
+        tokens = jnp.maximum(jnp.sum(live), 1.0)
+        if c.aux:
+            experts = score.shape[1]
+            load = base.count_load(found.expert, experts)
+            share = score / (jnp.sum(score, axis=1, keepdims=True) + 1e-20)
+            mean_share = jnp.sum(share * live[:, None], axis=0) / tokens
+            extra = extra + c.aux * experts * jnp.sum(load / (tokens * self.top_k) * mean_share)
+        if c.z:
+            total = jax.nn.logsumexp(logits, axis=1)
+            extra = extra + c.z * jnp.sum(jnp.square(total) * live) / tokens
+        return found._replace(balance=found.balance + extra)
