@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 AnyArray = Array | np.ndarray
+Position = Int[AnyArray, ""] | int
 
 
 class Batch(NamedTuple):

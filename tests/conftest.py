@@ -1,11 +1,23 @@
-"""Strictness for every test: promotion and rank mistakes raise, warnings are errors."""
+"""Strictness for every test: promotion and rank mistakes raise, warnings are errors.
+
+Every function of the package checks its annotations, shapes among them, at each call. The import
+hook stands here and not in pytest's options, because xdist's workers never read `addopts`.
+"""
 
 import os
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# An int counts as a float, as it does to mypy.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+
+assert "sparse_pretrain" not in sys.modules, "imported too early to be checked"
+install_import_hook("sparse_pretrain", CHECKER)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -2,10 +2,11 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from sparse_pretrain.shapes import AnyArray
+from sparse_pretrain.shapes import AnyArray, Position
 from sparse_pretrain.sharding import ops
 
 
@@ -26,6 +27,18 @@ def causal_mask(context: Context, window: int | None = None) -> Bool[Array, "B L
         seen = seen & (order[:, None] - order[None, :] < window)
     same = segments[:, :, None] == segments[:, None, :]
     return seen[None] & same & (segments != 0)[:, :, None]
+
+
+def cached_softmax(
+    score: Float[Array, "*lead S"], position: Position, window: int | None = None
+) -> Float[Array, "*lead S"]:
+    """Softmax of one query's scores over the cache's keys up to `position`, within the window."""
+    behind = position - jnp.arange(score.shape[-1])
+    seen = behind >= 0
+    if window is not None:
+        seen = seen & (behind < window)
+    seen = jnp.reshape(seen, (1,) * (score.ndim - 1) + seen.shape)
+    return jax.nn.softmax(jnp.where(seen, score, -jnp.inf), axis=-1)
 
 
 class Work(NamedTuple):

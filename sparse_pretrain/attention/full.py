@@ -112,8 +112,7 @@ class Full(nn.Module):
         score = jnp.einsum("bkgd,bskd->bkgs", q, cache["k"].astype(jnp.float32)) * self._scale
         if self.config.softcap:
             score = self.config.softcap * jnp.tanh(score / self.config.softcap)
-        seen = jnp.arange(cache["k"].shape[1])[None, None, None, :] <= position
-        p = jax.nn.softmax(jnp.where(seen, score, -jnp.inf), axis=-1)
+        p = base.cached_softmax(score, position)
         o = jnp.einsum("bkgs,bskd->bkgd", p, cache["v"].astype(jnp.float32))
         o = o.reshape(B, 1, H, -1).astype(x_Bx1xD.dtype)
         return ops.linear(o, nn.read(self.w_o), contract=2), cache

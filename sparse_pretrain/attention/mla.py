@@ -131,8 +131,7 @@ class MLA(nn.Module):
         score = score * self._scale
         if self.config.softcap:
             score = self.config.softcap * jnp.tanh(score / self.config.softcap)
-        seen = jnp.arange(latent.shape[1])[None, None, :] <= position
-        p = jax.nn.softmax(jnp.where(seen, score, -jnp.inf), axis=-1)
+        p = base.cached_softmax(score, position)
         o = jnp.einsum("bhs,bsc->bhc", p, latent)
         o = jnp.einsum("bhc,chv->bhv", o, nn.read(self.w_uv))[:, None].astype(x_Bx1xD.dtype)
         return ops.linear(o, nn.read(self.w_o), contract=2), cache

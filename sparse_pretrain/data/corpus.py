@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import operator
 import os
 import platform
 import shutil
@@ -13,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, SupportsIndex, overload
 
 from sparse_pretrain.data import sources
 
@@ -50,19 +51,20 @@ class Documents(Sequence[Document]):
         return self._length
 
     @overload
-    def __getitem__(self, index: int) -> Document: ...
+    def __getitem__(self, index: SupportsIndex) -> Document: ...
     @overload
     def __getitem__(self, index: slice) -> list[Document]: ...
-    def __getitem__(self, index: int | slice) -> Document | list[Document]:
+    def __getitem__(self, index: SupportsIndex | slice) -> Document | list[Document]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(self._length))]
-        if not -self._length <= index < self._length:
-            raise IndexError(f"document {index} of {self._length}")
+        at = operator.index(index)
+        if not -self._length <= at < self._length:
+            raise IndexError(f"document {at} of {self._length}")
         if self._rows is None:
             import tensorflow_datasets as tfds  # a third of a second that `--help` must not pay
 
             self._rows = tfds.builder_from_directory(self._folder).as_data_source(self._split)
-        row = self._rows[int(index) % self._length]
+        row = self._rows[at % self._length]
         domain, name = row["domain"].decode(), row["name"].decode()
         return Document(row["text"].decode(), self._domains[domain], name)
 

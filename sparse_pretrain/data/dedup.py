@@ -104,7 +104,7 @@ def signature(text: str) -> np.ndarray:
     return result
 
 
-def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray | np.float64:
     """Estimated Jaccard similarity of the shingle sets behind two (rows of) signatures."""
     return np.mean(a == b, axis=-1)
 

@@ -62,12 +62,19 @@ class Split:
         fold: tuple[str, float] = ("", 0.0),
         tell: Callable[[str], None] = lambda message: None,
     ) -> None:
-        self._spool = spool.Spool(folder)
         self._tell = tell
         self._seen: set[bytes] = set()
         self._dropped = 0
         self.notes: dict[str, Any] = {}
         self.heldout: list[Text] = []
+        self._spool = spool.Spool(folder)
+        try:
+            self._make(documents, fold)
+        except BaseException:
+            self.close()  # whoever gets the error has no Split to close
+            raise
+
+    def _make(self, documents: Iterable[Raw], fold: tuple[str, float]) -> None:
         given = self._load(documents)
         if not self._documents:
             raise ValueError("the source holds no readable text")

@@ -56,7 +56,7 @@ class Tokenizer:
         """The ids of `text`, int32, without any special token."""
         return np.array(self.inner.encode(text, add_special_tokens=False).ids, np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int | np.integer]) -> str:
         """The text of `ids`; special tokens vanish, broken UTF-8 becomes U+FFFD."""
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
 
@@ -111,7 +111,7 @@ class Bytes(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int | np.integer]) -> str:
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
 
     def spans_of(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -148,7 +148,7 @@ class Chars(Tokenizer):
             )
         return ids.astype(np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int | np.integer]) -> str:
         return "".join(self._letters[int(i)] for i in ids if i < len(self._letters))
 
     def spans_of(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-def sign(bias_E: Float[Array, "... E"], load_E: Float[Array, "... E"], rate: float):
+def sign(
+    bias_E: Float[Array, "*N E"], load_E: Float[Array, "*N E"], rate: float
+) -> Float[Array, "*N E"]:
     """bias + rate * sign(mean load - load), with the mean of the moves taken out.
 
     Shapes: [E] or stacked [N, E]. Source: 2408.15664 algorithm 1.
@@ -27,7 +29,9 @@ def sign(bias_E: Float[Array, "... E"], load_E: Float[Array, "... E"], rate: flo
     return bias_E + rate * (move - jnp.mean(move, axis=-1, keepdims=True))
 
 
-def proportional(bias_E: Float[Array, "... E"], load_E: Float[Array, "... E"], rate: float):
+def proportional(
+    bias_E: Float[Array, "*N E"], load_E: Float[Array, "*N E"], rate: float
+) -> Float[Array, "*N E"]:
     """bias + rate * (1 - load / mean load): gradient descent on the dual.
 
     Shapes: [E] or stacked [N, E]. Source: 2408.15664 section 4.3.
@@ -38,7 +42,7 @@ def proportional(bias_E: Float[Array, "... E"], load_E: Float[Array, "... E"], r
     return bias_E + rate * (move - jnp.mean(move, axis=-1, keepdims=True))
 
 
-def max_violation(load_E: Float[Array, "... E"]):
+def max_violation(load_E: Float[Array, "*N E"]) -> Float[Array, "*N"]:
     """MaxVio: how far the busiest expert is above the mean load, as a share of the mean.
 
     Source: 2408.15664 equation 4.
@@ -89,7 +93,7 @@ def _next_best(value_TxE: Float[Array, "T E"], top_k: int) -> Float[Array, " T"]
     return jax.lax.top_k(value_TxE, top_k + 1)[0][:, top_k]
 
 
-def centred(price_E: Float[Array, "... E"]) -> Float[Array, "... E"]:
+def centred(price_E: Float[Array, "*N E"]) -> Float[Array, "*N E"]:
     """Prices with mean 0; choices and the dual objective are blind to a common shift."""
     return price_E - jnp.mean(price_E, axis=-1, keepdims=True)
 

@@ -5,12 +5,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from sparse_pretrain import nn
 from sparse_pretrain.model import lm
 
 
-def sample(logits_BxV, key, temperature: float, top_p: float):
+def sample(
+    logits_BxV: Float[Array, "B V"], key: jax.Array, temperature: float, top_p: float
+) -> Int[Array, " B"]:
     """A token per row: the likeliest at temperature 0, else from the smallest set of mass top_p."""
     if temperature == 0:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 from sparse_pretrain import attention, nn, spec
 from sparse_pretrain.attention import base, full
 from sparse_pretrain.model import ffn, layers
+from sparse_pretrain.shapes import Position
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,12 +31,16 @@ class Block(nn.Module):
         self.norm_ffn = layers.RMSNorm(width, keys, eps=eps)
         self.ffn = ffn.TABLE[config.ffn.KIND](config.ffn, width, keys, out_gain=out_gain)
 
-    def __call__(self, x: Float[Array, "B L D"], context: base.Context):
+    def __call__(
+        self, x: Float[Array, "B L D"], context: base.Context
+    ) -> tuple[Float[Array, "B L D"], Float[Array, " E"], Float[Array, ""]]:
         x = x + self.attention(self.norm_attention(x), context)
         y, load, balance = self.ffn(self.norm_ffn(x), context.segments != 0)
         return x + y, load, balance
 
-    def decode(self, x, cache, position):
+    def decode(
+        self, x: Float[Array, "B 1 D"], cache: base.Cache, position: Position
+    ) -> tuple[Float[Array, "B 1 D"], base.Cache]:
         """One token [B, 1, D] against the layer's cache."""
         y, cache = self.attention.decode(self.norm_attention(x), cache, position)
         x = x + y

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 from sparse_pretrain import nn, spec
 from sparse_pretrain.model.layers import SwiGLU
 from sparse_pretrain.routing.moe import MoE
+from sparse_pretrain.shapes import AnyArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,9 @@ class Dense(nn.Module):
     def __init__(self, config: DenseConfig, width: int, keys: nn.Keys, *, out_gain: float = 1.0):
         self.mlp = SwiGLU(width, config.hidden, keys, out_gain=out_gain)
 
-    def __call__(self, x: Float[Array, "B L D"], valid: Bool[Array, "B L"]):
+    def __call__(
+        self, x: Float[Array, "B L D"], valid: Bool[AnyArray, "B L"]
+    ) -> tuple[Float[Array, "B L D"], Float[Array, " E"], Float[Array, ""]]:
         del valid
         return self.mlp(x), jnp.zeros((0,), jnp.float32), jnp.zeros((), jnp.float32)
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas import device
 from kernels_pallas.rounding import narrow
 from sparse_pretrain import nn, spec
+from sparse_pretrain.shapes import AnyArray
 from sparse_pretrain.sharding import ops
 
 
@@ -31,7 +32,9 @@ def materialise(x):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rms_norm(x: Float[Array, "... D"], scale_D: Float[Array, " D"], eps: float):
+def rms_norm(
+    x: Float[Array, "*lead D"], scale_D: Float[Array, " D"], eps: float
+) -> Float[Array, "*lead D"]:
     """x over its root mean square, times a learned scale; float32 inside, x's dtype outside.
 
     Its backward pass keeps x and one number per row.
@@ -73,7 +76,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.scale = nn.param(keys, (width,), (dim,), value=1.0)
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
         return rms_norm(x, nn.read(self.scale), self.eps)
 
 
@@ -125,11 +128,11 @@ def rope_frequencies(width: int, config: RopeConfig) -> np.ndarray:
 
 def rope(
     x_BxLxHxD: Float[Array, "B L H D"],
-    positions_BxL: Int[Array, "B L"],
+    positions_BxL: Int[AnyArray, "B L"],
     config: RopeConfig,
     *,
     start: int = 0,
-):
+) -> Float[Array, "B L H D"]:
     """Rotates each plane of the dims from `start` on by position times its frequency, in float32.
 
     Planes are (i, i + R/2) of the R rotated dims, or (2i, 2i + 1) when `interleaved`.
@@ -166,7 +169,7 @@ _rotate.defvjp(
 )
 
 
-def half_split(w: Float[Array, "... R"]) -> Float[Array, "... R"]:
+def half_split(w: Float[Array, "*lead R"]) -> Float[Array, "*lead R"]:
     """The columns of a projection in the order in which planes (2i, 2i + 1) are (i, i + R/2).
 
     Queries and keys that are both reordered have the same scores, and rotating halves is fast where
@@ -176,7 +179,9 @@ def half_split(w: Float[Array, "... R"]) -> Float[Array, "... R"]:
 
 
 @jax.custom_vjp
-def swiglu(gate, up):
+def swiglu(
+    gate: Float[Array, "*lead F"], up: Float[Array, "*lead F"]
+) -> Float[Array, "*lead F"]:
     """silu(gate) * up in the inputs' dtype, float32 inside.
 
     The logistic is written through tanh, which XLA:CPU vectorises 3 times faster than exp and
@@ -215,7 +220,7 @@ class SwiGLU(nn.Module):
         self.w_up = nn.param(keys, (width, hidden), ("D", "F"), std=width**-0.5)
         self.w_down = nn.param(keys, (hidden, width), ("F", "D"), std=out_gain * hidden**-0.5)
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
         gate = ops.linear(x, nn.read(self.w_gate))
         up = ops.linear(x, nn.read(self.w_up))
         return ops.linear(swiglu(gate, up), nn.read(self.w_down))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from sparse_pretrain import attention, nn, routing, shapes, spec
 from sparse_pretrain.attention import base
 from sparse_pretrain.model import block, ffn, layers
+from sparse_pretrain.shapes import AnyArray, Position
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float64": jnp.float64}
 REMAT = ("none", "full", "dots")
@@ -78,7 +79,9 @@ class Config(spec.Config):
 
 
 @jax.custom_vjp
-def embed(table_VxD: Float[Array, "V D"], tokens_BxL: Int[Array, "B L"]):
+def embed(
+    table_VxD: Float[Array, "V D"], tokens_BxL: Int[AnyArray, "B L"]
+) -> Float[Array, "B L D"]:
     """Rows of the table; the gradient is added up in float32."""
     return table_VxD[tokens_BxL]
 
@@ -170,7 +173,9 @@ def init_cache(model: LM, batch: int, length: int) -> dict[str, Any]:
     return cache
 
 
-def decode(model: LM, token_B, cache: dict[str, Any], position) -> tuple[jax.Array, dict]:
+def decode(
+    model: LM, token_B: Int[AnyArray, " B"], cache: dict[str, Any], position: Position
+) -> tuple[Float[Array, "B V"], dict]:
     """Logits [B, V] float32 after `token_B` at `position` [], and the cache that holds it."""
     c, dtype = model.config, DTYPES[model.config.dtype]
     x = nn.read(model.embedding)[token_B[:, None]].astype(dtype)

@@ -124,7 +124,7 @@ def within_capacity(
     return out.reshape(expert_TxC.shape)
 
 
-def top_k(score_TxE, k: int) -> Int[Array, "T C"]:
+def top_k(score_TxE: Float[Array, "T E"], k: int) -> Int[Array, "T C"]:
     """The k highest experts of each token, best first, the lower number among equals; [T, C] int32.
 
     On CPU the maximum is taken k times: `jax.lax.top_k` runs on one core there and takes 3 times as
@@ -146,7 +146,9 @@ def top_k(score_TxE, k: int) -> Int[Array, "T C"]:
 
 
 @jax.custom_vjp
-def take_seats(score_TxE, expert_TxC):
+def take_seats(
+    score_TxE: Float[Array, "T E"], expert_TxC: Int[Array, "T C"]
+) -> Float[Array, "T C"]:
     """score[t, expert[t, c]], with a gradient free of scatters, which are serial on CPU."""
     return jnp.take_along_axis(score_TxE, expert_TxC, axis=1)
 
@@ -168,7 +170,7 @@ def _take_backward(residuals, d_seat):
 take_seats.defvjp(_take_forward, _take_backward)
 
 
-def count_load(expert_TxC, experts: int) -> Float[Array, " E"]:
+def count_load(expert_TxC: Int[Array, "T C"], experts: int) -> Float[Array, " E"]:
     """Pairs per expert, float32; pairs of expert E are not counted."""
     column = jnp.arange(experts, dtype=expert_TxC.dtype)
     total = jnp.zeros((experts,), jnp.float32)
@@ -178,7 +180,12 @@ def count_load(expert_TxC, experts: int) -> Float[Array, " E"]:
     return total
 
 
-def sequence_balance(score_BxLxE, chosen_BxLxE, valid_BxL, top_k: int) -> Float[Array, ""]:
+def sequence_balance(
+    score_BxLxE: Float[Array, "B L E"],
+    chosen_BxLxE: Float[Array, "B L E"],
+    valid_BxL: Float[Array, "B L"],
+    top_k: int,
+) -> Float[Array, ""]:
     """sum_i f_i P_i, mean over sequences: 1 when each sequence spreads evenly.
 
     f_i is the share of the sequence's pairs on expert i times E, P_i its mean normalised score.

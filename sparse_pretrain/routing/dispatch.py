@@ -76,7 +76,9 @@ dispatch.defvjp(
 
 
 @jax.custom_vjp
-def combine(rows_RxD: Float[Array, "R D"], weight_TxC: Float[Array, "T C"], plan_: Plan):
+def combine(
+    rows_RxD: Float[Array, "R D"], weight_TxC: Float[Array, "T C"], plan_: Plan
+) -> Float[Array, "T D"]:
     """Per token, the weighted sum of its pairs' rows, accumulated in float32."""
     return _sum_seats(rows_RxD, plan_, weight_TxC)
 

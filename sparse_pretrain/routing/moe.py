@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 from sparse_pretrain import nn, spec
 from sparse_pretrain.model import layers
 from sparse_pretrain.routing import TABLE, base, dispatch, sigmoid_bias
+from sparse_pretrain.shapes import AnyArray
 from sparse_pretrain.sharding import ops
 
 
@@ -57,7 +58,9 @@ class MoE(nn.Module):
             else None
         )
 
-    def __call__(self, x: Float[Array, "B L D"], valid: Bool[Array, "B L"]):
+    def __call__(
+        self, x: Float[Array, "B L D"], valid: Bool[AnyArray, "B L"]
+    ) -> tuple[Float[Array, "B L D"], Float[Array, " E"], Float[Array, ""]]:
         assignment = self.router(x, valid)
         x_TxD = x.reshape(-1, x.shape[-1])
         plan = dispatch.plan(assignment.expert, self.experts)

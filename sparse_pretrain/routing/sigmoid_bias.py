@@ -5,11 +5,12 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sparse_pretrain import nn, spec
 from sparse_pretrain.games import prices
 from sparse_pretrain.routing import base
+from sparse_pretrain.shapes import AnyArray
 from sparse_pretrain.sharding import ops
 
 
@@ -65,7 +66,7 @@ class SigmoidBias(nn.Module):
         self.bias = nn.price((experts,), ("E",))
 
     def __call__(
-        self, x_BxLxD: Float[Array, "B L D"], valid_BxL: Bool[Array, "B L"]
+        self, x_BxLxD: Float[Array, "B L D"], valid_BxL: Bool[AnyArray, "B L"]
     ) -> base.Assignment:
         c = self.config
         B, L, D = x_BxLxD.shape
@@ -91,12 +92,14 @@ class SigmoidBias(nn.Module):
         return base.Assignment(expert, weight * c.scale, balance)
 
     @staticmethod
-    def move(config: Config, state: dict, load_E: Float[Array, " E"]) -> dict:
+    def move(config: Config, state: dict, load_E: Float[Array, "*N E"]) -> dict:
         """The bias after one optimizer step that saw `load_E` pairs per expert."""
         return {"bias": prices.sign(state["bias"], load_E, config.rate)}
 
 
-def select(score_TxE, bias_E, top_k: int, config: Config):
+def select(
+    score_TxE: Float[Array, "T E"], bias_E: Float[Array, " E"], top_k: int, config: Config
+) -> Int[Array, "T C"]:
     """Experts [T, C] int32 with the highest score + bias, within each token's best groups."""
     z = score_TxE + bias_E[None, :]
     if config.groups > 1:

@@ -1,13 +1,16 @@
 """The training loss of one batch, from hidden states, without the logits."""
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from sparse_pretrain import shapes
 from sparse_pretrain.model import lm
 from sparse_pretrain.sharding import ops
 
 
-def token_losses(model: lm.LM, hidden, batch: shapes.Batch):
+def token_losses(
+    model: lm.LM, hidden: Float[Array, "B L D"], batch: shapes.Batch
+) -> tuple[Float[Array, ""], Float[Array, "B L"]]:
     """(weighted sum of nats + z-loss [], nats per token [B, L])."""
     c = model.config
     head, layout = model.head_weight()

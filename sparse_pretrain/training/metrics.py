@@ -128,14 +128,16 @@ def _module(package: str, extra: str) -> ModuleType:
 
 
 class TensorBoard:
-    """Event files in `workdir/tensorboard`."""
+    """Event files in `workdir/tensorboard`; rows past the step resumed from are hidden."""
 
     def __init__(self, workdir: Path, run: Mapping[str, Any], step: int):
         del run
         tensorboard = _module("tensorboardX", "tensorboard")
-        # purge_step hides the rows past the checkpoint that this run resumes from.
-        purge = {"purge_step": step + 1} if step else {}
-        self._writer = tensorboard.SummaryWriter(str(workdir / "tensorboard"), **purge)
+        # TensorBoard drops what it read before of this step and later ones. At step 0 too: a run
+        # that failed before its first checkpoint starts over in the same folder.
+        self._writer = tensorboard.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=step + 1
+        )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """The scalars of one step."""
@@ -148,7 +150,11 @@ class TensorBoard:
 
 
 class Wandb:
-    """A Weights & Biases run (offline with WANDB_MODE=offline); resuming continues the same run."""
+    """A Weights & Biases run (offline with WANDB_MODE=offline); resuming continues the same run.
+
+    Rows past the step resumed from stay in its history beside the new ones: rewinding a run is a
+    private preview of the service, and only for its own step, not for one given as a metric.
+    """
 
     def __init__(self, workdir: Path, run: Mapping[str, Any], step: int):
         wandb = _module("wandb", "wandb")
@@ -174,7 +180,11 @@ class Wandb:
 
 
 class Mlflow:
-    """An MLflow run at MLFLOW_TRACKING_URI; its id is kept in `workdir/mlflow_run_id`."""
+    """An MLflow run at MLFLOW_TRACKING_URI; its id is kept in `workdir/mlflow_run_id`.
+
+    Rows past the step resumed from stay beside the new ones: MLflow cannot delete a logged value
+    (its issue 2973).
+    """
 
     def __init__(self, workdir: Path, run: Mapping[str, Any], step: int):
         self._mlflow = _module("mlflow", "mlflow")
@@ -200,7 +210,10 @@ class Mlflow:
 
 
 class Trackio:
-    """A local trackio run; resuming continues the same run."""
+    """A local trackio run; resuming continues the same run.
+
+    Rows past the step resumed from stay beside the new ones: trackio deletes whole runs only.
+    """
 
     def __init__(self, workdir: Path, run: Mapping[str, Any], step: int):
         self._trackio = _module("trackio", "trackio")

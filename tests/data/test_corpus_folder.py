@@ -3,40 +3,12 @@
 import gzip
 import json
 import os
-import random
 from pathlib import Path
 
 import pytest
 
 from sparse_pretrain.data import corpus, heldout
-
-
-def lines(seed, count=40):
-    r = random.Random(seed)
-    return "".join(
-        " ".join(f"w{r.randrange(10**6)}" for _ in range(12)) + "\n" for _ in range(count)
-    )
-
-
-def write(root, files):
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = content.encode() if isinstance(content, str) else content
-        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    return f"text_folder:{root}"
-
-
-@pytest.fixture
-def root(tmp_path):
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return tmp_path / "cache"
+from tests.data.conftest import lines, write
 
 
 def everything(made):

@@ -126,20 +126,25 @@ def test_missing_package_names_the_extra_and_touches_nothing(tmp_path, monkeypat
     assert (workdir / "metrics.jsonl").read_text() == '{"step": 9}\n'
 
 
-def test_tensorboard_holds_the_numbers(tmp_path):
+def events(folder):
+    """What TensorBoard reads in a folder: files by name, the events of each in order."""
     from tensorboardX.proto import event_pb2
 
+    for path in sorted(folder.glob("events.*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):  # length (8), its crc (4), the event, its crc (4)
+            size = int.from_bytes(data[at : at + 8], "little")
+            yield event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
+            at += 16 + size
+
+
+def test_tensorboard_holds_the_numbers(tmp_path):
     config = LogConfig(every=2, sinks=("tensorboard",))
     with metrics.Writer(tmp_path, config, RUN) as writer:
         fill(writer, 1, 5)
         writer.eval(4, {"bits_per_byte": 2.25, "per_domain": {"net": {"bits_per_byte": 2.5}}})
-    (path,) = (tmp_path / "tensorboard").glob("events.*")
-    data, at, got = path.read_bytes(), 0, []
-    while at < len(data):  # length (8), its crc (4), the event, its crc (4)
-        size = int.from_bytes(data[at : at + 8], "little")
-        event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
-        at += 16 + size
-        got += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+    read = events(tmp_path / "tensorboard")
+    got = [(e.step, v.tag, v.simple_value) for e in read for v in e.summary.value]
     assert (2, "train/loss", 5.0) in got
     assert (4, "train/loss", 2.5) in got
     assert (4, "eval/bits_per_byte", 2.25) in got
@@ -147,6 +152,27 @@ def test_tensorboard_holds_the_numbers(tmp_path):
     assert {step for step, tag, _ in got if tag == "train/loss"} == {2, 4}
     # the file keeps every step all the same
     assert [r["step"] for r in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path):
+    """TensorBoard's rule: a session's start drops what was read of its step and later ones."""
+    from tensorboardX.proto import event_pb2
+
+    config = LogConfig(sinks=("tensorboard",))
+    for session, (resumed, last) in enumerate([(0, 3), (0, 7), (4, 6), (6, 9)]):
+        with metrics.Writer(tmp_path, config, RUN, step=resumed) as writer:
+            for step in range(resumed + 1, last + 1):
+                writer.train(step, {"session": session})
+        # a file is named after the second it was opened in, and these are of the same second
+        (path,) = (tmp_path / "tensorboard").glob("events.out.*")
+        path.rename(path.with_name(f"events.{session}"))
+    shown = []
+    for event in events(tmp_path / "tensorboard"):
+        if event.session_log.status == event_pb2.SessionLog.START:
+            shown = [row for row in shown if row[0] < event.step]
+        shown += [(event.step, v.simple_value) for v in event.summary.value]
+    expected = [1] * 4 + [2] * 2 + [3] * 3  # the session that wrote each step's last row
+    assert shown == list(enumerate(map(float, expected), 1))
 
 
 # The parameters of the real functions (wandb 0.31, mlflow 3.17, trackio 0.43), in their order,
