@@ -34,8 +34,10 @@ class Batch(NamedTuple):
 class Aux(NamedTuple):
     """What a model returns besides its hidden states; all sums over the batch it saw.
 
-    Shapes: `load` [N_moe, E] pairs per expert; `balance` [] (already weighted, mean per sequence).
+    Shapes: `load` layer group -> [E] or [N, E] pairs per expert; `balance` [] (already weighted,
+    mean per sequence); `market` layer group -> what its routers' markets report, means over tokens.
     """
 
     load: Any  # Float[Array, "N E"] or None when the model has no experts
     balance: Float[Array, ""]
+    market: Any

@@ -11,10 +11,15 @@ from sparse_pretrain.sharding import ops
 
 
 class Context(NamedTuple):
-    """What a layer knows of its tokens. Shapes: [B, L]; segment 0 is padding."""
+    """What a layer knows of its tokens. Shapes: [B, L]; segment 0 is padding.
+
+    `train` says whether a router may read the batch ahead, as some do in training.
+    """
 
     segments: Int[AnyArray, "B L"]
     positions: Int[AnyArray, "B L"]
+    tokens: Int[AnyArray, "B L"] | None = None
+    train: bool = False
 
 
 def causal_mask(context: Context, window: int | None = None) -> Bool[Array, "B L L"]:

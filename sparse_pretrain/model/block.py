@@ -2,12 +2,13 @@
 
 import dataclasses
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sparse_pretrain import attention, nn, spec
 from sparse_pretrain.attention import base, full
 from sparse_pretrain.model import ffn, layers
-from sparse_pretrain.shapes import Position
+from sparse_pretrain.routing.base import Report
+from sparse_pretrain.shapes import AnyArray, Position
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Config(spec.Config):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)).
 
-    Shapes: x [B, L, D] -> (x [B, L, D], load [E], balance []).
+    Shapes: x [B, L, D] -> (x [B, L, D], the feed-forward layer's Report).
     """
 
     def __init__(self, config: Config, width: int, keys: nn.Keys, *, eps: float, out_gain: float):
@@ -33,16 +34,21 @@ class Block(nn.Module):
 
     def __call__(
         self, x: Float[Array, "B L D"], context: base.Context
-    ) -> tuple[Float[Array, "B L D"], Float[Array, " E"], Float[Array, ""]]:
+    ) -> tuple[Float[Array, "B L D"], Report]:
         x = x + self.attention(self.norm_attention(x), context)
-        y, load, balance = self.ffn(self.norm_ffn(x), context.segments != 0)
-        return x + y, load, balance
+        valid = context.segments != 0
+        y, report = self.ffn(self.norm_ffn(x), valid, context.tokens, train=context.train)
+        return x + y, report
 
     def decode(
-        self, x: Float[Array, "B 1 D"], cache: base.Cache, position: Position
+        self,
+        x: Float[Array, "B 1 D"],
+        cache: base.Cache,
+        position: Position,
+        tokens: Int[AnyArray, "B 1"],
     ) -> tuple[Float[Array, "B 1 D"], base.Cache]:
         """One token [B, 1, D] against the layer's cache."""
         y, cache = self.attention.decode(self.norm_attention(x), cache, position)
         x = x + y
-        y, _, _ = self.ffn(self.norm_ffn(x), x[..., 0] == x[..., 0])
+        y, _ = self.ffn(self.norm_ffn(x), tokens == tokens, tokens)
         return x + y, cache

@@ -4,10 +4,11 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sparse_pretrain import nn, spec
 from sparse_pretrain.model.layers import SwiGLU
+from sparse_pretrain.routing import base
 from sparse_pretrain.routing.moe import MoE
 from sparse_pretrain.shapes import AnyArray
 
@@ -26,7 +27,7 @@ class DenseConfig(spec.Config):
 
 
 class Dense(nn.Module):
-    """SwiGLU for every token. Shapes: x [B, L, D] -> ([B, L, D], load [0], balance [])."""
+    """SwiGLU for every token. Shapes: x [B, L, D] -> ([B, L, D], Report without experts)."""
 
     Config = DenseConfig
 
@@ -34,10 +35,16 @@ class Dense(nn.Module):
         self.mlp = SwiGLU(width, config.hidden, keys, out_gain=out_gain)
 
     def __call__(
-        self, x: Float[Array, "B L D"], valid: Bool[AnyArray, "B L"]
-    ) -> tuple[Float[Array, "B L D"], Float[Array, " E"], Float[Array, ""]]:
-        del valid
-        return self.mlp(x), jnp.zeros((0,), jnp.float32), jnp.zeros((), jnp.float32)
+        self,
+        x: Float[Array, "B L D"],
+        valid: Bool[AnyArray, "B L"],
+        tokens: Int[AnyArray, "B L"] | None = None,
+        *,
+        train: bool = False,
+    ) -> tuple[Float[Array, "B L D"], base.Report]:
+        del valid, tokens, train
+        none = jnp.zeros((0,), jnp.float32)
+        return self.mlp(x), base.Report(none, jnp.zeros((), jnp.float32), {})
 
     @staticmethod
     def work(config: DenseConfig, width: int) -> float:

@@ -126,33 +126,37 @@ class LM(nn.Module):
         if not c.tied:
             self.head = nn.param(keys, (c.width, c.vocab), ("D", "V"), std=0.5 / c.width)
 
-    def __call__(self, batch: shapes.Batch) -> tuple[Float[Array, "B L D"], shapes.Aux]:
+    def __call__(
+        self, batch: shapes.Batch, *, train: bool = False
+    ) -> tuple[Float[Array, "B L D"], shapes.Aux]:
         c, dtype = self.config, DTYPES[self.config.dtype]
-        context = base.Context(batch.segments, batch.positions)
+        context = base.Context(batch.segments, batch.positions, batch.tokens, train)
         x = embed(nn.read(self.embedding), batch.tokens).astype(dtype)
-        load, balance = {}, jnp.zeros((), jnp.float32)
+        reports, balance = {}, jnp.zeros((), jnp.float32)
         for i in range(len(c.prefix)):
-            x, load[f"prefix_{i}"], extra = getattr(self, f"prefix_{i}")(x, context)
-            balance = balance + extra
+            x, report = getattr(self, f"prefix_{i}")(x, context)
+            reports[f"prefix_{i}"] = report
+            balance = balance + report.balance
 
         def repeat(modules, carry, n):
             del n
             x, balance = carry
-            loads = []
+            told = []
             for module in modules:
-                x, layer_load, extra = module(x, context)
-                loads.append(layer_load)
-                balance = balance + extra
-            return (x, balance), loads
+                x, report = module(x, context)
+                told.append(report)
+                balance = balance + report.balance
+            return (x, balance), told
 
         if c.repeats:
             stacks = [getattr(self, f"stack_{i}") for i in range(len(c.pattern))]
-            (x, balance), loads = nn.scan_layers(
+            (x, balance), told = nn.scan_layers(
                 stacks, repeat, (x, balance), scan=c.scan, wrap=_remat(c.remat)
             )
-            load |= {f"stack_{i}": loads[i] for i in range(len(c.pattern))}
-        load = {k: v for k, v in load.items() if v.size}
-        return self.norm(x), shapes.Aux(load, balance)
+            reports |= {f"stack_{i}": told[i] for i in range(len(c.pattern))}
+        load = {k: r.load for k, r in reports.items() if r.load.size}
+        market = {k: r.market for k, r in reports.items() if r.market}
+        return self.norm(x), shapes.Aux(load, balance, market)
 
     def head_weight(self) -> tuple[jax.Array, str]:
         """(the output matrix, its layout 'DV' or 'VD')."""
@@ -182,7 +186,7 @@ def decode(
     new = dict(cache)
     for i in range(len(c.prefix)):
         name = f"prefix_{i}"
-        x, new[name] = getattr(model, name).decode(x, cache[name], position)
+        x, new[name] = getattr(model, name).decode(x, cache[name], position, token_B[:, None])
     if c.repeats:
         names = [f"stack_{i}" for i in range(len(c.pattern))]
 
@@ -190,7 +194,7 @@ def decode(
             del n
             out = []
             for module, part in zip(modules, layer_cache, strict=True):
-                x, part = module.decode(x, part, position)
+                x, part = module.decode(x, part, position, token_B[:, None])
                 out.append(part)
             return x, out
 
@@ -229,16 +233,19 @@ def layer_names(config: Config) -> dict[str, str]:
     return names
 
 
-def move_prices(config: Config, prices: dict, load: dict[str, Any]) -> dict:
-    """Every router's prices after one optimizer step with this load; the rest unchanged."""
+def move_prices(
+    config: Config, prices: dict, load: dict[str, Any], market: dict[str, Any]
+) -> dict:
+    """Every router's prices after one optimizer step with these reports; the rest unchanged."""
     out = dict(prices)
     for group, name in layer_names(config).items():
         section = config.blocks[name].ffn
-        if group not in load:
+        if group not in load or group not in prices:  # no experts, or a router without prices
             continue
         router = routing.TABLE[section.router.KIND]
         state = prices[group]["ffn"]["router"]
-        moved = router.move(section.router, state, load[group])
+        proposal = market[group]["proposal"] if group in market else jnp.zeros_like(load[group])
+        moved = router.move(section.router, state, load[group], proposal)
         out[group] = {**prices[group], "ffn": {**prices[group]["ffn"], "router": moved}}
     return out
 

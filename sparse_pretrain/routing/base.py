@@ -77,7 +77,7 @@ def assign(
     B, L = valid_BxL.shape
     E = score_TxE.shape[1]
     live = expert_TxC < E
-    weight = take_seats(score_TxE, jnp.where(live, expert_TxC, 0)) * live
+    weight = jnp.where(live, take_seats(score_TxE, jnp.where(live, expert_TxC, 0)), 0)
     if config.normalise:
         weight = weight / (jnp.sum(weight, axis=1, keepdims=True) + 1e-20)
     balance = jnp.zeros((), jnp.float32)

@@ -20,6 +20,8 @@ class Config(spec.Config):
     """
 
     KIND: ClassVar[str] = "expert_choice"
+    causal: ClassVar[bool] = False  # in training; held-out text is not read ahead
+    exact: ClassVar[bool] = False  # a token gets any number of experts
 
     seats: int = 0
     score: str = "softmax"
@@ -39,11 +41,14 @@ class Config(spec.Config):
     def check(self, experts: int, top_k: int) -> None:
         """Errors: ValueError when seats do not lie between top_k and the experts."""
         spec.require(top_k <= experts, f"top_k: {top_k} exceeds experts {experts}")
-        most = self.seats or min(experts, 2 * top_k)
         spec.require(
-            top_k <= most <= experts,
+            top_k <= self.most_seats(experts, top_k) <= experts,
             f"router.seats: {self.seats} is not between top_k {top_k} and experts {experts}",
         )
+
+    def most_seats(self, experts: int, top_k: int) -> int:
+        """Experts that one token can have."""
+        return self.seats or min(experts, 2 * top_k)
 
 
 class ExpertChoice(nn.Module):
@@ -63,18 +68,6 @@ class ExpertChoice(nn.Module):
         self.w = nn.param(keys, (width, experts), ("D", "E"), std=width**-0.5)
         self.price = nn.price((experts,), ("E",))
 
-    @staticmethod
-    def is_causal(config: Config) -> bool:
-        """Never in training."""
-        del config
-        return False
-
-    @staticmethod
-    def is_exact(config: Config) -> bool:
-        """Never: tokens get different numbers of experts."""
-        del config
-        return False
-
     def __call__(
         self,
         x_BxLxD: Float[Array, "B L D"],
@@ -92,7 +85,7 @@ class ExpertChoice(nn.Module):
         proposal = jnp.zeros_like(cut)
         if train:
             proposal = cut = prices.threshold(fixed, k, valid)
-        expert = base.buy_above(fixed, cut, c.seats or min(experts, 2 * k))
+        expert = base.buy_above(fixed, cut, c.most_seats(experts, k))
         return base.assign(expert, score, valid_BxL, c, k, proposal=proposal, price=cut)
 
     @staticmethod

@@ -16,6 +16,8 @@ class Config(spec.Config):
     """`salt` picks the function; weights come from `score` as in DeepSeek-V4's first layers."""
 
     KIND: ClassVar[str] = "hash"
+    causal: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
 
     salt: int = 0
     score: str = "sqrt_softplus"

@@ -15,9 +15,9 @@ from sparse_pretrain.shapes import AnyArray
 # How prices come about. LOADS: moved by the last batch's loads. SCORES: from the last batch's
 # scores. BATCH: from the scores of the very batch they route, so a token's experts depend on later
 # tokens while training; held-out text is routed by the prices that training left.
-LOADS, SCORES, BATCH = ("sign", "proportional"), ("quantile", "threshold"), (
-    "bip", "sinkhorn", "auction",
-)
+LOADS = ("sign", "proportional")
+SCORES = ("quantile", "threshold")
+BATCH = ("bip", "sinkhorn", "auction")
 SOLVERS = LOADS + SCORES + BATCH
 
 
@@ -57,6 +57,16 @@ class Config(spec.Config):
             spec.require(value >= 0, f"{name}: must not be negative, got {value}")
         spec.require(0 <= self.memory < 1, f"memory: must be in [0, 1), got {self.memory}")
 
+    @property
+    def causal(self) -> bool:
+        """Whether training reads nothing later than the token."""
+        return self.solver not in BATCH
+
+    @property
+    def exact(self) -> bool:
+        """Whether every token gets top_k experts."""
+        return self.solver != "threshold"
+
     def check(self, experts: int, top_k: int) -> None:
         """Errors: ValueError when experts, seats and top_k do not fit together."""
         spec.require(top_k <= experts, f"top_k: {top_k} exceeds experts {experts}")
@@ -90,16 +100,6 @@ class Market(nn.Module):
         self.config, self.top_k = config, top_k
         self.w = nn.param(keys, (width, experts), ("D", "E"), std=width**-0.5)
         self.price = nn.price((experts,), ("E",))
-
-    @staticmethod
-    def is_causal(config: Config) -> bool:
-        """Whether training reads nothing later than the token."""
-        return config.solver not in BATCH
-
-    @staticmethod
-    def is_exact(config: Config) -> bool:
-        """Whether every token gets top_k experts."""
-        return config.solver != "threshold"
 
     def __call__(
         self,
@@ -143,10 +143,8 @@ class Market(nn.Module):
             price = prices.sinkhorn(score, k, valid, c.temperature, c.iterations)
             return price, None, price
         T, E = score.shape
-        sold = auction.auction(
-            score, k, -(-T * k // E), valid, epsilon=c.epsilon, rounds=c.rounds
-        )
-        return sold.price, sold.held, prices.centred(sold.price)
+        sold = auction.auction(score, k, -(-T * k // E), valid, epsilon=c.epsilon, rounds=c.rounds)
+        return sold.price, sold.held, sold.price
 
     @staticmethod
     def move(

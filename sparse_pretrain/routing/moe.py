@@ -1,9 +1,11 @@
 """DeepSeek-style mixture of experts: shared and fine-grained routed experts, dropless."""
 
 import dataclasses
+import math
 from typing import ClassVar
 
-from jaxtyping import Array, Bool, Float
+import jax
+from jaxtyping import Array, Bool, Float, Int
 
 from sparse_pretrain import nn, spec
 from sparse_pretrain.model import layers
@@ -14,7 +16,11 @@ from sparse_pretrain.sharding import ops
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(spec.Config):
-    """`hidden` is one expert's width; `shared` experts of that width see every token."""
+    """`hidden` is one expert's width; `shared` experts of that width see every token.
+
+    `capacity` above 0 bounds an expert's pairs in training to that multiple of the even share;
+    pairs past it are dropped, lowest weights first. 0, the default, drops nothing.
+    """
 
     KIND: ClassVar[str] = "moe"
 
@@ -22,6 +28,7 @@ class Config(spec.Config):
     top_k: int = 2
     hidden: int = 128
     shared: int = 1
+    capacity: float = 0.0
     router: spec.Config = sigmoid_bias.Config()
 
     def __post_init__(self):
@@ -29,6 +36,7 @@ class Config(spec.Config):
         spec.at_most(self, 2**20, "experts", "shared")
         spec.at_most(self, 2**24, "hidden")
         spec.require(self.shared >= 0, f"shared: must not be negative, got {self.shared}")
+        spec.require(self.capacity >= 0, f"capacity: must not be negative, got {self.capacity}")
         spec.require(
             self.top_k <= self.experts, f"top_k: {self.top_k} exceeds experts {self.experts}"
         )
@@ -38,7 +46,7 @@ class Config(spec.Config):
 class MoE(nn.Module):
     """sum over shared experts + weighted sum over the routed experts a token chose.
 
-    Shapes: x [B, L, D], valid [B, L] -> (y [B, L, D], load [E], balance []).
+    Shapes: x [B, L, D], valid and tokens [B, L] -> (y [B, L, D], Report).
     Source: 2401.06066; 2412.19437 equations 12 to 16.
     """
 
@@ -46,7 +54,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: Config, width: int, keys: nn.Keys, *, out_gain: float = 1.0):
         E, F = config.experts, config.hidden
-        self.experts = E
+        self.config = config
         router = TABLE[config.router.KIND]
         self.router = router(config.router, width, E, config.top_k, keys)
         self.w_gate = nn.param(keys, (E, width, F), ("E", "D", "F"), std=width**-0.5)
@@ -59,11 +67,22 @@ class MoE(nn.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B L D"], valid: Bool[AnyArray, "B L"]
-    ) -> tuple[Float[Array, "B L D"], Float[Array, " E"], Float[Array, ""]]:
-        assignment = self.router(x, valid)
+        self,
+        x: Float[Array, "B L D"],
+        valid: Bool[AnyArray, "B L"],
+        tokens: Int[AnyArray, "B L"] | None = None,
+        *,
+        train: bool = False,
+    ) -> tuple[Float[Array, "B L D"], base.Report]:
+        c = self.config
+        assignment = self.router(x, valid, tokens, train=train)
+        if c.capacity and train:
+            seats = math.ceil(c.capacity * x.shape[0] * x.shape[1] * c.top_k / c.experts)
+            weight = jax.lax.stop_gradient(assignment.weight)
+            expert = base.within_capacity(assignment.expert, weight, c.experts, seats)
+            assignment = assignment._replace(expert=expert)
         x_TxD = x.reshape(-1, x.shape[-1])
-        plan = dispatch.plan(assignment.expert, self.experts)
+        plan = dispatch.plan(assignment.expert, c.experts)
         rows = dispatch.dispatch(x_TxD, plan)
         gate = ops.grouped_linear(rows, nn.read(self.w_gate), plan.layout)
         up = ops.grouped_linear(rows, nn.read(self.w_up), plan.layout)
@@ -71,8 +90,8 @@ class MoE(nn.Module):
         y = dispatch.combine(rows, assignment.weight, plan).reshape(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)
-        load = base.count_load(assignment.expert, self.experts)
-        return y, load, assignment.balance
+        load = base.count_load(assignment.expert, c.experts)
+        return y, base.Report(load, assignment.balance, assignment.market)
 
     @staticmethod
     def work(config: Config, width: int) -> float:
@@ -83,9 +102,11 @@ class MoE(nn.Module):
     @staticmethod
     def padding(config: Config, width: int, tokens: int) -> float:
         """Forward FLOPs per token on rows without a pair, in a batch of `tokens`."""
-        pairs = tokens * config.top_k
-        rows, _ = ops.group_rows(pairs, config.experts)
-        return 6.0 * width * config.hidden * (rows - pairs) / tokens
+        seats = config.top_k
+        if hasattr(config.router, "most_seats"):
+            seats = config.router.most_seats(config.experts, config.top_k)
+        rows, _ = ops.group_rows(tokens * seats, config.experts)
+        return 6.0 * width * config.hidden * (rows - tokens * config.top_k) / tokens
 
     @staticmethod
     def inactive(config: Config, width: int) -> int:

@@ -11,7 +11,6 @@ from sparse_pretrain import nn, spec
 from sparse_pretrain.games import prices
 from sparse_pretrain.routing import base
 from sparse_pretrain.shapes import AnyArray
-from sparse_pretrain.sharding import ops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,6 +18,8 @@ class Config(spec.Config):
     """`rate` moves the bias once per optimizer step; `groups` > 1 limits a token to some groups."""
 
     KIND: ClassVar[str] = "sigmoid_bias"
+    causal: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
 
     rate: float = 0.001
     balance: float = 1e-4
@@ -57,7 +58,6 @@ class SigmoidBias(nn.Module):
     """
 
     Config = Config
-    causal = True
 
     def __init__(self, config: Config, width: int, experts: int, top_k: int, keys: nn.Keys):
         config.check(experts, top_k)
@@ -66,34 +66,25 @@ class SigmoidBias(nn.Module):
         self.bias = nn.price((experts,), ("E",))
 
     def __call__(
-        self, x_BxLxD: Float[Array, "B L D"], valid_BxL: Bool[AnyArray, "B L"]
+        self,
+        x_BxLxD: Float[Array, "B L D"],
+        valid_BxL: Bool[AnyArray, "B L"],
+        tokens_BxL: Int[AnyArray, "B L"] | None = None,
+        *,
+        train: bool = True,
     ) -> base.Assignment:
-        c = self.config
-        B, L, D = x_BxLxD.shape
-        w_DxE = nn.read(self.w)
-        E = w_DxE.shape[1]
-        logits = ops.linear(x_BxLxD.reshape(B * L, D).astype(jnp.float32), w_DxE)
-        score = jax.nn.sigmoid(logits)
-        expert = select(jax.lax.stop_gradient(score), nn.read(self.bias), self.top_k, c)
-        weight = base.take_seats(score, expert)
-        if c.normalise:
-            weight = weight / (jnp.sum(weight, axis=1, keepdims=True) + 1e-20)
-        balance = jnp.zeros((), jnp.float32)
-        if c.balance:
-            column = jnp.arange(E, dtype=expert.dtype)
-            chosen = jnp.any(expert[:, :, None] == column[None, None, :], axis=1)
-            balance = c.balance * base.sequence_balance(
-                score.reshape(B, L, E),
-                chosen.reshape(B, L, E).astype(jnp.float32),
-                valid_BxL.astype(jnp.float32),
-                self.top_k,
-            )
-        expert = jnp.where(valid_BxL.reshape(-1, 1), expert, E)
-        return base.Assignment(expert, weight * c.scale, balance)
+        del tokens_BxL, train
+        score = base.score("sigmoid", base.logits(x_BxLxD, nn.read(self.w)))
+        fixed, bias = jax.lax.stop_gradient(score), nn.read(self.bias)
+        expert = select(fixed, bias, self.top_k, self.config)
+        return base.assign(expert, score, valid_BxL, self.config, self.top_k)
 
     @staticmethod
-    def move(config: Config, state: dict, load_E: Float[Array, "*N E"]) -> dict:
+    def move(
+        config: Config, state: dict, load_E: Float[Array, "*N E"], proposal: Float[Array, "*N E"]
+    ) -> dict:
         """The bias after one optimizer step that saw `load_E` pairs per expert."""
+        del proposal
         return {"bias": prices.sign(state["bias"], load_E, config.rate)}
 
 

@@ -19,6 +19,8 @@ class Config(spec.Config):
     """
 
     KIND: ClassVar[str] = "topk"
+    causal: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
 
     score: str = "softmax"
     aux: float = 0.01

@@ -1,5 +1,6 @@
 """The training loss of one batch, from hidden states, without the logits."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -33,8 +34,9 @@ def loss_sums(definition, params, prices, batch: shapes.Batch, weight, parts: in
     shares add up to the large batch's loss.
     """
     model = definition.merge(params, prices)
-    hidden, aux = model(batch)
+    hidden, aux = model(batch, train=True)
     total, nats = token_losses(model, hidden, batch)
     loss = total / weight + aux.balance / parts
-    report = {"nats": jnp.sum(nats * batch.weights), "load": aux.load}
+    market = jax.tree.map(lambda v: v / parts, aux.market)  # summed over parts: their mean
+    report = {"nats": jnp.sum(nats * batch.weights), "load": aux.load, "market": market}
     return loss, report

@@ -44,14 +44,15 @@ def make_train_step(
     """The jitted step `(state, batch) -> (state, metrics)`; the state it is given is consumed.
 
     Metrics are device scalars: `loss` nats per token, `bits_per_byte`, `grad_norm`, `lr`,
-    `tokens`, and for experts `load` per layer group and `max_vio` per layer.
+    `tokens`, and for experts `load` per layer group, `max_vio` per layer, and `market`: the price
+    of each expert and the dual objective, where the router has them.
     """
 
     def step(state: TrainState, batch: shapes.Batch):
         grads, report = gradients(definition, state, batch, accumulate)
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        router = lm.move_prices(config, state.router, report["load"])
+        router = lm.move_prices(config, state.router, report["load"], report["market"])
         average = state.ema
         if ema:
             decay = optim.ema.warmed(ema, state.step)
@@ -67,6 +68,10 @@ def make_train_step(
             "lr": schedule(state.step),
             "tokens": tokens,
             "load": report["load"],
+            "market": {
+                group: {k: v for k, v in told.items() if k != "proposal"}
+                for group, told in report["market"].items()
+            },
             "max_vio": jax.tree.map(prices.max_violation, report["load"]),
         }
         new = TrainState(state.step + 1, params, opt, router, state.game, average, state.key)

@@ -11,6 +11,7 @@ import pytest
 
 from sparse_pretrain import nn, routing, spec
 from sparse_pretrain.routing import base, moe
+from sparse_pretrain.routing.market import LOADS, SOLVERS
 
 WIDTH, EXPERTS, SEATS = 20, 8, 2
 ROWS, LENGTH = 3, 16
@@ -22,6 +23,19 @@ SETTINGS = {
         "groups": {"groups": 4, "groups_kept": 2, "scale": 2.5},
         "plain weights": {"normalise": False, "balance": 0.0},
     },
+    "topk": {
+        "default": {},
+        "mixtral": {"aux": 0.02, "z": 0.0, "normalise": True},
+        "sigmoid, per sequence": {"score": "sigmoid", "aux": 0.0, "z": 0.0, "balance": 0.1},
+    },
+    "market": {
+        **{solver: {"solver": solver} for solver in SOLVERS},
+        "V4": {"solver": "sign", "score": "sqrt_softplus", "scale": 1.5, "balance": 1e-2},
+        "softmax": {"solver": "quantile", "score": "softmax", "normalise": False},
+        "few seats": {"solver": "threshold", "seats": 3, "memory": 0.9},
+    },
+    "expert_choice": {"default": {}, "seats": {"seats": 8, "score": "sigmoid"}},
+    "hash": {"default": {}, "salted": {"salt": 7, "score": "softmax", "balance": 0.1}},
 }
 CASES = [
     pytest.param(kind, changes, id=f"{kind}-{name}")
@@ -61,14 +75,23 @@ def inputs(rng):
     return x, valid
 
 
+def tokens_of(x):
+    """Token ids that change where x changes much."""
+    return jnp.floor(4 * x[:, :, 0]).astype(jnp.int32) + 100
+
+
 def ran(definition):
-    """The compiled module, as a function of (params, prices, x, valid)."""
-    return jax.jit(lambda params, prices, x, valid: definition.merge(params, prices)(x, valid))
+    """The compiled module in training, as a function of (params, prices, x, valid)."""
+
+    def run(params, prices, x, valid):
+        return definition.merge(params, prices)(x, valid, tokens_of(x), train=True)
+
+    return jax.jit(run)
 
 
 @every
 def test_every_token_gets_its_experts_and_padding_none(kind, changes, rng):
-    router, _, definition, params, prices = router_of(kind, changes)
+    _, config, definition, params, prices = router_of(kind, changes)
     x, valid = inputs(rng)
     got = ran(definition)(params, prices, x, valid)
     expert, weight, flat = np.asarray(got.expert), np.asarray(got.weight), valid.reshape(-1)
@@ -79,7 +102,7 @@ def test_every_token_gets_its_experts_and_padding_none(kind, changes, rng):
     for row in expert[flat]:
         taken = row[row < EXPERTS]
         assert len(set(taken)) == len(taken)
-        if router.causal:  # the token chooses, and nothing is dropped
+        if config.exact:
             assert len(taken) == SEATS
     assert np.isfinite(weight).all()
     assert (weight[expert < EXPERTS] > 0).all()
@@ -105,7 +128,7 @@ def test_padding_is_not_read(kind, changes, rng):
 @every
 def test_a_later_token_moves_no_earlier_one(kind, changes, rng):
     """A router that reads the whole batch says `causal = False`, and must then be seen to leak."""
-    router, _, definition, params, prices = router_of(kind, changes)
+    _, config, definition, params, prices = router_of(kind, changes)
     run, everywhere, leaked = ran(definition), np.ones((ROWS, LENGTH), bool), False
     for _ in range(8):
         x = jnp.asarray(rng.normal(size=(ROWS, LENGTH, WIDTH)), jnp.float32)
@@ -117,7 +140,27 @@ def test_a_later_token_moves_no_earlier_one(kind, changes, rng):
         before, after = np.asarray(before).reshape(shape), np.asarray(after).reshape(shape)
         leaked |= bool((before[:, :cut] != after[:, :cut]).any())
         assert (before[:, cut:] != after[:, cut:]).any()
-    assert leaked != router.causal
+    assert leaked != config.causal
+
+
+@every
+def test_held_out_text_is_never_read_ahead(kind, changes, rng):
+    """Without `train` every router is causal, those too that read ahead in training."""
+    _, _, definition, params, prices = router_of(kind, changes)
+
+    @jax.jit
+    def run(x):
+        valid = jnp.ones((ROWS, LENGTH), bool)
+        return definition.merge(params, prices)(x, valid, tokens_of(x), train=False)
+
+    x = jnp.asarray(rng.normal(size=(ROWS, LENGTH, WIDTH)), jnp.float32)
+    whole = run(x)
+    for cut in (1, 7, LENGTH - 1):
+        fresh = jnp.asarray(3 * rng.normal(size=(ROWS, LENGTH - cut, WIDTH)), jnp.float32)
+        part = run(x.at[:, cut:].set(fresh))
+        for a, b in ((whole.expert, part.expert), (whole.weight, part.weight)):
+            a, b = (np.asarray(v).reshape(ROWS, LENGTH, -1)[:, :cut] for v in (a, b))
+            np.testing.assert_array_equal(a, b)
 
 
 @every
@@ -155,12 +198,21 @@ def test_its_weights_have_the_gradient_of_their_values(kind, changes, rng):
 def test_its_prices_move_against_the_load(kind, changes):
     router, config, _, _, prices = router_of(kind, changes)
     load = jnp.asarray([9.0, 1.0, 4.0, 4.0, 4.0, 4.0, 4.0, 2.0])
-    moved = router.move(config, prices, load)
+    if not jax.tree.leaves(prices):
+        assert kind in ("topk", "hash")  # balance by a loss, or not at all
+        return
+    proposal = jnp.asarray([3.0, -1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 2.0])
+    moved = router.move(config, prices, load, proposal)
     assert jax.tree.structure(moved) == jax.tree.structure(prices)
     for before, after in zip(jax.tree.leaves(prices), jax.tree.leaves(moved), strict=True):
         assert before.shape == after.shape
         change = np.asarray(after - before)
         assert np.isfinite(change).all()
+        if kind == "expert_choice" or getattr(config, "solver", "sign") not in LOADS:
+            mixed = config.memory * before + (1 - config.memory) * proposal
+            np.testing.assert_allclose(after, mixed, rtol=1e-6)
+            continue
+        change = -change if kind == "market" else change  # a price is minus a bias
         assert change[0] < change[2] < change[1]  # busiest down, idlest up
         assert abs(change.mean()) < 1e-6  # or it drifts for ever
 
@@ -238,14 +290,17 @@ def test_the_mixture_equals_a_dense_evaluation(kind, changes, rng):
     cotangent = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
 
     def layer(params, x):
-        y, load, balance = definition.merge(params, prices)(x, jnp.asarray(valid))
-        return jnp.sum((y * cotangent).astype(jnp.float32)) + balance, (y, load, balance)
+        module = definition.merge(params, prices)
+        y, told = module(x, jnp.asarray(valid), tokens_of(x), train=True)
+        loss = jnp.sum((y * cotangent).astype(jnp.float32)) + told.balance
+        return loss, (y, told.load, told.balance)
 
     grads = dict(argnums=(0, 1), has_aux=True)
     (_, (y, load, balance)), ours = jax.jit(jax.value_and_grad(layer, **grads))(params, x)
 
     def routed(params, x):
-        return definition.merge(params, prices).router(x, jnp.asarray(valid))
+        router = definition.merge(params, prices).router
+        return router(x, jnp.asarray(valid), tokens_of(x), train=True)
 
     # the experts in float64, then the router by the chain rule: its own gradient is held above
     assignment = jax.jit(routed)(params, x)
@@ -292,8 +347,8 @@ def test_any_load_equals_the_dense_evaluation(rng):
 
     def layer(params, x, weight, expert):
         module = definition.merge({**params, "router": router}, prices)
-        module.router = lambda x, valid: base.Assignment(expert, weight, jnp.zeros(()))
-        y, _, _ = module(x, jnp.asarray(valid))
+        module.router = lambda *_, train: base.Assignment(expert, weight, jnp.zeros(()))
+        y, _ = module(x, jnp.asarray(valid))
         return jnp.sum(y * cotangent), y
 
     def oracle(params, x, weight, expert):
