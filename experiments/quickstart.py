@@ -51,7 +51,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 repeats=3,
                 scan=False,  # unrolled, four layers run a fifth faster on CPU
             ),
-            optim=dict(kind="muon", lr=0.007, router_lr=0.1),
+            optim=dict(kind="muon", lr=0.01, router_lr=0.1),
             schedule=dict(kind="wsd", warmup=0.05, decay=0.4),
             checkpoint=dict(every=50),
         )
