@@ -244,7 +244,7 @@ def move_prices(
             continue
         router = routing.TABLE[section.router.KIND]
         state = prices[group]["ffn"]["router"]
-        proposal = market[group]["proposal"] if group in market else jnp.zeros_like(load[group])
+        proposal = market.get(group, {}).get("proposal", jnp.zeros_like(load[group]))
         moved = router.move(section.router, state, load[group], proposal)
         out[group] = {**prices[group], "ffn": {**prices[group]["ffn"], "router": moved}}
     return out

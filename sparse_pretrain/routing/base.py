@@ -95,6 +95,19 @@ def assign(
     return Assignment(expert_TxC, weight * config.scale, balance, market)
 
 
+def dual_of_choice(
+    score_TxE: Float[Array, "T E"],
+    price_E: Float[Array, " E"],
+    expert_TxC: Int[Array, "T C"],
+    valid_T: Bool[Array, " T"],
+) -> Float[Array, ""]:
+    """`games.prices.dual` where every token's experts are its C highest score - price: no sort."""
+    worth = jnp.take_along_axis(score_TxE - price_E[None, :], expert_TxC, axis=1)
+    tokens = jnp.maximum(jnp.sum(valid_T, dtype=jnp.float32), 1.0)
+    rent = jnp.sum(price_E) * (expert_TxC.shape[1] / score_TxE.shape[1])
+    return jnp.sum(jnp.where(valid_T, jnp.sum(worth, axis=1), 0.0)) / tokens + rent
+
+
 def buy_above(
     score_TxE: Float[Array, "T E"], price_E: Float[Array, " E"], seats: int
 ) -> Int[Array, "T C"]:

@@ -77,7 +77,11 @@ class SigmoidBias(nn.Module):
         score = base.score("sigmoid", base.logits(x_BxLxD, nn.read(self.w)))
         fixed, bias = jax.lax.stop_gradient(score), nn.read(self.bias)
         expert = select(fixed, bias, self.top_k, self.config)
-        return base.assign(expert, score, valid_BxL, self.config, self.top_k)
+        market = {"price": -bias}
+        if self.config.groups == 1:
+            valid = jnp.reshape(jnp.asarray(valid_BxL), (-1,))
+            market["objective"] = base.dual_of_choice(fixed, -bias, expert, valid)
+        return base.assign(expert, score, valid_BxL, self.config, self.top_k, **market)
 
     @staticmethod
     def move(

@@ -228,6 +228,7 @@ class Trainer:
                         "max_vio": vio.tolist(),
                         "load": [r.tolist() for x in load for r in x],
                         "dead_experts": row["dead_experts"],
+                        **_market(out["market"]),
                     },
                 )
         self.writer.train(n, row)
@@ -323,6 +324,17 @@ class _NoBar:
 
     def update(self, n, row):
         """Shows nothing."""
+
+
+def _market(told: dict[str, Any]) -> dict[str, Any]:
+    """Per layer, from the bottom up: every expert's price and the dual objective, where known."""
+    rows: dict[str, Any] = {}
+    for name, wide in (("price", True), ("objective", False)):
+        known = [np.asarray(layer[name]) for layer in told.values() if name in layer]
+        if known:
+            layers = [np.atleast_2d(a) if wide else np.atleast_1d(a) for a in known]
+            rows[name] = np.concatenate(layers).tolist()
+    return rows
 
 
 def _scored(scores: dict[str, Any]) -> dict[str, Any]:
