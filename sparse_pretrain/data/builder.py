@@ -43,6 +43,16 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
             disable_shuffling=True,  # the order is the corpus's, and part of its hash
         )
 
+    def download_and_prepare(self, **kwargs: Any) -> None:
+        """Write the records, as TFDS does; frees a split that was made for it."""
+        given = self._split
+        try:
+            super().download_and_prepare(**kwargs)
+        finally:
+            if self._split is not None and self._split is not given:
+                self._split.close()
+                self._split = None
+
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterable[Any]]:
         del dl_manager  # nothing is downloaded
         if self._split is None:

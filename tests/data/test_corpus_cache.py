@@ -1,4 +1,5 @@
-"""The cache of built corpora: rebuilt on change, whole or not used, safe for two builders."""
+"""The cache of built corpora: rebuilt on change, whole or not used, safe for two builders,
+and nothing kept open."""
 
 import errno
 import multiprocessing
@@ -9,7 +10,8 @@ import shutil
 import numpy as np
 import pytest
 
-from sparse_pretrain.data import corpus
+from sparse_pretrain.data import builder, corpus, heldout, spool
+from sparse_pretrain.data.sources import prepared
 from tests.data.conftest import lines, write
 
 
@@ -169,3 +171,32 @@ def test_first_build_says_what_it_made_and_the_second_is_silent(root, cache, cap
     assert "overlap 0.0 %" in err
     corpus.open_corpus(source, cache)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def spools(monkeypatch):
+    """Every spool that is made."""
+    made = []
+
+    class Kept(spool.Spool):
+        def __init__(self, folder):
+            super().__init__(folder)
+            made.append(self)
+
+    monkeypatch.setattr(spool, "Spool", Kept)
+    return made
+
+
+def test_a_split_that_fails_frees_its_spool(spools, tmp_path):
+    with pytest.raises(ValueError, match="no readable text"):
+        heldout.Split([], tmp_path)
+    assert [s._file.closed for s in spools] == [True]
+
+
+def test_a_builder_frees_the_split_it_makes(spools, root, tmp_path):
+    write(root, {f"{i}.txt": lines(i) for i in range(30)})
+    with prepared.quiet_tfds():
+        made = builder.TextFolder(path=str(root), data_dir=tmp_path, file_format="array_record")
+        made.download_and_prepare()
+    assert len(made.as_data_source("train"))
+    assert [s._file.closed for s in spools] == [True]

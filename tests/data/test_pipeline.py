@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import json
+import multiprocessing
+import time
 
 import numpy as np
 import pytest
@@ -349,20 +351,25 @@ def test_cache_dir(monkeypatch, tmp_path):
     assert data.cache_dir().parts[-2:] == (".cache", "sparse_pretrain")
 
 
-def test_a_batch_costs_little_cpu(make_corpus, tmp_path):
-    import time
-
-    text = " ".join(texts(4000, 5))
-    corpus = make_corpus([(text[i : i + 700], 0) for i in range(0, len(text), 700)])
+def cost_of_a_batch(corpus, folder):
+    """Seconds of CPU, the best of five, since neighbours on the machine also cost."""
     dataset = pipeline.build(
-        data.Config(tokenizer="bytes", repeat=True, seq=256, batch=32), corpus, tmp_path, seed=0
+        data.Config(tokenizer="bytes", repeat=True, seq=256, batch=32), corpus, folder, seed=0
     )
     iterator = dataset.train()
     next(iterator)
     costs = []
-    for _ in range(5):  # the best of five, since neighbours on the machine also cost
+    for _ in range(5):
         before = time.process_time()
         for _ in range(40):
             next(iterator)
         costs.append((time.process_time() - before) / 40)
-    assert min(costs) < 2e-3
+    return min(costs)
+
+
+def test_a_batch_costs_little_cpu(make_corpus, tmp_path):
+    text = " ".join(texts(4000, 5))
+    corpus = make_corpus([(text[i : i + 700], 0) for i in range(0, len(text), 700)])
+    # a process of its own checks no annotations, which here cost more than the work
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(cost_of_a_batch, (corpus, tmp_path)) < 2e-3
