@@ -4,6 +4,7 @@ Question: what does the same compute buy without experts? Width, attention, data
 optimizer and tokens are the quickstart's; the feed-forward width is set so that a token costs the
 same FLOPs (the router's share included, rounded up in the baseline's favour).
 Command:  sparse-pretrain train --config=experiments/dense_baseline.py
+Measured: see experiments/quickstart.py.
 """
 
 import importlib.util
