@@ -17,10 +17,10 @@ Measured: jax 0.12.0.1, two Zen 5 cores (AVX-512, no AMX), corpus e352458daf5cc3
           in turn: 0.73. A first comparison on two cores with AMX, both arms at 0.007, had -0.0065
           [-0.0104, -0.0026] at 0.79 to 0.83 (quickstart_vs_dense_first.json).
 Tuning:   eight trials for each arm on a seed of their own (quickstart_lr.json): rates 0.0035,
-          0.005, 0.007, 0.01, 0.014 for both. 0.01 is the quickstart's best and 0.007 the baseline's,
-          both inside the grid. The baseline had 0.006, 0.0085 and 0.012 besides; the quickstart had
-          had the router at a tenth of the rate (kept) and scales 2 and 3 (not kept), see
-          quickstart_tuning_first.json.
+          0.005, 0.007, 0.01 and 0.014 for both. 0.01 is best for the quickstart and 0.007 for the
+          baseline, both inside the grid. The baseline had 0.006, 0.0085 and 0.012 besides, the
+          quickstart the router at a tenth of the rate (kept) and scales 2 and 3 (not kept), which
+          were run before (quickstart_tuning_first.json).
 Speed:    without AMX products cost relatively more. Above the baseline's step are Muon on the
           experts (55 ms of 700), a quarter of the experts' rows that are padding, and passes over
           30,720 rows instead of 8,192. Next: gate and up as one grouped product, the router's

@@ -292,9 +292,21 @@ def device():
     return {"cpu": name, "cores": os.cpu_count(), "system": platform.platform(), "load": load}
 
 
+def commit():
+    """The checkout's commit, with '+' when files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(HERE)]
+    try:
+        head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+        changed = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed.strip() else "")
+
+
 def save(path, part, result):
     """Writes one part's result, keeping the other part's if the file has it."""
     path = Path(path)
+    result["commit"] = commit()
     everything = json.loads(path.read_text()) if path.exists() else {}
     everything[part] = result
     path.parent.mkdir(parents=True, exist_ok=True)

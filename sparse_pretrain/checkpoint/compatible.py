@@ -7,6 +7,7 @@ from typing import Any
 
 # Sections that change neither the arrays nor what they are trained on.
 FREE = ("checkpoint", "log", "eval", "sample", "name", "workdir")
+FREE_KEYS = ("data.cache",)  # where prepared text is kept
 # A longer run stretches the schedule, and another split of the work rounds differently: allowed,
 # and said.
 NOTED = ("steps", "tokens", "accumulate", "plan")
@@ -33,7 +34,7 @@ def check_compatible(
     for key, (old, now) in differing(saved, new).items():
         if key in NOTED:
             notes.append(f"{key}: {old!r} before, {now!r} from here on")
-        elif key.split(".", 1)[0] not in FREE:
+        elif key.split(".", 1)[0] not in FREE and key not in FREE_KEYS:
             refused.append(f"{key}: {old!r} there, {now!r} here")
     if refused:
         where = str(workdir) or "the workdir"

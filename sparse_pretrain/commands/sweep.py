@@ -6,7 +6,7 @@ from pathlib import Path
 from sparse_pretrain.commands import errors
 
 EXAMPLES = """examples:
-  sparse-pretrain sweep --sweep=experiments/sweeps/lr.py
+  sparse-pretrain sweep --sweep=experiments/sweeps/quickstart_lr.py
   sparse-pretrain sweep --sweep=my_sweep.py --workdir=runs/my_sweep
 
 The file defines get_sweep(), a list of (experiment, {key: value}). The same command again skips

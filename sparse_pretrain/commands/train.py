@@ -11,7 +11,8 @@ EXAMPLES = """examples:
   sparse-pretrain train --config=experiments/nanogpt_char.py --data=text_folder:~/shakespeare
   sparse-pretrain train --config.steps=200 --config.optim.lr=2e-3 --workdir=runs/short
   sparse-pretrain train --config.model.blocks.moe.attention.kind=full
-  sparse-pretrain train --init-from=runs/quickstart --data=text_folder:notes --workdir=runs/notes
+  sparse-pretrain train --init-from=runs/quickstart --data=text_folder:notes \\
+      --config.data.tokenizer=file:runs/quickstart/tokenizer.json --workdir=runs/notes
 
 The same command again resumes an interrupted run. `sparse-pretrain config` lists every key.
 """

@@ -138,6 +138,7 @@ def bip(
 ) -> Float[Array, " E"]:
     """Prices that nearly balance this very batch: T rounds of coordinate steps with duals >= 0.
 
+    Scores must not be negative, as no router's are: below 0 a token would rather buy nothing.
     Source: BIP-Based Balancing, 2502.15451, algorithm 1.
     """
     rank = seats(valid_T, top_k, score_TxE.shape[1]) + 1
@@ -161,7 +162,8 @@ def sinkhorn(
 
     exp(s / tau) is scaled until rows sum to k and columns to the seats; the order of a row of the
     scaled plan is the order of s - price, so the plan is never kept.
-    Source: S-BASE, 2202.01169 section 3.2.1. Differs: works on logarithms, so small tau is safe.
+    A plan's entry may exceed 1, which no token can use: for k > 1 loads are only roughly even.
+    Source: S-BASE, 2202.01169 section 3.2.1, for k = 1. Differs: works on logarithms.
     """
     x = score_TxE.astype(jnp.float32) / temperature
     log_rows = jnp.where(valid_T, jnp.log(jnp.float32(top_k)), -jnp.inf)

@@ -35,7 +35,7 @@ def train(
     workdir = Path(workdir)
     run.prepare_process()
     with _quietly(quiet, "preparing the data"):
-        prepared = run.prepare(experiment)
+        prepared = run.prepare(experiment, workdir)
     trainer = Trainer(prepared, workdir, argv, quiet=quiet, began=began)
     summary = trainer.finished()
     if not quiet:
@@ -71,6 +71,8 @@ class Trainer:
         self.record = run.record(prepared, argv)
         self.evaluator = evaluate.Evaluator(prepared.definition, prepared.dataset.domains)
         self.productive = 0.0  # seconds in steps after the first of this process
+        self.begun = False  # whether the workdir is known to be this run's, and run.json its record
+        self._noted = False
 
     # --- before the first step ---
 
@@ -83,11 +85,15 @@ class Trainer:
         return summary if summary.get("steps") == self.steps else None
 
     def _check_same(self) -> None:
-        saved = checkpoint.read_json(self.workdir / "run.json")
+        if self.saver.latest() is not None:  # what was trained, whatever run.json says
+            saved = self.saver.meta()["config"]
+        else:
+            saved = (checkpoint.read_json(self.workdir / "run.json") or {}).get("config")
         if saved is not None:
-            notes = checkpoint.check_compatible(saved["config"], self.config_dict, self.workdir)
-            for note in notes if not self.quiet else ():
+            notes = checkpoint.check_compatible(saved, self.config_dict, self.workdir)
+            for note in notes if not self.quiet and not self._noted else ():
                 Console().print(f"note: config.{note}", markup=False, highlight=False)
+            self._noted = True
 
     def _start(self) -> tuple[state.TrainState, Any]:
         """(state, training iterator): fresh, resumed, or from another run's weights."""
@@ -98,7 +104,14 @@ class Trainer:
         if self.saver.latest() is not None:
             train_state, cursor = self.saver.restore(train_state)
             batches.set_state(cursor)
+            done = int(train_state.step)
+            if done > self.steps:
+                raise ValueError(
+                    f"config.steps: {self.steps} asked for, {done} are done in {self.workdir}; "
+                    "use a new workdir"
+                )
         elif e.init_from:
+            run.check_tokenizer(Path(e.init_from), p.dataset.manifest)
             params, prices = checkpoint.init_from(
                 Path(e.init_from), train_state.params, train_state.router
             )
@@ -111,24 +124,27 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Steps from where the workdir stands to the end; returns the summary.
 
-        Whatever stops it is written to run.json before it is raised again.
+        Whatever stops it is written to run.json before it is raised again; what keeps it from
+        starting leaves the workdir as it was.
         """
-        try:
-            return self._run()
-        except recovery.Interrupted as e:
-            self._status("interrupted", str(e))
-            raise
-        except BaseException as e:
-            self._status("failed", str(e).strip().splitlines()[0] if str(e) else type(e).__name__)
-            raise
-        finally:
-            self.saver.close()
+        with recovery.alone(self.workdir):
+            try:
+                return self._run()
+            except BaseException as e:
+                if self.begun:
+                    stopped = isinstance(e, (recovery.Interrupted, KeyboardInterrupt))
+                    reason = str(e).strip().splitlines()[0] if str(e) else type(e).__name__
+                    self._status("interrupted" if stopped else "failed", reason)
+                raise
+            finally:
+                self.saver.close()
 
     def _run(self) -> dict[str, Any]:
         checkpoint.warm()
         train_state, batches = self._start()
         start = int(train_state.step)
         run.write_json(self.workdir / "run.json", self.record)
+        self.begun = True
         # with it the weights can be used when the corpus that made it is gone
         self.p.dataset.tokenizer.save(self.workdir / run.TOKENIZER)
         e, p = self.experiment, self.p
@@ -176,9 +192,12 @@ class Trainer:
                 pending = None
             scores = self._evaluate(train_state, n) if score else None
             if n == self.steps or save or (score and e.checkpoint.best):
-                if n == self.steps:
+                last = n == self.steps
+                if last and e.checkpoint.best:  # the score decides what is kept
                     scores = self._evaluate(train_state, n)
                 self._save(n, train_state, cursor, scores)
+                if last and not e.checkpoint.best:  # a crash in scoring costs no training
+                    self._evaluate(train_state, n)
             if save or score:
                 clock = time.perf_counter()
             if asked and n < self.steps:
@@ -203,8 +222,7 @@ class Trainer:
                 f"finite; the batch is saved as {path.name}, earlier checkpoints are intact"
             )
         self.productive += seconds
-        tokens = int(out["tokens"])
-        rate = tokens / seconds
+        rate = self.p.run.tokens_per_step / seconds  # as in the summary: all positions
         row = {
             "step": n,
             "tokens": n * self.p.run.tokens_per_step,

@@ -1,13 +1,46 @@
 """What happens when a run goes wrong: not-a-number losses, and being asked to stop."""
 
 import contextlib
+import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None  # type: ignore[assignment]
+
 from sparse_pretrain import shapes
+
+
+@contextlib.contextmanager
+def alone(workdir: Path):
+    """Holds the workdir for this process, which the system lets go of however it ends.
+
+    Errors: ValueError naming the workdir and the other process when one is writing there.
+    """
+    if fcntl is None:
+        yield
+        return
+    with open(workdir / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            other = file.read().strip() or "unknown"
+            raise ValueError(
+                f"--workdir: process {other} is training in {workdir}; wait for it or use another"
+            ) from None
+        except OSError:  # a file system without locks
+            yield
+            return
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 class RunFailed(RuntimeError):

@@ -37,12 +37,14 @@ class Prepared:
     derived: dict[str, Any]
 
 
-def prepare(experiment: configs.Experiment) -> Prepared:
+def prepare(experiment: configs.Experiment, workdir: Path | None = None) -> Prepared:
     """Opens the data, fills in what follows from it, and builds the model without arrays.
 
-    Errors: ValueError naming the field when data and configuration disagree.
+    Errors: ValueError naming the field when data and configuration disagree, or when there is
+    nothing to start from where `workdir` has no checkpoint of its own yet.
     """
-    if experiment.init_from and not checkpoint.steps(experiment.init_from):
+    fresh = workdir is None or not checkpoint.steps(workdir)
+    if experiment.init_from and fresh and not checkpoint.steps(experiment.init_from):
         # looked at before the data, whose preparation can take minutes
         raise ValueError(f"config.init_from: {experiment.init_from!r} holds no checkpoint")
     dataset = data.load(experiment.data, seed=experiment.seed)
@@ -60,6 +62,20 @@ def prepare(experiment: configs.Experiment) -> Prepared:
     tx = optim.TABLE[experiment.optim.KIND].build(experiment.optim, definition.dims, schedule)
     derived = derive(experiment, run) | {"train_tokens": dataset.train_tokens}
     return Prepared(experiment, dataset, definition, run, schedule, tx, derived)
+
+
+def check_tokenizer(source: Path, manifest: dict[str, Any]) -> None:
+    """Errors: ValueError when the run in `source` read text with another tokenizer than this one's.
+
+    Its embeddings would stand for other tokens, and nothing would look wrong but the loss.
+    """
+    record = checkpoint.read_json(source / "run.json") or {}
+    then, now = (m.get("tokenizer_hash") for m in (record.get("manifest", {}), manifest))
+    if then != now:
+        raise ValueError(
+            f"config.data.tokenizer: its hash is {now}, that of {source} is {then}; give "
+            f"--config.data.tokenizer=file:{source / TOKENIZER}"
+        )
 
 
 def derive(experiment: configs.Experiment, run: configs.Run) -> dict[str, Any]:

@@ -29,7 +29,8 @@ def test_nth_largest_is_what_sorting_finds(kind):
 @pytest.mark.parametrize(("k", "experts"), [(1, 8), (2, 8), (3, 7)])
 def test_coordinate_steps_never_raise_the_dual(kind, k, experts):
     s = market.scores(kind, 8 * 7 * 4, experts)
-    step = jax.jit(lambda p: prices.quantile(s, p, k, everyone(len(s))))
+    scores = jnp.asarray(s)
+    step = jax.jit(lambda p: prices.quantile(scores, p, k, everyone(len(s))))
     price = jnp.asarray(np.random.default_rng(1).normal(size=experts), jnp.float32)
     before = market.dual(s, price, k)
     bound, _ = market.linear_program(s, k, len(s) * k / experts)
@@ -68,20 +69,20 @@ def test_quantile_reaches_sampling_noise_in_three_steps(k):
 
 def test_solvers_balance_the_batch_they_are_given():
     """How near each comes, by kind; only an exact method must be optimal, see test_auction."""
-    k, experts, tokens = 2, 8, 512
+    experts, tokens = 8, 512
     for kind in ("random", "one dominant expert", "skewed"):
-        s = jnp.asarray(market.scores(kind, tokens, experts))
+        s = jax.nn.sigmoid(jnp.asarray(market.scores(kind, tokens, experts)))
         zero = jnp.zeros((experts,))
-        unbalanced = market.loads(s, zero, k).max()
-        mean = tokens * k / experts
-        bound, _ = market.linear_program(np.asarray(s), k, mean)
         answers = {
-            "bip": prices.bip(s, zero, k, everyone(tokens), 16),
-            "sinkhorn": prices.sinkhorn(s, k, everyone(tokens), 0.05, 50),
+            "bip": (2, prices.bip(s, zero, 2, everyone(tokens), 16)),
+            "sinkhorn": (1, prices.sinkhorn(s, 1, everyone(tokens), 0.01, 400)),
         }
-        for name, price in answers.items():
+        for name, (k, price) in answers.items():
+            unbalanced = market.loads(s, zero, k).max()
+            mean = tokens * k / experts
+            bound, _ = market.linear_program(np.asarray(s), k, mean)
             load, gap = market.loads(s, price, k), market.dual(s, price, k) - bound
-            allowed = max(0.25 * (unbalanced - mean), 0.06 * mean)  # "random" is even to begin with
+            allowed = max(0.25 * (unbalanced - mean), 0.1 * mean)  # "random" is even to begin with
             assert load.max() - mean < allowed, (kind, name, load)
             assert -1e-3 < gap / tokens < 0.05, (kind, name, gap)
 

@@ -164,9 +164,9 @@ def test_interrupt_lets_the_child_save_and_resumes(place):
     waiting = children(file, place.root)[1].workdir
 
     def interrupt():
-        while not (waiting / "metrics.jsonl").exists():
-            time.sleep(0.05)
-        time.sleep(0.2)
+        rows = waiting / "metrics.jsonl"
+        while not (rows.exists() and rows.stat().st_size):  # then the child is in its steps
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)

@@ -3,6 +3,9 @@
 import contextlib
 import dataclasses
 import json
+import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -172,3 +175,63 @@ def test_starting_from_another_runs_weights(text, whole, tmp_path):
     warm = dataclasses.replace(experiment(text), steps=3, init_from=str(workdir))
     started = _train(warm, tmp_path / "b")
     assert started["train_loss"] < fresh["train_loss"]
+
+
+def stopped_early(text, workdir):
+    """A run that was stopped after its first checkpoint, so without a summary."""
+    _train(experiment(text), workdir)
+    shutil.rmtree(checkpoint.folder(workdir) / f"{STEPS:08d}")
+    (workdir / "summary.json").unlink()
+    return (workdir / "run.json").read_bytes()
+
+
+def test_what_is_refused_leaves_the_workdir_alone(text, tmp_path):
+    """Twice, since a refusal that rewrote run.json would let the same command through."""
+    before = stopped_early(text, tmp_path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"optim.lr: 0.01 there, 0.02 here"):
+            _train(experiment(text, optim={"kind": "muon", "lr": 0.02}), tmp_path)
+        assert (tmp_path / "run.json").read_bytes() == before
+    (tmp_path / "run.json").unlink()  # the checkpoint knows its config too
+    with pytest.raises(ValueError, match=r"optim.lr: 0.01 there"):
+        _train(experiment(text, optim={"kind": "muon", "lr": 0.02}), tmp_path)
+    assert _train(experiment(text), tmp_path)["steps"] == STEPS
+
+
+def test_fewer_steps_than_are_done_are_refused(text, tmp_path):
+    _train(experiment(text), tmp_path)
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(ValueError, match=r"config.steps: 6 asked for, 12 are done"):
+        _train(experiment(text, steps=6), tmp_path)
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_one_process_at_a_time(text, tmp_path):
+    body = (
+        "import time, pathlib\n"
+        "from sparse_pretrain.training import recovery\n"
+        f"with recovery.alone(pathlib.Path({str(tmp_path)!r})):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", body], stdout=subprocess.PIPE, text=True)
+    with other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"process {other.pid} is training in"):
+            _train(experiment(text), tmp_path)
+        other.kill()
+    assert not (tmp_path / "run.json").exists()
+    assert _train(experiment(text), tmp_path)["steps"] == STEPS  # a dead process holds nothing
+
+
+def test_weights_of_another_tokenizer_are_refused(text, tmp_path):
+    source = tmp_path / "source"
+    data = {"source": f"text_folder:{text}", "seq": 32, "batch": 4}
+    _train(experiment(text, data={**data, "tokenizer": "bpe:280"}), source)
+    start = {"init_from": str(source), "steps": 2}
+    other = experiment(text, data={**data, "tokenizer": "bpe:281"}, **start)
+    with pytest.raises(ValueError, match=r"config.data.tokenizer: its hash is .*tokenizer=file:"):
+        _train(other, tmp_path / "other")
+    same = f"file:{source / run.TOKENIZER}"
+    right = experiment(text, data={**data, "tokenizer": same}, **start)
+    assert _train(right, tmp_path / "right")["steps"] == 2
