@@ -130,6 +130,15 @@ class Dataset:
         return Line(part, self.config.seq, segments=documents, score_eos=False)
 
 
+class OnlyText(Dataset):
+    """A tokenizer and a form of rows, with no corpus behind them: it can only read texts."""
+
+    def __init__(self, config: Config, tokenizer: tokenize.Tokenizer):
+        super().__init__(config, seed=0, share=Share())
+        self.tokenizer, self.domains, self.manifest = tokenizer, ("text",), {}
+        self.train_tokens = 0
+
+
 class TrainIterator:
     """Training batches of one process, made ahead in a thread, resumable to the bit.
 

@@ -86,14 +86,17 @@ def scores(opened: Trained, source: str | None = None, text: str | None = None) 
 
     Errors: ValueError when there is nothing to predict.
     """
-    found = dataset(opened, source or "")
-    domains = found.domains if text is None else ("text",)
-    batches = found.heldout() if text is None else found.text(text)
-    result = evaluate.Evaluator(opened.definition, domains)(opened.params, opened.prices, batches)
-    return result | {
-        "step": opened.step,
-        "manifest_hash": found.manifest.get("hash") if text is None else None,
-    }
+    if text is None:
+        found = dataset(opened, source or "")
+        batches = found.heldout()
+    else:  # the corpus may be gone
+        from sparse_pretrain.data import pipeline
+
+        found = pipeline.OnlyText(opened.experiment.data, tokenizer(opened))
+        batches = found.text(text)
+    score = evaluate.Evaluator(opened.definition, found.domains)
+    result = score(opened.params, opened.prices, batches)
+    return result | {"step": opened.step, "manifest_hash": found.manifest.get("hash")}
 
 
 def choices(opened: Trained, file: Path) -> dict[str, Any]:

@@ -160,6 +160,10 @@ def test_eval_of_a_text_and_of_other_data(command, folder):
     found = json.loads(out)
     assert set(found["per_domain"]) == {"text"}
     assert found["manifest_hash"] is None
+    (folder / "texts").rename(folder / "gone")  # a text needs the tokenizer, not the corpus
+    again = command("eval", "--workdir=runs/tiny", "--text=t.txt", "--json")
+    (folder / "gone").rename(folder / "texts")
+    assert json.loads(again[1]) == found
     (folder / "noise.txt").write_text("".join(chr(33 + i * 7919 % 90) for i in range(460)))
     noise = json.loads(command("eval", "--workdir=runs/tiny", "--text=noise.txt", "--json")[1])
     assert noise["bits_per_byte"] > found["bits_per_byte"]
