@@ -50,7 +50,7 @@ def costs(experiment: Any) -> dict[str, Any]:
     if not steps:
         numbers |= dict.fromkeys(("steps", "tokens", "flops"))
     kinds = sorted({layer.attention.KIND for layer in model.layer_list})
-    return numbers | {"vocab": size, "kv_format": f"bfloat16, {' and '.join(kinds)}"}
+    return numbers | {"vocab": size, "kv_format": f"{model.dtype}, {' and '.join(kinds)}"}
 
 
 def vocab(experiment: Any) -> int:

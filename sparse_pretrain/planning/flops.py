@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from sparse_pretrain import attention
 from sparse_pretrain.model import ffn, lm
@@ -62,10 +63,10 @@ def train_flops_per_token(config: lm.Config, length: int, tokens: int = 0) -> Tr
     return TrainFlops(model, executed)
 
 
-def kv_bytes_per_token(config: lm.Config, bytes_per_element: int = 2) -> int:
-    """Decode cache per token over all layers, bfloat16 by default."""
+def kv_bytes_per_token(config: lm.Config) -> int:
+    """Decode cache per token over all layers, held in the model's dtype."""
     elements = sum(
         attention.TABLE[x.attention.KIND].kv_elements(x.attention, config.width)
         for x in config.layer_list
     )
-    return elements * bytes_per_element
+    return elements * jnp.dtype(lm.DTYPES[config.dtype]).itemsize
