@@ -90,6 +90,14 @@ def place(tmp_path):
     return made
 
 
+@pytest.fixture(autouse=True)
+def listens_to_interrupts():
+    """A shell's background job, and what it starts, ignores Ctrl-C unless told otherwise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 GRID = """
 def get_sweep():
     seeds = param("seed", range(3))
