@@ -1,4 +1,6 @@
-"""Annotations are checked at every call in the tests, shapes and dtypes among them."""
+"""The tests are as strict as CONTRIBUTING.md says: promotion, warnings, and every annotation."""
+
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,18 @@ from sparse_pretrain.model import layers
 from sparse_pretrain.optim import schedules
 
 X, SCALE = jnp.ones((2, 3, 8)), jnp.ones((8,))
+
+
+def test_promotion_of_dtypes_and_ranks_raises():
+    with pytest.raises(ValueError, match="numpy_dtype_promotion=strict"):
+        X + jnp.ones(8, jnp.int32)[None, None, :]
+    with pytest.raises(ValueError, match="rank_promotion"):
+        X + SCALE
+
+
+def test_a_warning_is_an_error():
+    with pytest.raises(UserWarning, match="anything"):
+        warnings.warn("anything", stacklevel=1)
 
 
 def test_a_true_call_passes():
