@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   sparse-pretrain eval --workdir=runs/quickstart --text=README.md --json
   sparse-pretrain eval --workdir=runs/quickstart --data=text_folder:notes
   sparse-pretrain eval --workdir=runs/quickstart --tasks=tasks.jsonl
+  sparse-pretrain eval --workdir=runs/quickstart --unread=1000000
 
 A line of the tasks is {"prompt": "2 + 2 =", "choices": ["3", "4"], "answer": 1}.
 """
@@ -24,6 +25,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_workdir(parser)
     parser.add_argument("--text", metavar="FILE", help="score this text instead of the held-out")
     parser.add_argument("--data", metavar="SOURCE", help="score this source's held-out text")
+    parser.add_argument(
+        "--unread",
+        metavar="TOKENS",
+        type=int,
+        default=0,
+        help="score this much training text that the run has not read",
+    )
     parser.add_argument(
         "--tasks", metavar="FILE", help="score multiple-choice tasks, JSON lines, by likelihood"
     )
@@ -50,6 +58,10 @@ def run(args: argparse.Namespace) -> int:
     path = workdir(args)
     if args.text is not None and args.data is not None:
         raise errors.Usage("--text: a file is scored instead of data; give --text or --data")
+    if args.unread < 0:
+        raise errors.Usage(f"--unread: must not be negative, got {args.unread}")
+    if args.unread and (args.text is not None or args.data is not None):
+        raise errors.Usage("--unread: scores the run's own data; give it without --text and --data")
     text = None if args.text is None else read_text(args.text)
     from sparse_pretrain.training import loop, trained
 
@@ -61,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
     if args.tasks is not None:
         with status("scoring the tasks"):
             found["tasks"] = trained.choices(opened, Path(args.tasks).expanduser())
-    if args.tasks is None or text is not None or args.data is not None:
+    if args.tasks is None or text is not None or args.data is not None or args.unread:
         with status("scoring the text"):
-            found |= trained.scores(opened, args.data, text)
+            found |= trained.scores(opened, args.data, text, args.unread)
     if args.json:
         print(json.dumps(found, indent=1))
     else:
@@ -103,6 +115,9 @@ def _show(found: Mapping[str, Any]) -> None:
             bits, nats = f"{row['bits_per_byte']:.4f}", f"{row['nats_per_token']:.4f}"
             table.add_row(Text(name), bits, nats, si(row["tokens"]))
         console.print(table)
+    if "max_vio_global" in found:
+        vio, dead = found["max_vio_global"], found["dead_experts"]
+        console.print(f"experts: MaxVio {vio:.3f}, {dead} unused", highlight=False)
     if "tasks" in found:
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("tasks")

@@ -15,6 +15,12 @@ from sparse_pretrain.report.page import tokens_axis
 
 SHOWN = len(SERIES)  # more curves than colours cannot be told apart
 METRIC = "bits_per_byte"
+# Of the experts: a batch's MaxVio at the end of training, and over the held-out text.
+BALANCE = {
+    "max_vio_batch": "MaxVio batch",
+    "max_vio_global": "MaxVio held out",
+    "dead_experts": "unused experts",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +106,7 @@ def write_comparison(arms: Sequence[Arm], path: Path | str, title: str = "Compar
         + _warning(arms)
         + html.section("Ranked by held-out bits/byte", _ranking(ranked), id="ranking")
         + html.section("Paired differences", _paired(arms), id="paired")
-        + f'<div class="columns">{_curves(ranked)}</div>'
+        + f'<div class="columns">{_curves(ranked)}{_balance(ranked)}</div>'
         + html.section("By domain, bits/byte", _domains(ranked), id="domains")
         + html.section("What differs", _settings(ranked), id="settings")
         + html.section("Runs", _runs(ranked), id="runs")
@@ -132,7 +138,7 @@ def _first(arm: Arm) -> workdir.Run | None:
 
 
 def _ranking(ranked: Sequence[Arm]) -> str:
-    rows = []
+    rows, experts = [], any(arm.values(key) for arm in ranked for key in BALANCE)
     for place, arm in enumerate(ranked):
         values = list(arm.values().values())
         half: Any = None
@@ -154,8 +160,11 @@ def _ranking(ranked: Sequence[Arm]) -> str:
                 html.count(arm.mean("tokens_per_second")),
             ]
         )
+        if experts:
+            rows[-1] += [html.number(arm.mean(key)) for key in BALANCE]
     header = ["", "arm", "bits/byte", "95 %", "finished", "tokens", "active parameters"]
-    return html.table([*header, "FLOPs", "tokens/s"], rows, "nwnnnnnnn")
+    header += ["FLOPs", "tokens/s", *(BALANCE.values() if experts else ())]
+    return html.table(header, rows, "nw" + "n" * (len(header) - 2))
 
 
 def _paired(arms: Sequence[Arm]) -> str:
@@ -220,6 +229,23 @@ def _curves(ranked: Sequence[Arm]) -> str:
             note = f'<p class="soft">The best {SHOWN} of {len(ranked)} arms.</p>'
         boxes.append(html.section(label.capitalize(), chart.svg(label) + note, id=f"{kind}-curve"))
     return "".join(boxes)
+
+
+def _balance(ranked: Sequence[Arm]) -> str:
+    """Every arm's score against how unevenly it uses its experts."""
+    key = "max_vio_global"
+    found = [(a.name, a.mean(key), a.mean()) for a in ranked if a.values(key)]
+    if len(found) < 2:
+        return ""
+    chart = Chart(x=f"{BALANCE[key]} (0 is even)", panels=["held-out bits/byte"], height=3.0)
+    axes = chart.axes[0]
+    for i, (name, x, y) in enumerate(found):
+        chart.points([x], [y], colour=i)
+        axes.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
+    if min(x for _, x, _ in found) > 0:
+        axes.set_xscale("log")
+    axes.margins(x=0.2)
+    return html.section("Score against balance", chart.svg("score against balance"), id="balance")
 
 
 def _domains(ranked: Sequence[Arm]) -> str:

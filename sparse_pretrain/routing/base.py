@@ -183,6 +183,24 @@ def _take_backward(residuals, d_seat):
 take_seats.defvjp(_take_forward, _take_backward)
 
 
+def mixed(x):
+    """uint32 to uint32, every bit of the input changing half of the output's.
+
+    Source: the finaliser "lowbias32", C. Wellons 2018.
+    """
+    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> jnp.uint32(15))) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> jnp.uint32(16))
+
+
+def drawn(tokens_BxL: Int[AnyArray, "B L"], share: float) -> Bool[Array, ""]:
+    """True for a `share` of all batches, by a hash of the batch's own tokens."""
+    tokens = jnp.reshape(jnp.asarray(tokens_BxL), (-1,)).astype(jnp.uint32)
+    place = jnp.arange(tokens.shape[0], dtype=jnp.uint32)
+    total = jnp.sum(mixed(tokens ^ mixed(place + jnp.uint32(1))), dtype=jnp.uint32)
+    return mixed(total) < jnp.uint32(min(int(share * 2**32), 2**32 - 1))
+
+
 def count_load(expert_TxC: Int[Array, "T C"], experts: int) -> Float[Array, " E"]:
     """Pairs per expert, float32; pairs of expert E are not counted."""
     column = jnp.arange(experts, dtype=expert_TxC.dtype)

@@ -36,23 +36,13 @@ class Config(spec.Config):
         spec.require(top_k <= experts, f"top_k: {top_k} exceeds experts {experts}")
 
 
-def mixed(x):
-    """uint32 to uint32, every bit of the input changing half of the output's.
-
-    Source: the finaliser "lowbias32", C. Wellons 2018.
-    """
-    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> jnp.uint32(15))) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> jnp.uint32(16))
-
-
 def experts_of(
     tokens_T: Int[AnyArray, " T"], experts: int, top_k: int, salt: int
 ) -> Int[Array, "T C"]:
     """The top_k different experts of every token id."""
-    token = mixed(jnp.asarray(tokens_T).astype(jnp.uint32) ^ jnp.uint32(salt))
-    expert = mixed(jnp.arange(experts, dtype=jnp.uint32) + jnp.uint32(0x9E3779B9))
-    draw = mixed(token[:, None] ^ expert[None, :])
+    token = base.mixed(jnp.asarray(tokens_T).astype(jnp.uint32) ^ jnp.uint32(salt))
+    expert = base.mixed(jnp.arange(experts, dtype=jnp.uint32) + jnp.uint32(0x9E3779B9))
+    draw = base.mixed(token[:, None] ^ expert[None, :])
     # 24 bits are exact in float32; equal draws go to the lower expert
     return base.top_k((draw >> jnp.uint32(8)).astype(jnp.float32), top_k)
 

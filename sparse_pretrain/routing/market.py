@@ -27,8 +27,9 @@ class Config(spec.Config):
 
     `rate` of sign and proportional, per optimizer step. `memory`: share of the old price that
     quantile, threshold and the batch solvers keep (threshold's published value is 0.9).
-    `iterations` of bip and sinkhorn, `temperature` of sinkhorn, `epsilon` the auction's least
-    raise, `rounds` its most. `seats`: experts a token can buy at most under threshold, whose tokens
+    `iterations` of bip, sinkhorn and the auction's opening prices, `temperature` of sinkhorn, `epsilon` the auction's least
+    raise, `rounds` its most. `share` below 1: the share of batches that sinkhorn balances, the
+    others and held-out text going by score alone (selective Sinkhorn, 2511.08972). `seats`: experts a token can buy at most under threshold, whose tokens
     buy every expert worth more than its price; 0 is twice top_k.
     """
 
@@ -40,9 +41,10 @@ class Config(spec.Config):
     memory: float = 0.0
     iterations: int = 4
     temperature: float = 0.05
-    epsilon: float = 0.002
-    rounds: int = 2000
+    epsilon: float = 0.01
+    rounds: int = 200
     seats: int = 0
+    share: float = 1.0
     balance: float = 0.0
     scale: float = 1.0
     normalise: bool = True
@@ -56,6 +58,11 @@ class Config(spec.Config):
             value = getattr(self, name)
             spec.require(value >= 0, f"{name}: must not be negative, got {value}")
         spec.require(0 <= self.memory < 1, f"memory: must be in [0, 1), got {self.memory}")
+        spec.require(0 < self.share <= 1, f"share: must be in (0, 1], got {self.share}")
+        spec.require(
+            self.share == 1 or self.solver == "sinkhorn",
+            f"share: {self.share} goes with solver sinkhorn, not with {self.solver}",
+        )
 
     @property
     def causal(self) -> bool:
@@ -109,12 +116,11 @@ class Market(nn.Module):
         *,
         train: bool = True,
     ) -> base.Assignment:
-        del tokens_BxL
         c, k = self.config, self.top_k
         score = base.score(c.score, base.logits(x_BxLxD, nn.read(self.w)))
         valid = jnp.reshape(jnp.asarray(valid_BxL), (-1,))
         fixed, stored = jax.lax.stop_gradient(score), nn.read(self.price)
-        price, held, proposal = self._prices(fixed, stored, valid, train)
+        price, held, proposal = self._prices(fixed, stored, valid, tokens_BxL, train)
         if c.solver == "threshold":
             expert = base.buy_above(fixed, price, c.most_seats(score.shape[1], k))
         else:
@@ -127,7 +133,7 @@ class Market(nn.Module):
             expert, score, valid_BxL, c, k, proposal=proposal, price=price, objective=objective
         )
 
-    def _prices(self, score, stored, valid, train: bool):
+    def _prices(self, score, stored, valid, tokens, train: bool):
         """(prices to route by [E], who holds a seat [T, E] or None, proposal for the next [E])."""
         c, k = self.config, self.top_k
         if not train or c.solver in LOADS:
@@ -139,11 +145,31 @@ class Market(nn.Module):
         if c.solver == "bip":
             price = prices.bip(score, stored, k, valid, c.iterations)
             return price, None, price
+        if c.solver == "sinkhorn" and c.share < 1:
+            assert tokens is not None, "selective Sinkhorn draws its batches by their tokens"
+
+            def plan(score):
+                return prices.sinkhorn(score, k, valid, c.temperature, c.iterations)
+
+            none = jnp.zeros_like(stored)
+            chosen = base.drawn(tokens, c.share)
+            return jax.lax.cond(chosen, plan, lambda s: none, score), None, none
         if c.solver == "sinkhorn":
             price = prices.sinkhorn(score, k, valid, c.temperature, c.iterations)
             return price, None, price
         T, E = score.shape
-        sold = auction.auction(score, k, -(-T * k // E), valid, epsilon=c.epsilon, rounds=c.rounds)
+        start = stored  # near the end prices there is ten times less to bid about than from zero
+        for _ in range(c.iterations):
+            start = prices.quantile(score, start, k, valid)
+        sold = auction.auction(
+            score,
+            k,
+            -(-T * k // E),
+            valid,
+            epsilon=c.epsilon,
+            rounds=c.rounds,
+            start_E=start - jnp.min(start),
+        )
         return sold.price, sold.held, sold.price
 
     @staticmethod

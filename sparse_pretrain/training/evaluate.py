@@ -1,4 +1,4 @@
-"""Held-out loss over a finite list of batches, in total and per domain."""
+"""Held-out loss over a finite list of batches, in total and per domain, and the experts' load."""
 
 import math
 from collections.abc import Iterable
@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from sparse_pretrain import nn, shapes
+from sparse_pretrain.games import prices
 from sparse_pretrain.training import loss
 
 
@@ -21,9 +23,9 @@ class Evaluator:
 
         @jax.jit
         def step(params, prices, batch: shapes.Batch):
-            """Sums of nats, targets and bytes, [domains, 3]."""
+            """Sums of nats, targets and bytes, [domains, 3], and the experts' load per group."""
             model = definition.merge(params, prices)
-            hidden, _ = model(batch)
+            hidden, aux = model(batch)
             _, nats = loss.token_losses(model, hidden, batch)
             counted = (batch.weights > 0).astype(jnp.float32)
             size = batch.bytes.astype(jnp.float32) * counted
@@ -32,28 +34,46 @@ class Evaluator:
                 batch.domains[..., None]
                 == jnp.arange(rows, dtype=batch.domains.dtype)[None, None, :]
             )
-            return jnp.einsum("bld,blc->dc", mine.astype(jnp.float32), columns)
+            return jnp.einsum("bld,blc->dc", mine.astype(jnp.float32), columns), aux.load
 
         self._step = step
 
     def __call__(self, params: Any, prices: Any, batches: Iterable[shapes.Batch]) -> dict[str, Any]:
-        """Nats per token and bits per byte, in total and per domain.
+        """Nats per token and bits per byte, in total and per domain; `load`, pairs per expert.
 
+        Shapes: load [N, E] over the layers with experts from the bottom up, absent without any.
         Sums of a batch are float32 on the device, sums over batches float64 on the host.
         Errors: ValueError when the batches hold no target.
         """
-        total, pending = np.zeros((self._rows, 3), np.float64), None
+        total, load, pending = np.zeros((self._rows, 3), np.float64), [], None
         for batch in batches:
             sums = self._step(params, prices, batch)
             if pending is not None:  # read one batch late, so that the device is never idle
-                total += np.asarray(pending, np.float64)
+                total, load = _add(total, load, pending)
             pending = sums
         if pending is not None:
-            total += np.asarray(pending, np.float64)
+            total, load = _add(total, load, pending)
         if not total[:, 1].sum():
             raise ValueError("eval: the text holds no target to score")
         rows = {name: _row(total[i]) for i, name in enumerate(self._domains) if total[i, 1]}
-        return {**_row(total.sum(0)), "per_domain": rows}
+        scores = {**_row(total.sum(0)), "per_domain": rows}
+        return scores | ({"load": np.concatenate(load)} if load else {})
+
+
+def balance(load_NxE: Float[np.ndarray, "N E"]) -> dict[str, Any]:
+    """How evenly experts are used: `max_vio_global` mean over layers, `dead_experts` in all layers.
+
+    Source: MaxVio_global of 2408.15664, over the whole held-out text.
+    """
+    worst = np.asarray(prices.max_violation(jnp.asarray(load_NxE, jnp.float32)))
+    return {"max_vio_global": float(worst.mean()), "dead_experts": int((load_NxE == 0).sum())}
+
+
+def _add(total, load, pending):
+    sums, loads = pending
+    found = [np.atleast_2d(np.asarray(x, np.float64)) for x in loads.values()]
+    load = [a + b for a, b in zip(load, found, strict=True)] if load else found
+    return total + np.asarray(sums, np.float64), load
 
 
 def _row(sums) -> dict[str, float]:

@@ -294,6 +294,7 @@ class Trainer:
             "tokens": self.p.run.tokens,
             **_scored(scores),
             "train_loss": float(np.mean([r["loss"] for r in rows[-20:]])),
+            **_batch_balance(rows),
             "tokens_per_second": tokens / seconds if seconds else 0.0,
             "mfu": float(np.median([r["mfu"] for r in rows])),
             "compile_seconds": self.compile_seconds,
@@ -355,7 +356,14 @@ def _market(told: dict[str, Any]) -> dict[str, Any]:
     return rows
 
 
+def _batch_balance(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """`max_vio_batch`: MaxVio of single batches, mean over the last tenth of training."""
+    last = [r["max_vio"] for r in rows[-(-9 * len(rows) // 10) :] if "max_vio" in r]
+    return {"max_vio_batch": float(np.mean(last))} if last else {}
+
+
 def _scored(scores: dict[str, Any]) -> dict[str, Any]:
     """The evaluation's fields as they appear in eval.jsonl and summary.json."""
     keep = ("bits_per_byte", "nats_per_token", "per_domain")
-    return {k: scores[k] for k in keep} | {"heldout_tokens": scores["tokens"]}
+    row = {k: scores[k] for k in keep} | {"heldout_tokens": scores["tokens"]}
+    return row | (evaluate.balance(scores["load"]) if "load" in scores else {})

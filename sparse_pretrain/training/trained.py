@@ -1,12 +1,15 @@
 """A run that has weights, opened to score or to write text: what `eval` and `generate` need."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sparse_pretrain import checkpoint, config, data, nn
 from sparse_pretrain.data import tokenize
 from sparse_pretrain.model import lm
+from sparse_pretrain.shapes import Batch
 from sparse_pretrain.training import evaluate, run, tasks
 
 
@@ -81,12 +84,37 @@ def dataset(opened: Trained, source: str = "") -> Any:
     return found
 
 
-def scores(opened: Trained, source: str | None = None, text: str | None = None) -> dict[str, Any]:
+def unread(opened: Trained, tokens: int) -> tuple[Any, Iterator[Batch]]:
+    """The run's data, and its next training batches: text that the run has not read.
+
+    Units: about `tokens` positions, rounded up to whole batches. Errors: ValueError when the data
+    has fewer left, or starts over at its end.
+    """
+    found = dataset(opened)
+    total, batch = found.total_rows(), opened.experiment.data.batch
+    if total is None:
+        raise ValueError("--unread: data.repeat leaves no text that the run has not read")
+    batches = found.train()
+    batches.set_state(checkpoint.read_meta(checkpoint.folder(opened.workdir) / f"{opened.step:08d}")["cursor"])
+    done = batches.get_state()["rows"]
+    count = -(-tokens // (batch * opened.experiment.data.seq))
+    if count * batch > total - done:
+        left = (total - done) * opened.experiment.data.seq
+        raise ValueError(f"--unread: {tokens} tokens asked for, {left} are left after the run")
+    return found, itertools.islice(batches, count)
+
+
+def scores(
+    opened: Trained, source: str | None = None, text: str | None = None, unread_tokens: int = 0
+) -> dict[str, Any]:
     """Nats per token and bits per byte of the run's held-out split, another source's, or a text.
 
+    With `unread_tokens`, of that much training text past the run's end.
     Errors: ValueError when there is nothing to predict.
     """
-    if text is None:
+    if unread_tokens:
+        found, batches = unread(opened, unread_tokens)
+    elif text is None:
         found = dataset(opened, source or "")
         batches = found.heldout()
     else:  # the corpus may be gone
@@ -96,6 +124,8 @@ def scores(opened: Trained, source: str | None = None, text: str | None = None) 
         batches = found.text(text)
     score = evaluate.Evaluator(opened.definition, found.domains)
     result = score(opened.params, opened.prices, batches)
+    if "load" in result:
+        result |= evaluate.balance(result["load"]) | {"load": result["load"].tolist()}
     return result | {"step": opened.step, "manifest_hash": found.manifest.get("hash")}
 
 

@@ -66,3 +66,14 @@ def test_an_interrupted_auction_leaves_seats_open():
 def test_too_few_seats_are_our_mistake():
     with pytest.raises(AssertionError, match="cannot hold"):
         auction(jnp.zeros((8, 4)), 2, 3, jnp.ones((8,), bool))
+
+
+@pytest.mark.parametrize("kind", market.KINDS)
+@pytest.mark.parametrize("k", [1, 3])
+def test_from_prices_that_are_wrong_it_still_ends_at_the_best(kind, k, rng):
+    s = market.scores(kind, 48, 8)
+    start = jnp.asarray(rng.uniform(0, np.ptp(s), 8), jnp.float32)
+    got, total = settled(s, k, 6 * k, epsilon=1e-3, start_E=start)  # every seat is taken
+    assert (np.asarray(got.held).sum(0) == 6 * k).all()
+    best, _ = market.linear_program(s, k, 6 * k)
+    assert best - 1e-3 * k * 48 - 1e-3 <= total <= best + 1e-3

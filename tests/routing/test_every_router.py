@@ -33,6 +33,7 @@ SETTINGS = {
         "V4": {"solver": "sign", "score": "sqrt_softplus", "scale": 1.5, "balance": 1e-2},
         "softmax": {"solver": "quantile", "score": "softmax", "normalise": False},
         "few seats": {"solver": "threshold", "seats": 3, "memory": 0.9},
+        "selective": {"solver": "sinkhorn", "share": 0.5},
     },
     "expert_choice": {"default": {}, "seats": {"seats": 8, "score": "sigmoid"}},
     "hash": {"default": {}, "salted": {"salt": 7, "score": "softmax", "balance": 0.1}},
