@@ -27,10 +27,12 @@ class Config(spec.Config):
 
     `rate` of sign and proportional, per optimizer step. `memory`: share of the old price that
     quantile, threshold and the batch solvers keep (threshold's published value is 0.9).
-    `iterations` of bip, sinkhorn and the auction's opening prices, `temperature` of sinkhorn, `epsilon` the auction's least
-    raise, `rounds` its most. `share` below 1: the share of batches that sinkhorn balances, the
-    others and held-out text going by score alone (selective Sinkhorn, 2511.08972). `seats`: experts a token can buy at most under threshold, whose tokens
-    buy every expert worth more than its price; 0 is twice top_k.
+    `iterations` of bip, sinkhorn and the auction's opening prices, `temperature` of sinkhorn,
+    `epsilon` the auction's least raise, `rounds` its most. `share` below 1: the share of batches
+    that sinkhorn balances, the others and held-out text going by score alone (selective Sinkhorn,
+    2511.08972; differs: weights are the scores and not the plan). `seats`: experts a token can buy
+    at most under threshold, whose tokens buy every expert worth more than its price; 0 is twice
+    top_k.
     """
 
     KIND: ClassVar[str] = "market"

@@ -95,7 +95,8 @@ def unread(opened: Trained, tokens: int) -> tuple[Any, Iterator[Batch]]:
     if total is None:
         raise ValueError("--unread: data.repeat leaves no text that the run has not read")
     batches = found.train()
-    batches.set_state(checkpoint.read_meta(checkpoint.folder(opened.workdir) / f"{opened.step:08d}")["cursor"])
+    saved = checkpoint.folder(opened.workdir) / f"{opened.step:08d}"
+    batches.set_state(checkpoint.read_meta(saved)["cursor"])
     done = batches.get_state()["rows"]
     count = -(-tokens // (batch * opened.experiment.data.seq))
     if count * batch > total - done:

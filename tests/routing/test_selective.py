@@ -52,5 +52,5 @@ def test_drawn_batches_are_balanced_and_others_go_by_score(rng):
 
 
 def test_a_share_goes_with_sinkhorn_only():
-    with pytest.raises(ValueError, match="share: 0.5 goes with solver sinkhorn, not with bip"):
+    with pytest.raises(ValueError, match=r"share: 0\.5 goes with solver sinkhorn, not with bip"):
         market.Config(solver="bip", share=0.5)
