@@ -19,6 +19,7 @@ CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 assert "sparse_pretrain" not in sys.modules, "imported too early to be checked"
 install_import_hook("sparse_pretrain", CHECKER)
 
+jax.config.update("jax_num_cpu_devices", 8)  # for what shards; everything else runs on the first
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

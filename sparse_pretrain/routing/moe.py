@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparse_pretrain import nn, spec
 from sparse_pretrain.model import layers
-from sparse_pretrain.routing import TABLE, base, dispatch, sigmoid_bias
+from sparse_pretrain.routing import TABLE, base, experts, sigmoid_bias
 from sparse_pretrain.shapes import AnyArray
 from sparse_pretrain.sharding import ops
 
@@ -81,13 +81,9 @@ class MoE(nn.Module):
             weight = jax.lax.stop_gradient(assignment.weight)
             expert = base.within_capacity(assignment.expert, weight, c.experts, seats)
             assignment = assignment._replace(expert=expert)
+        weights = experts.Weights(*(nn.read(w) for w in (self.w_gate, self.w_up, self.w_down)))
         x_TxD = x.reshape(-1, x.shape[-1])
-        plan = dispatch.plan(assignment.expert, c.experts)
-        rows = dispatch.dispatch(x_TxD, plan)
-        gate = ops.grouped_linear(rows, nn.read(self.w_gate), plan.layout)
-        up = ops.grouped_linear(rows, nn.read(self.w_up), plan.layout)
-        rows = ops.grouped_linear(layers.swiglu(gate, up), nn.read(self.w_down), plan.layout)
-        y = dispatch.combine(rows, assignment.weight, plan).reshape(x.shape)
+        y = experts.run(weights, x_TxD, assignment.expert, assignment.weight).reshape(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)
         load = base.count_load(assignment.expert, c.experts)

@@ -45,7 +45,8 @@ class Evaluator:
         Sums of a batch are float32 on the device, sums over batches float64 on the host.
         Errors: ValueError when the batches hold no target.
         """
-        total, load, pending = np.zeros((self._rows, 3), np.float64), [], None
+        total, pending = np.zeros((self._rows, 3), np.float64), None
+        load: list[np.ndarray] = []
         for batch in batches:
             sums = self._step(params, prices, batch)
             if pending is not None:  # read one batch late, so that the device is never idle

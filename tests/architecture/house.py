@@ -71,7 +71,10 @@ HOMES = {
 }
 
 # Modules beside the variants that are not variants themselves.
-SHARED = {"attention": {"base"}, "routing": {"base", "dispatch", "moe", "expert_parallel"}}
+SHARED = {
+    "attention": {"base"},
+    "routing": {"base", "dispatch", "experts", "moe", "expert_parallel"},
+}
 MAY_BUILD_ON = {("attention.dsa", "attention.mla"), ("attention.csa", "attention.mla")}
 
 # What reads or sets where arrays live; an axis name (jax.lax.axis_index, psum) is no such thing.
