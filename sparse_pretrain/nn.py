@@ -17,7 +17,7 @@ Module = nnx.Module
 
 
 class Price(nnx.Variable):
-    """A router's price vector: state that moves with the load and never by the gradient."""
+    """A router's price vector or its experts' slots: what moves with the load, not by gradients."""
 
 
 class Keys:
@@ -32,20 +32,36 @@ class Keys:
 
 
 def param(
-    keys: Keys, shape: Sequence[int], dims: Sequence[str], *, std: float | None = None, value=None
+    keys: Keys,
+    shape: Sequence[int],
+    dims: Sequence[str],
+    *,
+    std: float | None = None,
+    value=None,
+    take: Sequence[int] | None = None,
 ) -> nnx.Param:
-    """A float32 master parameter with one dimension name per dim; normal(0, std) or a constant."""
+    """A float32 master parameter with one dimension name per dim; normal(0, std) or a constant.
+
+    `take` lists the entries of dim 0 to hold, in this order and perhaps more than once.
+    """
     assert len(shape) == len(dims), (shape, dims)
     if value is None:
         array = jax.random.normal(keys(), tuple(shape), jnp.float32) * jnp.float32(std)
     else:
         array = jnp.full(tuple(shape), value, jnp.float32)
+    if take is not None:
+        array = array[jnp.asarray(take, jnp.int32)]
     return nnx.Param(array, dims=tuple(dims))
 
 
 def price(shape: Sequence[int], dims: Sequence[str]) -> Price:
     """A zero price vector with dimension names."""
     return Price(jnp.zeros(tuple(shape), jnp.float32), dims=tuple(dims))
+
+
+def numbers(values: Sequence[int], dims: Sequence[str]) -> Price:
+    """Whole numbers that are data and not learned, kept beside the prices; int32."""
+    return Price(jnp.asarray(values, jnp.int32), dims=tuple(dims))
 
 
 def read(variable: nnx.Variable) -> jax.Array:

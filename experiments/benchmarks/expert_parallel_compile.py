@@ -4,7 +4,7 @@ Question: do both exchanges, forward and backward, compile for TPU and for NVIDI
           the ragged one keep `ragged-all-to-all` in the compiled program?
 Command:  python3 experiments/benchmarks/expert_parallel_compile.py
 Needs:    python3 -m pip install libtpu, and for CUDA, without a driver:
-          python3 -m pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc absl-py
+          pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc absl-py
 Cost:     40 seconds.
 Measured: jax 0.12.0.1, 8 devices, 64 experts of 512 x 256, top 6 of 8,192 tokens:
           chip       exchange  seconds  ragged-all-to-all  temporaries, MB

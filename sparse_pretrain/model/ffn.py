@@ -52,6 +52,12 @@ class Dense(nn.Module):
         return 6.0 * width * config.hidden
 
     @staticmethod
+    def copied(config: DenseConfig, width: int) -> int:
+        """Numbers held a second time: none."""
+        del config, width
+        return 0
+
+    @staticmethod
     def padding(config: DenseConfig, width: int, tokens: int) -> float:
         """Forward FLOPs per token on padding: none."""
         del config, width, tokens

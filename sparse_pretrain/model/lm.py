@@ -242,6 +242,8 @@ def move_prices(
         section = config.blocks[name].ffn
         if group not in load or group not in prices:  # no experts, or a router without prices
             continue
+        if "router" not in prices[group]["ffn"]:
+            continue
         router = routing.TABLE[section.router.KIND]
         state = prices[group]["ffn"]["router"]
         proposal = market.get(group, {}).get("proposal", jnp.zeros_like(load[group]))

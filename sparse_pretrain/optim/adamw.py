@@ -92,18 +92,22 @@ def finish(
     return standard_promotion(optax.chain(*chain))
 
 
-def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
+def clip_by_global_norm(largest: float) -> optax.GradientTransformationExtraArgs:
     """Scales all gradients so that their global norm is at most `largest`.
 
+    The update takes the norm as `norm`, where some gradients are there more than once; without, it
+    is that of all gradients.
     Differs: multiplies by min(1, largest / norm), which XLA fuses into every reader; the division
     per element in `optax.clip_by_global_norm` writes the clipped gradient out first.
     """
 
-    def update(updates, _):
-        factor = jnp.minimum(1.0, largest / jnp.maximum(optax.tree.norm(updates), 1e-30))
-        return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
+    def update(updates, state, params=None, *, norm=None, **unused):
+        del params, unused
+        norm = optax.tree.norm(updates) if norm is None else norm
+        factor = jnp.minimum(1.0, largest / jnp.maximum(norm, 1e-30))
+        return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state
 
-    return optax.stateless(update)
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 def _times(update: jax.Array, factor: float) -> jax.Array:
@@ -120,15 +124,18 @@ def factor(config: Any, dims: tuple[str, ...]) -> float:
     return base * named.get(kind, 1.0)
 
 
-def standard_promotion(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+def standard_promotion(
+    rule: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
     """The same rule, traced under JAX's standard dtype promotion, which optax relies on."""
+    rule = optax.with_extra_args_support(rule)
 
     def init(params):
         with jax.numpy_dtype_promotion("standard"):
             return rule.init(params)
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, **extra):
         with jax.numpy_dtype_promotion("standard"):
-            return rule.update(updates, state, params)
+            return rule.update(updates, state, params, **extra)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

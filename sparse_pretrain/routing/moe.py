@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparse_pretrain import nn, spec
 from sparse_pretrain.model import layers
-from sparse_pretrain.routing import TABLE, base, experts, sigmoid_bias
+from sparse_pretrain.routing import TABLE, base, copies, experts, sigmoid_bias
 from sparse_pretrain.shapes import AnyArray
 from sparse_pretrain.sharding import ops
 
@@ -20,6 +20,8 @@ class Config(spec.Config):
 
     `capacity` above 0 bounds an expert's pairs in training to that multiple of the even share;
     pairs past it are dropped, lowest weights first. 0, the default, drops nothing.
+    `copies` are slots beyond one per expert, for second copies of busy experts; a copy is no
+    parameter of its own, and which expert it holds is data (`training.replace` moves them).
     """
 
     KIND: ClassVar[str] = "moe"
@@ -29,13 +31,15 @@ class Config(spec.Config):
     hidden: int = 128
     shared: int = 1
     capacity: float = 0.0
+    copies: int = 0
     router: spec.Config = sigmoid_bias.Config()
 
     def __post_init__(self):
         spec.positive(self, "experts", "top_k", "hidden")
-        spec.at_most(self, 2**20, "experts", "shared")
+        spec.at_most(self, 2**20, "experts", "shared", "copies")
         spec.at_most(self, 2**24, "hidden")
         spec.require(self.shared >= 0, f"shared: must not be negative, got {self.shared}")
+        spec.require(self.copies >= 0, f"copies: must not be negative, got {self.copies}")
         spec.require(self.capacity >= 0, f"capacity: must not be negative, got {self.capacity}")
         spec.require(
             self.top_k <= self.experts, f"top_k: {self.top_k} exceeds experts {self.experts}"
@@ -57,9 +61,14 @@ class MoE(nn.Module):
         self.config = config
         router = TABLE[config.router.KIND]
         self.router = router(config.router, width, E, config.top_k, keys)
-        self.w_gate = nn.param(keys, (E, width, F), ("E", "D", "F"), std=width**-0.5)
-        self.w_up = nn.param(keys, (E, width, F), ("E", "D", "F"), std=width**-0.5)
-        self.w_down = nn.param(keys, (E, F, width), ("E", "F", "D"), std=out_gain * F**-0.5)
+        # slot r starts with expert r modulo E
+        held = [r % E for r in range(E + config.copies)] if config.copies else None
+        up, down = ("E", "D", "F"), ("E", "F", "D")
+        self.w_gate = nn.param(keys, (E, width, F), up, std=width**-0.5, take=held)
+        self.w_up = nn.param(keys, (E, width, F), up, std=width**-0.5, take=held)
+        self.w_down = nn.param(keys, (E, F, width), down, std=out_gain * F**-0.5, take=held)
+        if held:
+            self.phy2log = nn.numbers(held, ("E",))
         self.shared: layers.SwiGLU | None = (
             layers.SwiGLU(width, F * config.shared, keys, out_gain=out_gain)
             if config.shared
@@ -82,8 +91,12 @@ class MoE(nn.Module):
             expert = base.within_capacity(assignment.expert, weight, c.experts, seats)
             assignment = assignment._replace(expert=expert)
         weights = experts.Weights(*(nn.read(w) for w in (self.w_gate, self.w_up, self.w_down)))
-        x_TxD = x.reshape(-1, x.shape[-1])
-        y = experts.run(weights, x_TxD, assignment.expert, assignment.weight).reshape(x.shape)
+        expert, x_TxD = assignment.expert, x.reshape(-1, x.shape[-1])
+        if c.copies:
+            found = copies.slots(nn.read(self.phy2log), c.experts)
+            weights = experts.Weights(*(copies.tie(w, found) for w in weights))
+            expert = copies.choose(expert, found)
+        y = experts.run(weights, x_TxD, expert, assignment.weight).reshape(x.shape)
         if self.shared is not None:
             y = y + self.shared(x)
         load = base.count_load(assignment.expert, c.experts)
@@ -101,10 +114,15 @@ class MoE(nn.Module):
         seats = config.top_k
         if hasattr(config.router, "most_seats"):
             seats = config.router.most_seats(config.experts, config.top_k)
-        rows, _ = ops.group_rows(tokens * seats, config.experts)
+        rows, _ = ops.group_rows(tokens * seats, config.experts + config.copies)
         return 6.0 * width * config.hidden * (rows - tokens * config.top_k) / tokens
 
     @staticmethod
     def inactive(config: Config, width: int) -> int:
         """Parameters a token does not touch."""
         return (config.experts - config.top_k) * 3 * width * config.hidden
+
+    @staticmethod
+    def copied(config: Config, width: int) -> int:
+        """Numbers held a second time, which are no parameters."""
+        return config.copies * 3 * width * config.hidden

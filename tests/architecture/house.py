@@ -73,7 +73,7 @@ HOMES = {
 # Modules beside the variants that are not variants themselves.
 SHARED = {
     "attention": {"base"},
-    "routing": {"base", "dispatch", "experts", "moe", "expert_parallel"},
+    "routing": {"base", "copies", "dispatch", "experts", "moe", "expert_parallel"},
 }
 MAY_BUILD_ON = {("attention.dsa", "attention.mla"), ("attention.csa", "attention.mla")}
 
