@@ -259,7 +259,7 @@ def split_time(run: workdir.Run) -> dict[str, float]:
         return {}
     compiling = float(run.result("compile_seconds") or 0.0)
     goodput = run.summary.get("goodput")
-    if isinstance(goodput, (int, float)):  # counts this process only, as the wall time does
+    if isinstance(goodput, (int, float)):  # without the steps that a crash undid
         training = goodput * wall
     else:
         training = float((tokens[known] / rate[known]).sum())

@@ -13,7 +13,16 @@ from rich.console import Console
 
 from sparse_pretrain import checkpoint, config
 from sparse_pretrain.planning import chips
-from sparse_pretrain.training import evaluate, metrics, progress, recovery, run, state, step
+from sparse_pretrain.training import (
+    evaluate,
+    metrics,
+    progress,
+    record,
+    recovery,
+    run,
+    state,
+    step,
+)
 
 
 def train(
@@ -60,17 +69,15 @@ class Trainer:
     def __init__(
         self, prepared: run.Prepared, workdir: Path, argv: list[str], *, quiet: bool, began: float
     ):
-        self.p, self.workdir, self.argv = prepared, workdir, argv
-        self.quiet, self.began = quiet, began
+        self.p, self.workdir, self.quiet = prepared, workdir, quiet
         self.experiment = prepared.experiment
         self.steps = prepared.run.steps
         workdir.mkdir(parents=True, exist_ok=True)
         c = self.experiment.checkpoint
         self.saver = checkpoint.Checkpointer(workdir, every=c.every, keep=c.keep, best=c.best)
         self.config_dict = self.experiment.to_dict()
-        self.record = run.record(prepared, argv)
+        self.record = record.Record(workdir, prepared, argv, began)
         self.evaluator = evaluate.Evaluator(prepared.definition, prepared.dataset.domains)
-        self.productive = 0.0  # seconds in steps after the first of this process
         self.begun = False  # whether the workdir is known to be this run's, and run.json its record
         self._noted = False
 
@@ -134,7 +141,9 @@ class Trainer:
                 if self.begun:
                     stopped = isinstance(e, (recovery.Interrupted, KeyboardInterrupt))
                     reason = str(e).strip().splitlines()[0] if str(e) else type(e).__name__
-                    self._status("interrupted" if stopped else "failed", reason)
+                    self.record.write(
+                        status="interrupted" if stopped else "failed", error=reason
+                    )
                 raise
             finally:
                 self.saver.close()
@@ -143,7 +152,7 @@ class Trainer:
         checkpoint.warm()
         train_state, batches = self._start()
         start = int(train_state.step)
-        run.write_json(self.workdir / "run.json", self.record)
+        self.record.open()
         self.begun = True
         # with it the weights can be used when the corpus that made it is gone
         self.p.dataset.tokenizer.save(self.workdir / run.TOKENIZER)
@@ -156,8 +165,7 @@ class Trainer:
             accumulate=e.accumulate,
             ema=e.ema,
         )
-        self.compile_seconds = 0.0
-        writer = metrics.Writer(self.workdir, e.log, self.record, step=start)
+        writer = metrics.Writer(self.workdir, e.log, self.record.content, step=start)
         bar = _NoBar() if self.quiet else progress.Bar(self.steps, start=start)
         with writer, recovery.stop_requests() as asked:
             self.writer = writer
@@ -166,7 +174,7 @@ class Trainer:
                 with _quietly(self.quiet, "compiling the training step"):
                     compiling = time.perf_counter()
                     train_step = train_step.lower(train_state, first).compile()
-                    self.compile_seconds = time.perf_counter() - compiling
+                    self.record.compiled(time.perf_counter() - compiling)
                 with bar:
                     train_state = self._loop(train_step, train_state, first, batches, bar, asked)
             summary = self._finish(train_state)
@@ -221,7 +229,6 @@ class Trainer:
                 f"step {n}: loss {loss} and gradient norm {float(out['grad_norm'])} are not both "
                 f"finite; the batch is saved as {path.name}, earlier checkpoints are intact"
             )
-        self.productive += seconds
         rate = self.p.run.tokens_per_step / seconds  # as in the summary: all positions
         row = {
             "step": n,
@@ -250,6 +257,7 @@ class Trainer:
                     },
                 )
         self.writer.train(n, row)
+        self.record.refresh()
         bar.update(n, row)
         return now
 
@@ -271,12 +279,8 @@ class Trainer:
             cursor=cursor,
             config=self.config_dict,
             metrics=None if scores is None else {"bits_per_byte": scores["bits_per_byte"]},
-            commit=self.record["commit"],
+            commit=self.record.commit,
         )
-
-    def _status(self, status: str, error: str | None = None) -> None:
-        self.record |= {"status": status, "error": error}
-        run.write_json(self.workdir / "run.json", self.record)
 
     # --- after the last step ---
 
@@ -286,8 +290,8 @@ class Trainer:
         rows = metrics.read_rows(self.workdir / "metrics.jsonl")
         seconds = sum(r["step_seconds"] for r in rows[1:])
         tokens = self.p.run.tokens_per_step * max(len(rows) - 1, 0)
-        wall = time.perf_counter() - self.began
-        d = self.p.derived
+        d, sample = self.p.derived, self._sample(train_state)
+        wall, training = self.record.total("seconds"), sum(r["step_seconds"] for r in rows)
         summary = {
             "name": self.experiment.name,
             "steps": self.steps,
@@ -296,20 +300,20 @@ class Trainer:
             "train_loss": float(np.mean([r["loss"] for r in rows[-20:]])),
             "tokens_per_second": tokens / seconds if seconds else 0.0,
             "mfu": float(np.median([r["mfu"] for r in rows])),
-            "compile_seconds": self.compile_seconds,
-            "train_seconds": sum(r["step_seconds"] for r in rows),
+            "compile_seconds": self.record.total("compile_seconds"),
+            "train_seconds": training,  # of steps that stayed, not of those a crash undid
             "wall_seconds": wall,
-            "goodput": self.productive / wall,
-            "peak_memory_bytes": run.peak_memory(),
+            "goodput": training / wall,
+            "peak_memory_bytes": record.peak_memory(),
             "flops": d["flops"],
             "total_params": d["total_params"],
             "active_params": d["active_params"],
             "manifest_hash": self.p.dataset.manifest.get("hash"),
-            "commit": self.record["commit"],
-            "sample": self._sample(train_state),
+            "commit": self.record.commit,
+            "sample": sample,
         }
-        run.write_json(self.workdir / "summary.json", summary)
-        self._status("finished")
+        record.write_json(self.workdir / "summary.json", summary)
+        self.record.write(status="finished", error=None)
         return summary
 
     def _sample(self, train_state) -> dict[str, Any] | None:

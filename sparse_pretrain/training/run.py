@@ -1,13 +1,6 @@
 """A run before its first step: data, model, optimizer, and the numbers that follow from them."""
 
 import dataclasses
-import json
-import os
-import platform
-import resource
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -121,77 +114,3 @@ def prepare_process() -> None:
         jax.config.update("jax_compilation_cache_dir", str(data.cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-
-def commit() -> str:
-    """The checkout's git commit, with '+' when files differ from it; 'unknown' outside one."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return "unknown"
-    try:
-        head = _git(root, "rev-parse", "HEAD")
-        dirty = _git(root, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return head + ("+" if dirty else "")
-
-
-def _git(root: Path, *args: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True
-    )
-    return done.stdout.strip()
-
-
-def environment() -> dict[str, Any]:
-    """Device and versions, for the record."""
-    import importlib.metadata
-
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    device = jax.devices()[0]
-    return {
-        "device": {
-            "kind": device.device_kind,
-            "platform": device.platform,
-            "count": jax.device_count(),
-            "host": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-        },
-        "versions": {"python": platform.python_version()}
-        | {p: importlib.metadata.version(p) for p in packages},
-    }
-
-
-def peak_memory() -> int:
-    """Largest number of bytes held so far: on the device where it says, else by the process."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return int(stats["peak_bytes_in_use"])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Writes strict JSON in one move, so that a reader never sees half of it."""
-    from sparse_pretrain.training import metrics
-
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(metrics.plain(record), indent=1, allow_nan=False) + "\n")
-    temporary.replace(path)
-
-
-def record(prepared: Prepared, argv: list[str]) -> dict[str, Any]:
-    """The content of run.json at the start of a run."""
-    return {
-        "name": prepared.experiment.name,
-        "status": "running",
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "argv": argv,
-        "pid": os.getpid(),
-        "host": platform.node(),
-        "commit": commit(),
-        **environment(),
-        "manifest": prepared.dataset.manifest,
-        "derived": prepared.derived,
-        "config": prepared.experiment.to_dict(),
-    }

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparse_pretrain import checkpoint, config
-from sparse_pretrain.training import loop, recovery, run, state
+from sparse_pretrain.training import loop, record, recovery, run, state
 from sparse_pretrain.training import step as steps
 
 STEPS = 12
@@ -57,8 +57,8 @@ def text(tmp_path_factory):
     return folder
 
 
-def _train(wanted, workdir):
-    return loop.train(wanted, workdir, [], quiet=True)
+def _train(wanted, workdir, *argv):
+    return loop.train(wanted, workdir, list(argv), quiet=True)
 
 
 def _losses(workdir):
@@ -99,10 +99,12 @@ def test_an_interrupted_run_equals_one_that_was_not(stop, text, whole, tmp_path,
         patch.setattr(steps, "make_train_step", counted)
         patch.setattr(recovery, "stop_requests", lambda: contextlib.nullcontext(asked))
         with pytest.raises(recovery.Interrupted, match=f"step {stop} of {STEPS}"):
-            _train(experiment(text), tmp_path)
-    assert json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"
+            _train(experiment(text), tmp_path, "first")
+    before = json.loads((tmp_path / "run.json").read_text())
+    assert before["status"] == "interrupted"
     assert checkpoint.Checkpointer(tmp_path).latest() == stop
-    summary = _train(experiment(text), tmp_path)
+    summary = _train(experiment(text), tmp_path, "second")
+    _check_launches(before, json.loads((tmp_path / "run.json").read_text()), summary)
     workdir, expected = whole
     assert _losses(tmp_path) == _losses(workdir)
     assert summary["bits_per_byte"] == expected["bits_per_byte"]
@@ -110,6 +112,21 @@ def test_an_interrupted_run_equals_one_that_was_not(stop, text, whole, tmp_path,
     assert cursor == other
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def _check_launches(before, after, summary):
+    """Both processes are in the record, and the summary's times are those of both."""
+    assert after["created"] == before["created"]
+    assert (after["argv"], after["commit"]) == (["second"], before["commit"])
+    assert [launch["argv"] for launch in after["launches"]] == [["first"], ["second"]]
+    assert after["launches"][:1] == before["launches"]
+    for launch in after["launches"]:
+        assert 0 < launch["compile_seconds"] < launch["seconds"]
+    for total, part in (("wall_seconds", "seconds"), ("compile_seconds", "compile_seconds")):
+        both = sum(launch[part] for launch in after["launches"])
+        assert summary[total] == pytest.approx(both, abs=0.5), total  # the file is written later
+        assert summary[total] > before["launches"][0][part], total
+    assert summary["goodput"] == summary["train_seconds"] / summary["wall_seconds"]
 
 
 class _Stopping:
@@ -142,6 +159,29 @@ def test_a_run_leaves_what_it_promises(whole):
     assert set(summary["per_domain"]) == {"prose", "notes"}
     assert json.loads((workdir / "run.json").read_text())["status"] == "finished"
     assert checkpoint.Checkpointer(workdir).latest() == STEPS
+
+
+def test_a_record_from_before_there_were_launches(text, tmp_path, monkeypatch):
+    """Its one launch is known by how it was started; a killed process leaves its time so far."""
+    stopped_early(text, tmp_path)
+    old = json.loads((tmp_path / "run.json").read_text())
+    del old["launches"]
+    old |= {"created": "2026-01-01T00:00:00+0000", "argv": ["old"], "commit": "abc"}
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    written = []
+    monkeypatch.setattr(record, "REFRESH", 0.0)
+    monkeypatch.setattr(
+        record, "write_json", lambda path, x: written.append((path.name, json.dumps(x)))
+    )
+    _train(experiment(text), tmp_path, "new")
+    records = [json.loads(x) for name, x in written if name == "run.json"]
+    assert len(records) == 1 + (STEPS - 10) + 1  # at the start, after each step, at the end
+    assert {r["created"] for r in records} == {old["created"]}
+    first, second = records[-1]["launches"]
+    assert first == {"time": old["created"], "argv": ["old"], "commit": "abc"}
+    assert second["argv"] == ["new"]
+    seconds = [r["launches"][-1]["seconds"] for r in records]
+    assert seconds == sorted(seconds)
 
 
 def test_a_finished_run_is_not_trained_again(text, whole):
