@@ -88,7 +88,8 @@ class Experiment(spec.Config):
 
     Units: `steps` optimizer steps, 0 to derive them from `tokens`; `tokens` training targets, 0
     for one epoch of the data; `accumulate` micro-batches per step; `ema` decay per step of the
-    averaged weights, 0 for none; `init_from` a workdir whose weights the run starts from.
+    averaged weights, 0 for none; `init_from` a workdir whose weights the run starts from, with
+    @best or @STEP after it for another checkpoint than the last.
     """
 
     name: str

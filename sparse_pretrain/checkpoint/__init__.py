@@ -2,7 +2,7 @@
 
 from sparse_pretrain.checkpoint.checkpointer import Checkpointer, Config
 from sparse_pretrain.checkpoint.compatible import check_compatible, differing
-from sparse_pretrain.checkpoint.files import CheckpointError, folder, read_json, steps, warm
+from sparse_pretrain.checkpoint.files import CheckpointError, folder, parse, read_json, steps, warm
 from sparse_pretrain.checkpoint.state import init_from, read_meta
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "differing",
     "folder",
     "init_from",
+    "parse",
     "read_json",
     "read_meta",
     "steps",

@@ -52,6 +52,14 @@ def path_of(workdir: str | Path, step: int | None) -> Path:
     return root / f"{step:08d}"
 
 
+def parse(source: str) -> tuple[Path, str]:
+    """(workdir, which checkpoint) of `WORKDIR` or `WORKDIR@last|best|STEP`."""
+    workdir, _, which = source.rpartition("@")
+    if not workdir or not which or Path(source).expanduser().exists():
+        return Path(source).expanduser(), "last"
+    return Path(workdir).expanduser(), which
+
+
 def reason(error: BaseException) -> str:
     """The part of an error a user can act on, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -12,6 +12,7 @@ EXAMPLES = """examples:
   sparse-pretrain eval --workdir=runs/quickstart
   sparse-pretrain eval --workdir=runs/quickstart --text=README.md --json
   sparse-pretrain eval --workdir=runs/quickstart --data=text_folder:notes
+  sparse-pretrain eval --workdir=runs/quickstart --checkpoint=best
   sparse-pretrain eval --workdir=runs/quickstart --tasks=tasks.jsonl
 
 A line of the tasks is {"prompt": "2 + 2 =", "choices": ["3", "4"], "answer": 1}.
@@ -31,8 +32,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def add_workdir(parser: argparse.ArgumentParser) -> None:
-    """The option that chooses a run."""
+    """The options that choose a run and one of its checkpoints."""
     parser.add_argument("--workdir", metavar="DIR", help=f"the run (default: {DEFAULT})")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="WHICH",
+        default="last",
+        help="last (default), best by held-out bits/byte, or a step",
+    )
 
 
 def workdir(args: argparse.Namespace) -> Path:
@@ -55,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
     loop.run.prepare_process()
     with status(f"opening {path}"):
-        opened = trained.open_run(path)
+        opened = trained.open_run(path, args.checkpoint)
     found: dict[str, Any] = {"workdir": str(path), "name": opened.experiment.name}
     found["step"] = opened.step
     if args.tasks is not None:

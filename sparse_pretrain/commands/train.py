@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   sparse-pretrain train --config.model.blocks.moe.attention.kind=full
   sparse-pretrain train --init-from=runs/quickstart --data=text_folder:notes \\
       --config.data.tokenizer=file:runs/quickstart/tokenizer.json --workdir=runs/notes
+  sparse-pretrain train --init-from=runs/quickstart@best --workdir=runs/again
 
 The same command again resumes an interrupted run. `sparse-pretrain config` lists every key.
 """
@@ -50,8 +51,9 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--init-from",
-        metavar="WORKDIR",
-        help="start from the weights of another run; short for --config.init_from",
+        metavar="WORKDIR[@best|@STEP]",
+        help="start from the weights of another run, its last checkpoint's unless said otherwise; "
+        "short for --config.init_from",
     )
 
 

@@ -118,9 +118,10 @@ class Trainer:
                     "use a new workdir"
                 )
         elif e.init_from:
-            run.check_tokenizer(Path(e.init_from), p.dataset.manifest)
+            source, done = run.start_from(e)
+            run.check_tokenizer(source, p.dataset.manifest)
             params, prices = checkpoint.init_from(
-                Path(e.init_from), train_state.params, train_state.router
+                source, train_state.params, train_state.router, done
             )
             average = jax.tree.map(np.copy, params) if e.ema else {}
             train_state = train_state._replace(params=params, router=prices, ema=average)

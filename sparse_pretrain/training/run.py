@@ -37,9 +37,8 @@ def prepare(experiment: configs.Experiment, workdir: Path | None = None) -> Prep
     nothing to start from where `workdir` has no checkpoint of its own yet.
     """
     fresh = workdir is None or not checkpoint.steps(workdir)
-    if experiment.init_from and fresh and not checkpoint.steps(experiment.init_from):
-        # looked at before the data, whose preparation can take minutes
-        raise ValueError(f"config.init_from: {experiment.init_from!r} holds no checkpoint")
+    if experiment.init_from and fresh:
+        start_from(experiment)  # looked at before the data, whose preparation can take minutes
     dataset = data.load(experiment.data, seed=experiment.seed)
     experiment, run = configs.complete(
         experiment, vocab=dataset.vocab, train_tokens=dataset.train_tokens
@@ -55,6 +54,18 @@ def prepare(experiment: configs.Experiment, workdir: Path | None = None) -> Prep
     tx = optim.TABLE[experiment.optim.KIND].build(experiment.optim, definition.dims, schedule)
     derived = derive(experiment, run) | {"train_tokens": dataset.train_tokens}
     return Prepared(experiment, dataset, definition, run, schedule, tx, derived)
+
+
+def start_from(experiment: configs.Experiment) -> tuple[Path, int]:
+    """(workdir, step) of the checkpoint that `init_from` names.
+
+    Errors: ValueError naming the field, and the steps that there are, when it is not there.
+    """
+    workdir, which = checkpoint.parse(experiment.init_from)
+    try:
+        return workdir, checkpoint.Checkpointer(workdir).find(which)
+    except checkpoint.CheckpointError as e:
+        raise ValueError(f"config.init_from: {e}") from None
 
 
 def check_tokenizer(source: Path, manifest: dict[str, Any]) -> None:

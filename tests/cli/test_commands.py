@@ -173,6 +173,20 @@ def test_eval_of_a_text_and_of_other_data(command, folder):
     assert "bits/byte" in out
 
 
+def test_eval_and_generate_take_any_checkpoint(command):
+    found = {}
+    for which in ("last", "best", "6", "4"):
+        argv = ["--workdir=runs/tiny", f"--checkpoint={which}", "--json"]
+        code, out, err = command("eval", *argv)
+        assert (code, err) == (0, "")
+        found[which] = json.loads(out)
+        code, out, err = command("generate", *argv, "--tokens=2")
+        assert (code, err) == (0, "")
+        assert json.loads(out)["step"] == found[which]["step"] == (4 if which == "4" else 6)
+    assert found["last"] == found["best"] == found["6"]
+    assert found["4"]["bits_per_byte"] != found["6"]["bits_per_byte"]
+
+
 def test_eval_of_tasks(command, folder):
     lines = [
         {"prompt": "the cat sat on the", "choices": ["mat", "~~~~"], "answer": 0, "task": "a"},
@@ -212,6 +226,8 @@ def test_generate(command):
         (["eval", "--tasks=nothing.jsonl"], ["tasks: cannot read nothing.jsonl"]),
         (["eval", "--tasks=tiny.py"], ["tasks: tiny.py, line 2"]),
         (["eval", "--data=text_folder:empty"], ["data.source", "empty"]),
+        (["eval", "--checkpoint=5"], ["--checkpoint: ", "no checkpoint '5'; steps there are 4, 6"]),
+        (["generate", "--checkpoint=worst"], ["--checkpoint: ", "'worst'; steps there are 4, 6"]),
     ],
 )
 def test_mistakes_on_a_trained_run(command, folder, argv, parts):
@@ -284,9 +300,12 @@ def test_another_run_can_be_started_from(command, folder):
     first = rows(folder / "runs/next/metrics.jsonl")[0]["loss"]
     fresh = rows(folder / "runs/tiny/metrics.jsonl")
     assert first < fresh[0]["loss"] - 0.1
-    code, _, err = command("train", "--config=tiny.py", "--init-from=runs/none", "--workdir=runs/x")
-    assert code == 2
-    assert "runs/none" in err
+    for source, part in (("runs/none", "runs/none"), ("runs/tiny@5", "steps there are 4, 6")):
+        argv = ("train", "--config=tiny.py", f"--init-from={source}", "--workdir=runs/x")
+        code, _, err = command(*argv)
+        assert code == 2
+        assert err.startswith("error: config.init_from: ")
+        assert part in err
 
 
 def test_ctrl_c_saves_and_the_same_command_resumes(folder):
