@@ -70,7 +70,13 @@ def run(args: argparse.Namespace) -> int:
             found["tasks"] = trained.choices(opened, Path(args.tasks).expanduser())
     if args.tasks is None or text is not None or args.data is not None:
         with status("scoring the text"):
-            found |= trained.scores(opened, args.data, text)
+            try:
+                found |= trained.scores(opened, args.data, text)
+            except ValueError as e:
+                if text is None:
+                    raise
+                # the run's tokenizer cannot read it, or nothing in it can be predicted
+                raise errors.Usage(f"--text: {args.text!r}: {e}") from None
     if args.json:
         print(json.dumps(found, indent=1))
     else:

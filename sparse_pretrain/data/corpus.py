@@ -159,7 +159,8 @@ def _write(origin: sources.Source, scratch: Path, tell: Callable[[str], None]) -
     from sparse_pretrain.data import builder, heldout
     from sparse_pretrain.data.sources import prepared
 
-    split = heldout.Split(origin.read(), scratch, fold=origin.fold, tell=tell)
+    name = f"data.source={origin.spec!r}: "
+    split = heldout.Split(origin.read(), scratch, source=name, fold=origin.fold, tell=tell)
     try:
         need = 2 * split.bytes  # TFDS sorts through temporary files of the same size
         free = shutil.disk_usage(scratch).free

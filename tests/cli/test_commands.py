@@ -223,8 +223,9 @@ def test_generate(command):
         (["eval", "--text=nothing.txt"], ["--text: cannot read 'nothing.txt': no such file"]),
         (["eval", "--text=texts"], ["--text: cannot read 'texts': is a directory"]),
         (["eval", "--text=t.txt", "--data=python_stdlib"], ["--text or --data"]),
-        (["eval", "--tasks=nothing.jsonl"], ["tasks: cannot read nothing.jsonl"]),
-        (["eval", "--tasks=tiny.py"], ["tasks: tiny.py, line 2"]),
+        (["eval", "--text=empty.txt"], ["--text: 'empty.txt': ", "no token to predict"]),
+        (["eval", "--tasks=nothing.jsonl"], ["--tasks: cannot read nothing.jsonl"]),
+        (["eval", "--tasks=tiny.py"], ["--tasks: tiny.py, line 2"]),
         (["eval", "--data=text_folder:empty"], ["data.source", "empty"]),
         (["eval", "--checkpoint=5"], ["--checkpoint: ", "no checkpoint '5'; steps there are 4, 6"]),
         (["generate", "--checkpoint=worst"], ["--checkpoint: ", "'worst'; steps there are 4, 6"]),
@@ -232,6 +233,7 @@ def test_generate(command):
 )
 def test_mistakes_on_a_trained_run(command, folder, argv, parts):
     (folder / "empty").mkdir(exist_ok=True)
+    (folder / "empty.txt").write_text("")
     code, out, err = command(*argv, "--workdir=runs/tiny")
     assert (code, out) == (2, "")
     assert err.count("\n") == 1, err
