@@ -52,6 +52,16 @@ class Dense(nn.Module):
         return 6.0 * width * config.hidden
 
     @staticmethod
+    def plain(config: DenseConfig, width: int) -> float:
+        """The part of `work` in products without a batch dim, which remat=dots keeps: all."""
+        return Dense.work(config, width)
+
+    @staticmethod
+    def unread(config: DenseConfig, width: int) -> float:
+        """The part of `work` in products whose result no gradient reads: the last one."""
+        return 2.0 * width * config.hidden
+
+    @staticmethod
     def padding(config: DenseConfig, width: int, tokens: int) -> float:
         """Forward FLOPs per token on padding: none."""
         del config, width, tokens

@@ -88,7 +88,6 @@ def derive(experiment: configs.Experiment, run: configs.Run) -> dict[str, Any]:
     counts = flops.parameters(model)
     micro = run.tokens_per_step // experiment.accumulate
     per_token = flops.train_flops_per_token(model, length, micro)
-    muon = experiment.optim.KIND == "muon"
     return {
         "steps": run.steps,
         "tokens": run.tokens,
@@ -101,7 +100,7 @@ def derive(experiment: configs.Experiment, run: configs.Run) -> dict[str, Any]:
         "flops": per_token.model * run.tokens,
         "kv_bytes_per_token": flops.kv_bytes_per_token(model),
         "memory_bytes": memory.training_bytes(
-            model, micro, muon=muon
+            model, micro, optimizer=experiment.optim, ema=experiment.ema > 0
         ),
     }
 
