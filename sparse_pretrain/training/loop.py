@@ -141,10 +141,10 @@ class Trainer:
             except BaseException as e:
                 if self.begun:
                     stopped = isinstance(e, (recovery.Interrupted, KeyboardInterrupt))
+                    status = "interrupted" if stopped else "failed"
                     reason = str(e).strip().splitlines()[0] if str(e) else type(e).__name__
-                    self.record.write(
-                        status="interrupted" if stopped else "failed", error=reason
-                    )
+                    with contextlib.suppress(OSError):  # of a full disk: `e` says it already
+                        self.record.write(status=status, error=reason)
                 raise
             finally:
                 self.saver.close()

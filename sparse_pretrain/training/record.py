@@ -4,6 +4,7 @@ Time is kept by launch, one per process that trained here, so that a run which w
 resumed reports the time of all of them.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -142,7 +143,16 @@ def peak_memory() -> int:
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Writes strict JSON in one move, so that a reader never sees half of it."""
+    """Writes strict JSON in one move, so that a reader never sees half of it.
+
+    Errors: OSError naming the file when it cannot be written; what was there stays.
+    """
+    text = json.dumps(metrics.plain(record), indent=1, allow_nan=False) + "\n"
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(metrics.plain(record), indent=1, allow_nan=False) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(e.errno, e.strerror, str(path)) from e
