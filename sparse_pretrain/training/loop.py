@@ -43,19 +43,23 @@ def train(
     began = time.perf_counter()
     workdir = Path(workdir)
     run.prepare_process()
-    with _quietly(quiet, "preparing the data"):
-        prepared = run.prepare(experiment, workdir)
-    trainer = Trainer(prepared, workdir, argv, quiet=quiet, began=began)
-    summary = trainer.finished()
-    if not quiet:
-        done = ", finished already" if summary else ""
-        line = f"{run.headline(prepared)}; {workdir}{done}"
-        Console().print(line, highlight=False, markup=False, soft_wrap=True)
-    if summary is None:
-        summary = trainer.run()
+    summary = run.finished(experiment, workdir)
+    if summary is not None:
+        derived = (checkpoint.read_record(workdir) or {})["derived"]
+        _say(quiet, f"{run.headline(experiment, derived)}; {workdir}, finished already")
+    else:
+        with _quietly(quiet, "preparing the data"):
+            prepared = run.prepare(experiment, workdir)
+        _say(quiet, f"{run.headline(prepared.experiment, prepared.derived)}; {workdir}")
+        summary = Trainer(prepared, workdir, argv, quiet=quiet, began=began).run()
     if on_finish is not None:
         on_finish(workdir)
     return summary
+
+
+def _say(quiet: bool, line: str) -> None:
+    if not quiet:
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _quietly(quiet: bool, text: str):
@@ -79,33 +83,14 @@ class Trainer:
         self.record = record.Record(workdir, prepared, argv, began)
         self.evaluator = evaluate.Evaluator(prepared.definition, prepared.dataset.domains)
         self.begun = False  # whether the workdir is known to be this run's, and run.json its record
-        self._noted = False
 
     # --- before the first step ---
-
-    def finished(self) -> dict[str, Any] | None:
-        """The summary of a workdir whose run is done; None when there is work to do."""
-        summary = checkpoint.read_json(self.workdir / "summary.json")
-        if summary is None:
-            return None
-        self._check_same()
-        return summary if summary.get("steps") == self.steps else None
-
-    def _check_same(self) -> None:
-        if self.saver.latest() is not None:  # what was trained, whatever run.json says
-            saved = self.saver.meta()["config"]
-        else:
-            saved = (checkpoint.read_json(self.workdir / "run.json") or {}).get("config")
-        if saved is not None:
-            notes = checkpoint.check_compatible(saved, self.config_dict, self.workdir)
-            for note in notes if not self.quiet and not self._noted else ():
-                Console().print(f"note: config.{note}", markup=False, highlight=False)
-            self._noted = True
 
     def _start(self) -> tuple[state.TrainState, Any]:
         """(state, training iterator): fresh, resumed, or from another run's weights."""
         e, p = self.experiment, self.p
-        self._check_same()
+        for note in run.same_run(e, self.workdir):
+            _say(self.quiet, f"note: config.{note}")
         train_state = state.create(p.definition, p.tx, e.seed, ema=e.ema > 0)
         batches = p.dataset.train()
         if self.saver.latest() is not None:

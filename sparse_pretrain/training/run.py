@@ -73,8 +73,8 @@ def check_tokenizer(source: Path, manifest: dict[str, Any]) -> None:
 
     Its embeddings would stand for other tokens, and nothing would look wrong but the loss.
     """
-    record = checkpoint.read_json(source / "run.json") or {}
-    then, now = (m.get("tokenizer_hash") for m in (record.get("manifest", {}), manifest))
+    record = checkpoint.read_record(source) or {"manifest": {}}
+    then, now = (m.get("tokenizer_hash") for m in (record["manifest"], manifest))
     if then != now:
         raise ValueError(
             f"config.data.tokenizer: its hash is {now}, that of {source} is {then}; give "
@@ -105,13 +105,46 @@ def derive(experiment: configs.Experiment, run: configs.Run) -> dict[str, Any]:
     }
 
 
-def headline(prepared: Prepared) -> str:
+def finished(experiment: configs.Experiment, workdir: Path) -> dict[str, Any] | None:
+    """The summary of a workdir whose run is done; None when there is work to do.
+
+    The data is not looked at, since it may be gone: what followed from it is in run.json.
+    Errors: ValueError when the run there is another, or its record is damaged.
+    """
+    record = checkpoint.read_record(workdir)
+    summary = checkpoint.read_json(workdir / "summary.json")
+    if record is None or summary is None:
+        return None
+    if experiment.model.vocab == 0:
+        model = dataclasses.replace(experiment.model, vocab=record["config"]["model"]["vocab"])
+        experiment = dataclasses.replace(experiment, model=model)
+    steps = experiment.steps_of(record["derived"].get("train_tokens", 0))
+    if steps != summary.get("steps"):
+        return None
+    same_run(experiment, workdir)
+    return summary
+
+
+def same_run(experiment: configs.Experiment, workdir: Path) -> list[str]:
+    """Notes on what this configuration does otherwise than the run in the workdir, if there is one.
+
+    Errors: ValueError naming each differing key that makes it another run.
+    """
+    if checkpoint.steps(workdir):  # what was trained, whatever run.json says
+        saved = checkpoint.Checkpointer(workdir).meta()["config"]
+    else:
+        saved = (checkpoint.read_record(workdir) or {}).get("config")
+    if saved is None:
+        return []
+    return checkpoint.check_compatible(saved, experiment.to_dict(), workdir)
+
+
+def headline(experiment: configs.Experiment, derived: dict[str, Any]) -> str:
     """What is about to be trained, on what, for how long: one line."""
-    d, e = prepared.derived, prepared.experiment
-    si = progress.si
+    d, si = derived, progress.si
     return (
-        f"{e.name}: {si(d['total_params'])} parameters, {si(d['active_params'])} active; "
-        f"{d['steps']} steps of {d['tokens_per_step']} tokens of {e.data.source}; "
+        f"{experiment.name}: {si(d['total_params'])} parameters, {si(d['active_params'])} active; "
+        f"{d['steps']} steps of {d['tokens_per_step']} tokens of {experiment.data.source}; "
         f"{si(d['train_flops_per_token'])} FLOPs/token, {si(d['flops'])} in all; about "
         f"{si(d['memory_bytes']['total'])} bytes of memory"
     )

@@ -30,7 +30,7 @@ def open_run(workdir: Path, which: str = "last") -> Trained:
     are), or a damaged one.
     """
     workdir = Path(workdir)
-    record = checkpoint.read_json(workdir / "run.json")
+    record = checkpoint.read_record(workdir)
     if record is None:
         raise ValueError(f"--workdir: {str(workdir)!r} holds no run")
     experiment = config.from_config_dict(record["config"])

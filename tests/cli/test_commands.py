@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from sparse_pretrain import cli, config
+from sparse_pretrain import cli, config, data
 from sparse_pretrain.planning import flops
 
 EXPERIMENT = """
@@ -126,6 +126,31 @@ def test_a_finished_run_is_not_trained_again(command, folder):
     code, _, err = command("train", "--config=tiny.py")
     assert (code, err) == (0, "")
     assert (folder / "runs/tiny/metrics.jsonl").read_text() == before
+
+
+def test_a_finished_run_shows_its_table_again_without_its_corpus(command, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *args, **kw: pytest.fail("the data was looked at"))
+    code, out, err = command("train", "--config=tiny.py")
+    assert (code, err) == (0, "")
+    for part in ("finished already", "bits/byte", "report.html", "What to try next"):
+        assert part in out
+
+
+@pytest.mark.parametrize("broken", ["[]", '{"name": "tiny", "conf'])
+def test_a_broken_record_is_one_line_that_names_it(command, folder, broken):
+    name = f"broken{len(broken)}"
+    (folder / "broken" / name).mkdir(parents=True, exist_ok=True)
+    (folder / "broken" / name / "run.json").write_text(broken)
+    file = f"broken/{name}/run.json"
+    for argv in (["train", "--config=tiny.py"], ["eval"], ["generate"]):
+        code, out, err = command(*argv, f"--workdir=broken/{name}")
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: {file}: cannot be read (")
+        assert err.count("\n") == 1
+    code, out, err = command("runs", f"broken/{name}")
+    assert (code, err) == (0, "")
+    assert f"broken/{name}: run.json is " in out
+    assert "failed" in out
 
 
 def test_another_configuration_is_refused_with_the_differing_keys(command):

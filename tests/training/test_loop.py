@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from sparse_pretrain import checkpoint, config
-from sparse_pretrain.training import loop, record, recovery, run, state
+from sparse_pretrain import checkpoint, config, data
+from sparse_pretrain.commands import errors
+from sparse_pretrain.training import loop, record, recovery, run, state, trained
 from sparse_pretrain.training import step as steps
 
 STEPS = 12
@@ -190,6 +191,34 @@ def test_a_finished_run_is_not_trained_again(text, whole):
     again = _train(experiment(text), workdir)
     assert again["bits_per_byte"] == summary["bits_per_byte"]
     assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_needs_no_corpus(text, whole, monkeypatch, capsys):
+    """An epoch's length and the vocabulary, which only the data knows, are in its record."""
+    workdir, summary = whole
+    monkeypatch.setattr(data, "load", lambda *args, **kw: pytest.fail("the data was looked at"))
+    assert experiment(text).model.vocab == 0
+    assert loop.train(experiment(text), workdir, []) == summary
+    assert "tiny: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"optim.lr: 0.01 there, 0.02 here"):
+        _train(experiment(text, optim={"kind": "muon", "lr": 0.02}), workdir)
+    with pytest.raises(pytest.fail.Exception):  # more steps are work to do
+        _train(experiment(text, steps=STEPS + 1), workdir)
+    with pytest.raises(pytest.fail.Exception):  # and so is an epoch, which is longer
+        _train(experiment(text, steps=0), workdir)
+
+
+@pytest.mark.parametrize("broken", ["[]", '{"name": "tiny", "conf', "{}", "", '{"config": 3}'])
+def test_a_broken_record_is_named(broken, text, tmp_path):
+    (tmp_path / "run.json").write_text(broken)
+    for use in (lambda: _train(experiment(text), tmp_path), lambda: trained.open_run(tmp_path)):
+        with pytest.raises(ValueError, match=r"run\.json: cannot be read \(") as caught:
+            use()
+        assert errors.describe(caught.value)[0] == errors.MISTAKE
+        assert str(caught.value).startswith(f"{tmp_path}/run.json")
+        assert "\n" not in str(caught.value)
+    assert (tmp_path / "run.json").read_text() == broken
+    assert not list(tmp_path.glob("[!r]*"))
 
 
 def test_another_seed_is_refused(text, whole):
