@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparse_pretrain.commands import errors, status
+from sparse_pretrain.commands import errors, status, with_total
 
 EXAMPLES = """examples:
   sparse-pretrain eval --workdir=runs/quickstart
@@ -111,8 +111,7 @@ def _show(found: Mapping[str, Any]) -> None:
         table.add_column("text")
         for name in ("bits/byte", "nats/token", "tokens"):
             table.add_column(name, justify="right")
-        rows = found["per_domain"] if len(found["per_domain"]) > 1 else {}
-        for name, row in {**rows, "all": found}.items():
+        for name, row in with_total(found["per_domain"], found):
             bits, nats = f"{row['bits_per_byte']:.4f}", f"{row['nats_per_token']:.4f}"
             table.add_row(Text(name), bits, nats, si(row["tokens"]))
         console.print(table)
@@ -121,8 +120,7 @@ def _show(found: Mapping[str, Any]) -> None:
         table.add_column("tasks")
         for name in ("accuracy", "per byte", "chance", "count"):
             table.add_column(name, justify="right")
-        rows = found["tasks"]["per_task"] if len(found["tasks"]["per_task"]) > 1 else {}
-        for name, row in {**rows, "all": found["tasks"]}.items():
+        for name, row in with_total(found["tasks"]["per_task"], found["tasks"]):
             keys = ("accuracy", "accuracy_normalised", "chance")
             shares = [f"{100 * row[k]:.1f} %" for k in keys]
             shares[0] += f" ± {196 * row['standard_error']:.1f}"

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from sparse_pretrain.commands import errors
+from sparse_pretrain.commands import errors, with_total
 
 OVERRIDES = True
 EXAMPLES = """examples:
@@ -105,11 +105,10 @@ def show(workdir: Path) -> None:
     table.add_column("held out")
     for name in ("bits/byte", "nats/token", "tokens"):
         table.add_column(name, justify="right")
-    for name, row in (domains if len(domains) > 1 else {}).items():
+    *rows, total = with_total(domains, summary | {"tokens": summary.get("heldout_tokens")})
+    for name, row, style in [*((*part, "") for part in rows), (*total, "bold")]:
         bits, nats = f"{row['bits_per_byte']:.4f}", f"{row['nats_per_token']:.4f}"
-        table.add_row(Text(name), bits, nats, si(row["tokens"]))
-    bits, nats = f"{summary['bits_per_byte']:.4f}", f"{summary['nats_per_token']:.4f}"
-    table.add_row("all", bits, nats, si(summary.get("heldout_tokens")), style="bold")
+        table.add_row(Text(name), bits, nats, si(row["tokens"]), style=style)
     console.print()
     console.print(table)
     console.print(

@@ -36,7 +36,7 @@ class Row(NamedTuple):
 def read(path: Path) -> list[Task]:
     """The tasks of a JSONL file: {"prompt": str, "choices": [str, ...], "answer": index or text}.
 
-    `task` in a line names its group, which is scored apart; it is optional.
+    `task` in a line names its group, which is scored apart; lines without one are the group ''.
     Errors: ValueError naming the file, the line and the field.
     """
     try:
@@ -76,7 +76,7 @@ def _task(record: Any) -> Task:
     if not ok:
         raise ValueError(f"answer: expected an index below {len(choices)}, or a choice's text, got "
                          f"{answer!r}")  # fmt: skip
-    return Task(prompt, tuple(choices), answer, str(record.get("task", "all")))
+    return Task(prompt, tuple(choices), answer, str(record.get("task", "")))
 
 
 def row(tokenizer: Any, prompt: str, choice: str, seq: int) -> Row:

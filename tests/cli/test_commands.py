@@ -227,6 +227,25 @@ def test_eval_of_tasks(command, folder):
     assert "bits_per_byte" not in json.loads(out)
 
 
+def test_a_task_named_all_is_not_the_total(command, folder):
+    choices = {"prompt": "the cat sat on the", "choices": ["mat", "~~~~"]}
+    lines = [
+        choices | {"answer": 0, "task": "all"},
+        choices | {"answer": 1},
+        choices | {"answer": 1},
+    ]
+    (folder / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    argv = ("eval", "--workdir=runs/tiny", "--tasks=all.jsonl")
+    found = json.loads(command(*argv, "--json")[1])["tasks"]
+    assert found["count"] == 3
+    assert {k: (v["count"], v["accuracy"]) for k, v in found["per_task"].items()} == {
+        "all": (1, 1.0),
+        "": (2, 0.0),
+    }
+    table = [line.split() for line in command(*argv)[1].splitlines()[2:]]
+    assert [(row[0], row[-1]) for row in table] == [("all", "1"), ("(no", "2"), ("(all)", "3")]
+
+
 def test_generate(command):
     argv = ["generate", "--workdir=runs/tiny", "--tokens=6"]
     code, out, err = command(*argv, "--json", "--prompt=the ", "--seed=1")
