@@ -38,10 +38,20 @@ def train(
     The same configuration in the same workdir continues where it stopped, to the bit. `on_finish`
     is called with the workdir when all files but the report are there.
     Errors: ValueError when the workdir belongs to another configuration; RunFailed on a loss that
-    is not finite; Interrupted after a stop signal, with the checkpoint written.
+    is not finite; Interrupted after a stop signal: while steps are taken with the checkpoint
+    written, before and after them at once.
     """
+    try:
+        with recovery.interruptible():
+            return _train(experiment, Path(workdir), argv, quiet, on_finish)
+    except KeyboardInterrupt:
+        done = checkpoint.steps(workdir)
+        place = f"continues from step {done[-1]}" if done else "starts again"
+        raise recovery.Interrupted(f"interrupted; the same command {place}") from None
+
+
+def _train(experiment, workdir, argv, quiet, on_finish) -> dict[str, Any]:
     began = time.perf_counter()
-    workdir = Path(workdir)
     run.prepare_process()
     summary = run.finished(experiment, workdir)
     if summary is not None:
@@ -153,7 +163,7 @@ class Trainer:
         )
         writer = metrics.Writer(self.workdir, e.log, self.record.content, step=start)
         bar = _NoBar() if self.quiet else progress.Bar(self.steps, start=start)
-        with writer, recovery.stop_requests() as asked:
+        with writer:
             self.writer = writer
             if start < self.steps:
                 first = next(batches)
@@ -161,7 +171,7 @@ class Trainer:
                     compiling = time.perf_counter()
                     train_step = train_step.lower(train_state, first).compile()
                     self.record.compiled(time.perf_counter() - compiling)
-                with bar:
+                with bar, recovery.stop_requests() as asked:
                     train_state = self._loop(train_step, train_state, first, batches, bar, asked)
             summary = self._finish(train_state)
         return summary
