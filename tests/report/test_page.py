@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -169,6 +170,19 @@ def test_advice_names_keys_that_exist(tmp_path, fake_run):
     known = set(workdir.dotted(fake_run.CONFIG))
     for f in found:
         assert set(re.findall(r"--config\.([\w.]+)=", f.command)) <= known
+
+
+def test_only_what_a_model_can_read_is_offered(tmp_path, fake_run):
+    data = {"tokenizer": "bpe:4096", "seq": 64, "batch": 4}
+    config = {"data": {"source": "text_folder:x", **data}, "sample": {"prompt": "It's "}}
+    fake_run.write(tmp_path / "text", config=config)
+    found = {f.why: f.command for f in advice.suggest(workdir.read(tmp_path / "text"))}
+    written = shlex.split(found["Write with the model."])
+    assert written[1:] == ["generate", f"--workdir={tmp_path / 'text'}", "--prompt=It's "]
+    fake_run.write(tmp_path / "task", config={"data": {"source": "synthetic:copy", **data}})
+    told = [f.command for f in advice.suggest(workdir.read(tmp_path / "task"))]
+    assert told
+    assert not [c for c in told if "generate" in c or "--text" in c]
 
 
 def test_learning_rate_that_blew_up_is_halved(tmp_path, fake_run):
