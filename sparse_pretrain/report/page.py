@@ -75,7 +75,7 @@ def _head(run: workdir.Run) -> str:
     for key in ("created", "device", "commit"):
         value = run.run.get(key)
         if value:
-            shown = value.get("kind", value) if isinstance(value, dict) else value
+            shown = _device(value) if isinstance(value, dict) else value
             if key == "commit":  # a '+' says that files differed from it
                 shown = str(shown)[:12] + "+" * str(shown).endswith("+")
             bits.append(html.text(shown))
@@ -83,6 +83,15 @@ def _head(run: workdir.Run) -> str:
         bits.append(f"corpus {html.text(run.manifest_hash)}")
     bits.append(html.text(run.path.resolve()))
     return f'<h1>{html.text(run.name)}</h1><p class="soft">{" · ".join(bits)}</p>'
+
+
+def _device(device: dict[str, Any]) -> str:
+    """An accelerator by its kind, a CPU by its model and cores."""
+    kind = str(device.get("kind", device))
+    if device.get("platform") != "cpu" or not device.get("cpu"):
+        return kind
+    cores = device.get("usable_cores") or device.get("cores") or "?"
+    return f"{device['cpu']}, {cores} cores"
 
 
 def _headline(run: workdir.Run) -> str:

@@ -114,6 +114,33 @@ def _git(root: Path, *args: str) -> str:
     return done.stdout.strip()
 
 
+# What a core multiplies with: tokens/s of two machines compare only where these are the same.
+_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "i8mm")
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
+    """The CPU's model name and matrix instructions from Linux's list, else what Python knows.
+
+    Units: `cores` of the machine, `usable_cores` of this process.
+    """
+    try:
+        lines = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
+    except OSError:
+        lines = []
+    known: dict[str, str] = {}
+    for key, _, value in lines:  # of the first core
+        known.setdefault(key.strip().lower(), value.strip())
+    flags = (known.get("flags") or known.get("features") or "").split()
+    cores = os.cpu_count()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    return {
+        "cpu": known.get("model name") or platform.processor() or platform.machine(),
+        "features": [f for f in _FEATURES if f in flags],
+        "cores": cores,
+        "usable_cores": usable,
+    }
+
+
 def environment() -> dict[str, Any]:
     """Device and versions, for the record."""
     import importlib.metadata
@@ -125,8 +152,8 @@ def environment() -> dict[str, Any]:
             "kind": device.device_kind,
             "platform": device.platform,
             "count": jax.device_count(),
-            "host": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
+            "host": platform.machine(),
+            **processor(),
         },
         "versions": {"python": platform.python_version()}
         | {p: importlib.metadata.version(p) for p in packages},

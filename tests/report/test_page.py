@@ -91,6 +91,15 @@ def test_figures_keep_their_ids_apart_and_take_the_pages_colours(tmp_path, fake_
     assert "#0a0" not in text
 
 
+def test_a_cpu_goes_by_its_model(tmp_path, fake_run, report):
+    device = {"kind": "cpu", "platform": "cpu", "cpu": "EPYC 9", "cores": 8, "usable_cores": 2}
+    fake_run.write(tmp_path / "cpu", device=device)
+    fake_run.write(tmp_path / "gpu", device=device | {"kind": "H100", "platform": "gpu"})
+    assert "EPYC 9, 2 cores" in report(tmp_path / "cpu").text[""]
+    assert "H100" in (other := report(tmp_path / "gpu").text[""])
+    assert "EPYC" not in other
+
+
 def test_same_files_same_page(tmp_path, fake_run):
     fake_run.write(tmp_path / "run")
     first = write_report(tmp_path / "run").read_bytes()
