@@ -42,14 +42,17 @@ def one_of(name: str, value: str, known: Sequence[str]) -> None:
 class EvalConfig(spec.Config):
     """When the held-out text is scored, and how much of it.
 
-    Units: `every` steps, 0 for the end of the run only; `tokens` targets, 0 for all.
+    Units: `every` steps, 0 for the end of the run only; `tokens` targets, 0 for all; `between` as
+    many in the evaluations before the last, 0 for `tokens`. The last then scores both, so that the
+    curve and the best checkpoint are of one set of targets.
     """
 
     every: int = 0
     tokens: int = 0
+    between: int = 0
 
     def __post_init__(self):
-        not_negative(self, "every", "tokens")
+        not_negative(self, "every", "tokens", "between")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

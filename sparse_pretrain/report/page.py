@@ -129,7 +129,7 @@ def _losses(run: workdir.Run) -> str:
     chart.line(x, loss, alpha=0.3, linewidth=0.8, label="train, each step")
     curve = charts.smooth(loss, max(1, len(loss) // 40))
     chart.line(x, curve, label="train, smoothed")
-    held = numbers(run.eval, "nats_per_token")
+    held = numbers(run.curve, "nats_per_token")
     if np.isfinite(held).any():
         chart.points(tokens_axis(run, run.eval)[0], held, colour=1, label="held-out", zorder=3)
     # The first steps fall from ln(vocab); the rest of the curve is what one wants to see.
@@ -147,7 +147,7 @@ def _losses(run: workdir.Run) -> str:
 
 
 def _heldout(run: workdir.Run) -> str:
-    bits = numbers(run.eval, "bits_per_byte")
+    bits = numbers(run.curve, "bits_per_byte")
     if np.isfinite(bits).sum() < 2:
         return ""
     x, unit = tokens_axis(run, run.eval)

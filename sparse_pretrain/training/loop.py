@@ -92,6 +92,7 @@ class Trainer:
         self.config_dict = self.experiment.to_dict()
         self.record = record.Record(workdir, prepared, argv, began)
         self.evaluator = evaluate.Evaluator(prepared.definition, prepared.dataset.domains)
+        self.scores: dict[str, Any] | None = None  # of the last evaluation
         self.begun = False  # whether the workdir is known to be this run's, and run.json its record
 
     # --- before the first step ---
@@ -194,12 +195,12 @@ class Trainer:
             if save or score or n == self.steps:
                 clock = self._report(*pending, clock, per_token, bar)
                 pending = None
-            scores = self._evaluate(train_state, n) if score else None
+            bits = self._evaluate(train_state, n) if score else None
             if n == self.steps or save or (score and e.checkpoint.best):
                 last = n == self.steps
                 if last and e.checkpoint.best:  # the score decides what is kept
-                    scores = self._evaluate(train_state, n)
-                self._save(n, train_state, cursor, scores)
+                    bits = self._evaluate(train_state, n)
+                self._save(n, train_state, cursor, bits)
                 if last and not e.checkpoint.best:  # a crash in scoring costs no training
                     self._evaluate(train_state, n)
             if save or score:
@@ -257,31 +258,40 @@ class Trainer:
         bar.update(n, row)
         return now
 
-    def _evaluate(self, train_state, n: int) -> dict[str, Any]:
-        limit = self.experiment.eval.tokens or None
+    def _evaluate(self, train_state, n: int) -> float:
+        """Scores the held-out text; the bits/byte that a checkpoint is compared by."""
+        section, last = self.experiment.eval, n == self.steps
         params = train_state.ema or train_state.params
-        with _quietly(self.quiet or n < self.steps, "scoring the held-out text"):
-            scores = self.evaluator(
-                params, train_state.router, self.p.dataset.heldout(limit_tokens=limit)
-            )
-        self.writer.eval(n, {"tokens": n * self.p.run.tokens_per_step, **_scored(scores)})
-        self.scores = scores
-        return scores
 
-    def _save(self, n, train_state, cursor, scores) -> None:
+        def score(limit: int) -> dict[str, Any]:
+            batches = self.p.dataset.heldout(limit_tokens=limit or None)
+            return _scored(self.evaluator(params, train_state.router, batches))
+
+        with _quietly(self.quiet or not last, "scoring the held-out text"):
+            row = score(section.tokens if last else section.between or section.tokens)
+            self.scores, compared = row, row
+            if last and section.between:
+                compared = score(section.between)
+                row = row | {"between": {k: v for k, v in compared.items() if k != "per_domain"}}
+        self.writer.eval(n, {"tokens": n * self.p.run.tokens_per_step, **row})
+        return compared["bits_per_byte"]
+
+    def _save(self, n, train_state, cursor, bits) -> None:
         self.saver.save(
             n,
             train_state,
             cursor=cursor,
             config=self.config_dict,
-            metrics=None if scores is None else {"bits_per_byte": scores["bits_per_byte"]},
+            metrics=None if bits is None else {"bits_per_byte": bits},
             commit=self.record.commit,
         )
 
     # --- after the last step ---
 
     def _finish(self, train_state) -> dict[str, Any]:
-        scores = getattr(self, "scores", None) or self._evaluate(train_state, self.steps)
+        if self.scores is None:
+            self._evaluate(train_state, self.steps)
+        assert self.scores is not None
         self.saver.close()
         rows = metrics.read_rows(self.workdir / "metrics.jsonl")
         seconds = sum(r["step_seconds"] for r in rows[1:])
@@ -292,7 +302,7 @@ class Trainer:
             "name": self.experiment.name,
             "steps": self.steps,
             "tokens": self.p.run.tokens,
-            **_scored(scores),
+            **self.scores,
             "train_loss": float(np.mean([r["loss"] for r in rows[-20:]])),
             "tokens_per_second": tokens / seconds if seconds else 0.0,
             "mfu": float(np.median([r["mfu"] for r in rows])),

@@ -100,6 +100,20 @@ def test_a_cpu_goes_by_its_model(tmp_path, fake_run, report):
     assert "EPYC" not in other
 
 
+def test_the_heldout_curve_is_of_one_set(tmp_path, fake_run, report):
+    """The last evaluation scores more targets besides, and those are the run's result."""
+    fake_run.write(tmp_path / "a")
+    path = tmp_path / "a" / "eval.jsonl"
+    rows = [json.loads(x) for x in path.read_text().splitlines()]
+    rows[-1]["between"] = {"bits_per_byte": 1.25, "nats_per_token": 2.5, "heldout_tokens": 64}
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run = workdir.read(tmp_path / "a")
+    assert [r["bits_per_byte"] for r in run.curve[:-1]] == [r["bits_per_byte"] for r in rows[:-1]]
+    assert run.curve[-1]["bits_per_byte"] == 1.25
+    assert "heldout" in report(tmp_path / "a").ids
+    assert report(tmp_path / "a").keyed["bits_per_byte"] == rows[-1]["bits_per_byte"] != 1.25
+
+
 def test_same_files_same_page(tmp_path, fake_run):
     fake_run.write(tmp_path / "run")
     first = write_report(tmp_path / "run").read_bytes()

@@ -13,6 +13,7 @@ import pytest
 
 from sparse_pretrain import checkpoint, config, data
 from sparse_pretrain.commands import errors
+from sparse_pretrain.report import workdir as workdirs
 from sparse_pretrain.training import loop, record, recovery, run, state, trained
 from sparse_pretrain.training import step as steps
 
@@ -219,6 +220,23 @@ def test_a_broken_record_is_named(broken, text, tmp_path):
         assert "\n" not in str(caught.value)
     assert (tmp_path / "run.json").read_text() == broken
     assert not list(tmp_path.glob("[!r]*"))
+
+
+def test_evaluations_before_the_last_see_fewer_targets(text, tmp_path):
+    """All are also of one set, which the best checkpoint is chosen by."""
+    changes = {"eval": {"every": 4, "tokens": 256, "between": 64}, "checkpoint": {"keep": 9}}
+    summary = _train(experiment(text, **changes), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [4, 8, STEPS]
+    assert rows[0]["heldout_tokens"] == rows[1]["heldout_tokens"] <= 64
+    assert rows[-1]["heldout_tokens"] == summary["heldout_tokens"] > 64
+    assert rows[-1]["bits_per_byte"] == summary["bits_per_byte"]
+    assert "between" not in summary
+    curve = workdirs.read(tmp_path).curve
+    assert len({r["heldout_tokens"] for r in curve}) == 1
+    saver = checkpoint.Checkpointer(tmp_path)
+    kept = {s: saver.meta(s)["metrics"]["bits_per_byte"] for s in checkpoint.steps(tmp_path)}
+    assert kept == {r["step"]: r["bits_per_byte"] for r in curve}
 
 
 def test_another_seed_is_refused(text, whole):
