@@ -57,6 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
             ),
             optim=dict(kind="muon", lr=0.01, router_lr=0.1),
             schedule=dict(kind="wsd", warmup=0.05, decay=0.4),
-            checkpoint=dict(every=50),
+            checkpoint=dict(every=46),
+            eval=dict(every=46, between=16384),  # four points, for two seconds
         )
     )

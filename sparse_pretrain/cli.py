@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not show:
         _quiet()
     try:
-        code = _dispatch(argv)
+        with errors.interrupts_are_heard():
+            code = _dispatch(argv)
         sys.stdout.flush()  # here, where a closed pipe is expected, and not at exit
         return code
     except BrokenPipeError:

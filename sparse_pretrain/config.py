@@ -42,14 +42,17 @@ def one_of(name: str, value: str, known: Sequence[str]) -> None:
 class EvalConfig(spec.Config):
     """When the held-out text is scored, and how much of it.
 
-    Units: `every` steps, 0 for the end of the run only; `tokens` targets, 0 for all.
+    Units: `every` steps, 0 for the end of the run only; `tokens` targets, 0 for all; `between` as
+    many in the evaluations before the last, 0 for `tokens`. The last then scores both, so that the
+    curve and the best checkpoint are of one set of targets.
     """
 
     every: int = 0
     tokens: int = 0
+    between: int = 0
 
     def __post_init__(self):
-        not_negative(self, "every", "tokens")
+        not_negative(self, "every", "tokens", "between")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,8 @@ class Experiment(spec.Config):
 
     Units: `steps` optimizer steps, 0 to derive them from `tokens`; `tokens` training targets, 0
     for one epoch of the data; `accumulate` micro-batches per step; `ema` decay per step of the
-    averaged weights, 0 for none; `init_from` a workdir whose weights the run starts from.
+    averaged weights, 0 for none; `init_from` a workdir whose weights the run starts from, with
+    @best or @STEP after it for another checkpoint than the last.
     """
 
     name: str

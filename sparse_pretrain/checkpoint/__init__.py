@@ -2,7 +2,15 @@
 
 from sparse_pretrain.checkpoint.checkpointer import Checkpointer, Config
 from sparse_pretrain.checkpoint.compatible import check_compatible, differing
-from sparse_pretrain.checkpoint.files import CheckpointError, folder, read_json, steps, warm
+from sparse_pretrain.checkpoint.files import (
+    CheckpointError,
+    folder,
+    parse,
+    read_json,
+    read_record,
+    steps,
+    warm,
+)
 from sparse_pretrain.checkpoint.state import init_from, read_meta
 
 __all__ = [
@@ -13,8 +21,10 @@ __all__ = [
     "differing",
     "folder",
     "init_from",
+    "parse",
     "read_json",
     "read_meta",
+    "read_record",
     "steps",
     "warm",
 ]

@@ -143,6 +143,26 @@ class Checkpointer:
         """What was saved beside the arrays: step, cursor, config, metrics, commit, leaves."""
         return read_meta(path_of(self.workdir, step))
 
+    def find(self, which: str) -> int:
+        """The step of `last`, `best` or a number.
+
+        Errors: CheckpointError naming the steps that there are when this one is not among them.
+        """
+        found = steps(self.workdir)
+        if not found:
+            raise CheckpointError(f"{self.root}: no checkpoint here yet")
+        there = f"steps there are {', '.join(map(str, found))}"
+        if which == "last":
+            return found[-1]
+        if which == "best":
+            best = self.best()
+            if best is None:
+                raise CheckpointError(f"{self.root}: no checkpoint was scored; {there}")
+            return best
+        if not which.isdecimal() or int(which) not in found:
+            raise CheckpointError(f"{self.root}: no checkpoint {which!r}; {there}, or last or best")
+        return int(which)
+
     def _score(self, step: int) -> float | None:
         if step not in self._scores:
             try:

@@ -52,6 +52,14 @@ def path_of(workdir: str | Path, step: int | None) -> Path:
     return root / f"{step:08d}"
 
 
+def parse(source: str) -> tuple[Path, str]:
+    """(workdir, which checkpoint) of `WORKDIR` or `WORKDIR@last|best|STEP`."""
+    workdir, _, which = source.rpartition("@")
+    if not workdir or not which or Path(source).expanduser().exists():
+        return Path(source).expanduser(), "last"
+    return Path(workdir).expanduser(), which
+
+
 def reason(error: BaseException) -> str:
     """The part of an error a user can act on, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -68,14 +76,32 @@ def damaged(path: Path, error: BaseException) -> CheckpointError:
     )
 
 
-def read_json(path: str | Path) -> Any:
-    """What a JSON file holds, None when there is no such file.
+def read_json(path: str | Path) -> dict[str, Any] | None:
+    """The object in a JSON file, None when there is no such file.
 
-    Errors: CheckpointError naming a file that is not JSON.
+    Errors: CheckpointError naming a file that holds anything else.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as e:
         raise CheckpointError(f"{path}: cannot be read ({reason(e)})") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: cannot be read (holds a {type(found).__name__}, no object)")
+    return found
+
+
+def read_record(workdir: str | Path) -> dict[str, Any] | None:
+    """The run.json of a workdir, None when there is none.
+
+    Errors: CheckpointError naming the file when it is damaged.
+    """
+    path = Path(workdir) / "run.json"
+    record = read_json(path)
+    if record is None:
+        return None
+    for key in ("config", "manifest", "derived"):
+        if not isinstance(record.get(key), dict):
+            raise CheckpointError(f"{path}: cannot be read (has no section {key!r})")
+    return record

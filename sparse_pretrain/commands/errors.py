@@ -1,9 +1,13 @@
 """One line and an exit code for everything that can go wrong in a command."""
 
+import _thread
 import argparse
+import contextlib
 import errno
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from sparse_pretrain.sections import nearest
@@ -12,6 +16,30 @@ FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 OWN = ("sparse_pretrain", "kernels_pallas")
 LONGEST = 1000  # characters of a message; compilers write pages
 _FULL = ("no space left on device", "disk quota exceeded", "errno 28")
+
+
+@contextlib.contextmanager
+def interrupts_are_heard() -> Iterator[None]:
+    """Raises a KeyboardInterrupt again that came where Python only reports errors and goes on.
+
+    Collecting garbage is such a place, and jax runs a callback there: the interrupt would be a
+    traceback on the terminal, and the program would not end.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable):
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            again = threading.Timer(0.05, _thread.interrupt_main)
+            again.daemon = True
+            again.start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 class Usage(ValueError):
@@ -31,7 +59,7 @@ def describe(error: BaseException) -> tuple[int, str]:
     if isinstance(error, Stopped):
         return error.code, one_line(error) if error.code == INTERRUPTED else _error(one_line(error))
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted; the same command continues from the last checkpoint"
+        return INTERRUPTED, "interrupted; the same command continues where there is a checkpoint"
     if disk_full(error):
         return FAILED, _error(
             f"the disk is full ({one_line(error)}); make room and run the same command again: it "

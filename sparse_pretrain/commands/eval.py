@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparse_pretrain.commands import errors, status
+from sparse_pretrain.commands import errors, status, with_total
 
 EXAMPLES = """examples:
   sparse-pretrain eval --workdir=runs/quickstart
   sparse-pretrain eval --workdir=runs/quickstart --text=README.md --json
   sparse-pretrain eval --workdir=runs/quickstart --data=text_folder:notes
+  sparse-pretrain eval --workdir=runs/quickstart --checkpoint=best
   sparse-pretrain eval --workdir=runs/quickstart --tasks=tasks.jsonl
   sparse-pretrain eval --workdir=runs/quickstart --unread=1000000
 
@@ -39,8 +40,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def add_workdir(parser: argparse.ArgumentParser) -> None:
-    """The option that chooses a run."""
+    """The options that choose a run and one of its checkpoints."""
     parser.add_argument("--workdir", metavar="DIR", help=f"the run (default: {DEFAULT})")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="WHICH",
+        default="last",
+        help="last (default), best by held-out bits/byte, or a step",
+    )
 
 
 def workdir(args: argparse.Namespace) -> Path:
@@ -67,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     loop.run.prepare_process()
     with status(f"opening {path}"):
-        opened = trained.open_run(path)
+        opened = trained.open_run(path, args.checkpoint)
     found: dict[str, Any] = {"workdir": str(path), "name": opened.experiment.name}
     found["step"] = opened.step
     if args.tasks is not None:
@@ -75,7 +82,13 @@ def run(args: argparse.Namespace) -> int:
             found["tasks"] = trained.choices(opened, Path(args.tasks).expanduser())
     if args.tasks is None or text is not None or args.data is not None or args.unread:
         with status("scoring the text"):
-            found |= trained.scores(opened, args.data, text, args.unread)
+            try:
+                found |= trained.scores(opened, args.data, text, args.unread)
+            except ValueError as e:
+                if text is None:
+                    raise
+                # the run's tokenizer cannot read it, or nothing in it can be predicted
+                raise errors.Usage(f"--text: {args.text!r}: {e}") from None
     if args.json:
         print(json.dumps(found, indent=1))
     else:
@@ -110,8 +123,7 @@ def _show(found: Mapping[str, Any]) -> None:
         table.add_column("text")
         for name in ("bits/byte", "nats/token", "tokens"):
             table.add_column(name, justify="right")
-        rows = found["per_domain"] if len(found["per_domain"]) > 1 else {}
-        for name, row in {**rows, "all": found}.items():
+        for name, row in with_total(found["per_domain"], found):
             bits, nats = f"{row['bits_per_byte']:.4f}", f"{row['nats_per_token']:.4f}"
             table.add_row(Text(name), bits, nats, si(row["tokens"]))
         console.print(table)
@@ -123,8 +135,7 @@ def _show(found: Mapping[str, Any]) -> None:
         table.add_column("tasks")
         for name in ("accuracy", "per byte", "chance", "count"):
             table.add_column(name, justify="right")
-        rows = found["tasks"]["per_task"] if len(found["tasks"]["per_task"]) > 1 else {}
-        for name, row in {**rows, "all": found["tasks"]}.items():
+        for name, row in with_total(found["tasks"]["per_task"], found["tasks"]):
             keys = ("accuracy", "accuracy_normalised", "chance")
             shares = [f"{100 * row[k]:.1f} %" for k in keys]
             shares[0] += f" ± {196 * row['standard_error']:.1f}"

@@ -10,6 +10,7 @@ EXAMPLES = """examples:
   sparse-pretrain generate --prompt='def main('
   sparse-pretrain generate --workdir=runs/quickstart --temperature=0 --tokens=64
   sparse-pretrain generate --prompt='import ' --top-p=0.9 --seed=3
+  sparse-pretrain generate --prompt='import ' --checkpoint=best
 """
 
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     loop.run.prepare_process()
     with status(f"opening {path}"):
-        opened = trained.open_run(path)
+        opened = trained.open_run(path, args.checkpoint)
     section = opened.experiment.sample
     chosen = {
         "tokens": args.tokens or section.tokens or 96,

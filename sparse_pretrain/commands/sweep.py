@@ -9,8 +9,9 @@ EXAMPLES = """examples:
   sparse-pretrain sweep --sweep=experiments/sweeps/quickstart_lr.py
   sparse-pretrain sweep --sweep=my_sweep.py --workdir=runs/my_sweep
 
-The file defines get_sweep(), a list of (experiment, {key: value}). The same command again skips
-what is finished and resumes what is not.
+The file defines get_sweep(), a list of (experiment, {key: value}); an experiment is a file or the
+name of one that ships, such as "dense_baseline". The same command again skips what is finished and
+resumes what is not.
 """
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from sparse_pretrain.commands import errors
+from sparse_pretrain.commands import errors, with_total
 
 OVERRIDES = True
 EXAMPLES = """examples:
@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   sparse-pretrain train --config.model.blocks.moe.attention.kind=full
   sparse-pretrain train --init-from=runs/quickstart --data=text_folder:notes \\
       --config.data.tokenizer=file:runs/quickstart/tokenizer.json --workdir=runs/notes
+  sparse-pretrain train --init-from=runs/quickstart@best --workdir=runs/again
 
 The same command again resumes an interrupted run. `sparse-pretrain config` lists every key.
 """
@@ -50,8 +51,9 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--init-from",
-        metavar="WORKDIR",
-        help="start from the weights of another run; short for --config.init_from",
+        metavar="WORKDIR[@best|@STEP]",
+        help="start from the weights of another run, its last checkpoint's unless said otherwise; "
+        "short for --config.init_from",
     )
 
 
@@ -103,11 +105,10 @@ def show(workdir: Path) -> None:
     table.add_column("held out")
     for name in ("bits/byte", "nats/token", "tokens"):
         table.add_column(name, justify="right")
-    for name, row in (domains if len(domains) > 1 else {}).items():
+    *rows, total = with_total(domains, summary | {"tokens": summary.get("heldout_tokens")})
+    for name, row, style in [*((*part, "") for part in rows), (*total, "bold")]:
         bits, nats = f"{row['bits_per_byte']:.4f}", f"{row['nats_per_token']:.4f}"
-        table.add_row(Text(name), bits, nats, si(row["tokens"]))
-    bits, nats = f"{summary['bits_per_byte']:.4f}", f"{summary['nats_per_token']:.4f}"
-    table.add_row("all", bits, nats, si(summary.get("heldout_tokens")), style="bold")
+        table.add_row(Text(name), bits, nats, si(row["tokens"]), style=style)
     console.print()
     console.print(table)
     console.print(

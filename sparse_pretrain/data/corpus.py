@@ -10,13 +10,12 @@ import operator
 import os
 import platform
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex, overload
 
-from sparse_pretrain.data import sources
+from sparse_pretrain.data import files, sources
 
 # What a corpus is made by, beside its source: a change here rebuilds it.
 _CODE = ("builder.py", "corpus.py", "dedup.py", "heldout.py", "spool.py", "sources/*.py")
@@ -139,7 +138,7 @@ def _build(origin: sources.Source, home: Path, folder: Path) -> None:
     try:
         home.mkdir(parents=True, exist_ok=True)
         _sweep(home)
-        scratch = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=home))
+        scratch = files.new_folder(home, _BUILDING)
         with _status(origin.name) as tell:
             manifest = _write(origin, scratch, tell)
             _place(scratch, folder)
@@ -160,7 +159,8 @@ def _write(origin: sources.Source, scratch: Path, tell: Callable[[str], None]) -
     from sparse_pretrain.data import builder, heldout
     from sparse_pretrain.data.sources import prepared
 
-    split = heldout.Split(origin.read(), scratch, fold=origin.fold, tell=tell)
+    name = f"data.source={origin.spec!r}: "
+    split = heldout.Split(origin.read(), scratch, source=name, fold=origin.fold, tell=tell)
     try:
         need = 2 * split.bytes  # TFDS sorts through temporary files of the same size
         free = shutil.disk_usage(scratch).free
@@ -247,9 +247,9 @@ def _place(scratch: Path, folder: Path) -> None:
                 return
             # What lies there is broken: out of the way first, by rename, so that no reader sees
             # half of a folder being deleted.
-            broken = tempfile.mkdtemp(prefix=_BUILDING, dir=folder.parent)
+            broken = files.new_folder(folder.parent, _BUILDING)
             with contextlib.suppress(FileNotFoundError):
-                os.rename(folder, Path(broken) / "broken")
+                os.rename(folder, broken / "broken")
             shutil.rmtree(broken, ignore_errors=True)
     raise OSError(errno.EEXIST, f"{folder} keeps reappearing")
 

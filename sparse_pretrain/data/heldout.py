@@ -51,7 +51,7 @@ class Split:
     document, whose last TAIL of characters is held out. Otherwise exact duplicates are dropped,
     whole near-duplicate clusters are held out, and lines that make overlap leave the held-out side.
 
-    Errors: ValueError when there is too little text for both splits.
+    Errors: ValueError when there is too little text for both splits, beginning with `source`.
     """
 
     def __init__(
@@ -59,10 +59,11 @@ class Split:
         documents: Iterable[Raw],
         folder: Path,
         *,
+        source: str = "",
         fold: tuple[str, float] = ("", 0.0),
         tell: Callable[[str], None] = lambda message: None,
     ) -> None:
-        self._tell = tell
+        self._tell, self._source = tell, source
         self._seen: set[bytes] = set()
         self._dropped = 0
         self.notes: dict[str, Any] = {}
@@ -77,7 +78,7 @@ class Split:
     def _make(self, documents: Iterable[Raw], fold: tuple[str, float]) -> None:
         given = self._load(documents)
         if not self._documents:
-            raise ValueError("the source holds no readable text")
+            raise ValueError(f"{self._source}the source holds no readable text")
         self.single = len(self._documents) == 1
         if not given:
             self._fold(*fold)
@@ -86,9 +87,10 @@ class Split:
         self.domains = tuple(sorted({d.domain for d in self._documents}))
         self.heldout = list(self._side(heldout=True))
         if not self.heldout or next(self.train(), None) is None:
+            names = ", ".join(d.name for d in self._documents[:3])
             raise ValueError(
-                "too little text for a train and a held-out split: "
-                f"{len(self._documents)} documents, {self.bytes} bytes"
+                f"{self._source}too little text for a train and a held-out split: "
+                f"{len(self._documents)} documents ({names}), {self.bytes} bytes"
             )
         self._clean(keep=given or self.single)
 

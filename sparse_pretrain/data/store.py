@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from sparse_pretrain.data import files
 
 if TYPE_CHECKING:
     from sparse_pretrain.data.corpus import Document
@@ -65,7 +66,7 @@ def open_store(
     folder = cache / "tokens" / f"{name}-{tokenizer.hash}-v{VERSION}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        scratch = files.new_folder(folder.parent, f".{folder.name}.")
         try:
             _write(documents, tokenizer, scratch)
             os.rename(scratch, folder)

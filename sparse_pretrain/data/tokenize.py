@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from sparse_pretrain.data import files
 
 if TYPE_CHECKING:
     from sparse_pretrain.data.corpus import Corpus
@@ -94,7 +95,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a `tokenizer.json` that `read` (and Hugging Face) gives the same ids from."""
-        write_atomic(Path(path), self.inner.to_str())
+        files.write_atomic(Path(path), self.inner.to_str())
 
 
 class Bytes(Tokenizer):
@@ -205,19 +206,6 @@ def read(path: str | os.PathLike, *, documents: bool = False) -> Tokenizer:
     return Tokenizer(inner, eos)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` to `path` so that nobody ever reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def byte_alphabet() -> list[str]:
     """The printable character that byte-level vocabularies write for each of the 256 bytes.
 
@@ -250,7 +238,7 @@ def _bpe(size: int, corpus: Corpus, cache: Path) -> Tokenizer:
         show_progress=False,
     )
     inner.train_from_iterator(_sample(corpus), trainer)
-    write_atomic(path, inner.to_str())
+    files.write_atomic(path, inner.to_str())
     return Tokenizer(inner, eos=0)
 
 
@@ -262,7 +250,7 @@ def _alphabet(corpus: Corpus, cache: Path) -> str:
     for split in (corpus.train, corpus.heldout):
         for document in split:
             letters.update(document.text)
-    write_atomic(path, json.dumps("".join(sorted(letters))))
+    files.write_atomic(path, json.dumps("".join(sorted(letters))))
     return "".join(sorted(letters))
 
 

@@ -57,6 +57,15 @@ class Dense(nn.Module):
         del config, width
         return 0
 
+    def plain(config: DenseConfig, width: int) -> float:
+        """The part of `work` in products without a batch dim, which remat=dots keeps: all."""
+        return Dense.work(config, width)
+
+    @staticmethod
+    def unread(config: DenseConfig, width: int) -> float:
+        """The part of `work` in products whose result no gradient reads: the last one."""
+        return 2.0 * width * config.hidden
+
     @staticmethod
     def padding(config: DenseConfig, width: int, tokens: int) -> float:
         """Forward FLOPs per token on padding: none."""

@@ -22,10 +22,13 @@ def parameters(config: lm.Config) -> Counts:
     """Parameter counts, from the abstract model.
 
     `active` leaves out the input embedding (a look-up, no FLOPs) and the routed experts a token
-    did not choose; a tied head counts, since it is multiplied with.
+    did not choose; a tied head counts, since it is multiplied with. Copies of experts do not.
     """
     shapes = jax.tree.leaves(lm.define(config).shapes)
     total = sum(math.prod(s.shape) for s in shapes)
+    total -= sum(
+        ffn.TABLE[layer.ffn.KIND].copied(layer.ffn, config.width) for layer in config.layer_list
+    )
     idle = sum(
         ffn.TABLE[layer.ffn.KIND].inactive(layer.ffn, config.width) for layer in config.layer_list
     )
@@ -57,10 +60,31 @@ def train_flops_per_token(config: lm.Config, length: int, tokens: int = 0) -> Tr
     for layer in config.layer_list if tokens else ():
         padding += ffn.TABLE[layer.ffn.KIND].padding(layer.ffn, config.width, tokens)
     executed = 3 * (work.linear + padding) + work.core + work.core_backward
-    if config.remat == "full":
-        head = 2.0 * config.width * config.vocab
-        executed += work.linear + padding - head + work.core
-    return TrainFlops(model, executed)
+    return TrainFlops(model, executed + recomputed(config, length, tokens))
+
+
+def recomputed(config: lm.Config, length: int, tokens: int = 0) -> float:
+    """Forward FLOPs per token that the backward pass does again, by the remat policy.
+
+    Only repeats of the pattern are rematerialised, not the prefix. `full` does all again but the
+    product that ends a repeat, whose result no gradient reads; `dots` the attention core and the
+    routed experts, whose products have batch dims.
+    """
+    if config.remat == "none":
+        return 0.0
+    total = 0.0
+    for at, name in enumerate(config.pattern, 1):
+        section = config.blocks[name]
+        feed, mixer = ffn.TABLE[section.ffn.KIND], attention.TABLE[section.attention.KIND]
+        work = mixer.work(section.attention, config.width, length)
+        total += work.core + feed.work(section.ffn, config.width)
+        total += feed.padding(section.ffn, config.width, tokens) if tokens else 0.0
+        if config.remat == "dots":
+            total -= feed.plain(section.ffn, config.width)
+        else:
+            last = at == len(config.pattern)
+            total += work.linear - (feed.unread(section.ffn, config.width) if last else 0.0)
+    return config.repeats * total
 
 
 def kv_bytes_per_token(config: lm.Config) -> int:

@@ -1,30 +1,72 @@
-"""Bytes a training step holds, by kind: an estimate to read before compiling."""
+"""Bytes a training step holds, by kind: the state's exactly, the rest an estimate."""
 
-from sparse_pretrain.model import lm
-from sparse_pretrain.planning import flops
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparse_pretrain import attention, nn, optim, spec
+from sparse_pretrain.model import block, ffn, lm
 
 
-def training_bytes(config: lm.Config, tokens_per_step: int, *, muon: bool) -> dict[str, int]:
+def training_bytes(
+    config: lm.Config, tokens_per_step: int, *, optimizer: spec.Config, ema: bool
+) -> dict[str, int]:
     """Bytes by kind on one device.
 
-    Parameters and gradients are float32; AdamW keeps two moments, Muon one for most matrices.
-    Activations are what the chosen remat policy keeps, in the compute dtype.
+    Parameters, prices, their average and what the optimizer keeps are counted on the abstract
+    state; gradients are like the parameters. Activations are an estimate of what the remat policy
+    keeps, in the compute dtype, and of one repeat of the pattern that is being recomputed.
+    Units: `tokens_per_step` of one micro-batch.
     """
-    counts = flops.parameters(config)
-    width = 4 if config.dtype == "float32" else 2
-    # kept per token and layer without remat: the block's inputs, q, k, v, o, the hidden pair
-    per_layer = 0
-    for layer in config.layer_list:
-        section = layer.ffn
-        seats = 1 if section.KIND == "dense" else section.top_k + section.shared
-        rows = 0 if section.KIND == "dense" else 2 * section.top_k * config.width
-        per_layer += 8 * config.width + 3 * section.hidden * seats + rows
-    if config.remat == "full":
-        per_layer = config.width * config.layers
+    definition = lm.define(config)
+    parameters = held(definition.shapes)
     parts = {
-        "parameters": 4 * counts.total,
-        "gradients": 4 * counts.total,
-        "optimizer": (4 if muon else 8) * counts.total,
-        "activations": width * per_layer * tokens_per_step,
+        "parameters": parameters,
+        "gradients": parameters,
+        "optimizer": held(_optimizer_state(definition, optimizer)),
+        "average": parameters if ema else 0,
+        "prices": held(definition.price_shapes),
+        "activations": _activations(config) * tokens_per_step,
     }
     return parts | {"total": sum(parts.values())}
+
+
+def held(tree: Any) -> int:
+    """Bytes of the arrays in a tree, which may be abstract."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _optimizer_state(definition: nn.Definition, optimizer: spec.Config) -> Any:
+    build = optim.TABLE[optimizer.KIND].build
+    rule = build(optimizer, definition.dims, lambda step: jnp.zeros(()))
+    return jax.eval_shape(rule.init, definition.shapes)
+
+
+def _activations(config: lm.Config) -> int:
+    """Bytes per token."""
+    prefix, pattern = ([config.blocks[n] for n in x] for x in (config.prefix, config.pattern))
+    whole = sum(_whole(b, config.width) for b in pattern)
+    kept, again = config.repeats * whole, 0
+    if config.remat != "none" and config.repeats:
+        products = sum(_products(b, config.width) for b in pattern)
+        each = config.width + (products if config.remat == "dots" else 0)
+        kept, again = config.repeats * each, whole
+    elements = sum(_whole(b, config.width) for b in prefix) + kept + again
+    return elements * jnp.dtype(lm.DTYPES[config.dtype]).itemsize
+
+
+def _whole(section: block.Config, width: int) -> int:
+    """What a layer keeps per token without remat: its inputs, q, k, v, o, the hidden pair."""
+    feed = section.ffn
+    seats = 1 if feed.KIND == "dense" else feed.top_k + feed.shared
+    rows = 0 if feed.KIND == "dense" else 2 * feed.top_k * width
+    return 8 * width + 3 * feed.hidden * seats + rows
+
+
+def _products(section: block.Config, width: int) -> int:
+    """The results of a layer's products without batch dims, from their FLOPs at inputs of D."""
+    mixer, feed = attention.TABLE[section.attention.KIND], ffn.TABLE[section.ffn.KIND]
+    work = mixer.work(section.attention, width, 1).linear + feed.plain(section.ffn, width)
+    return round(work / (2 * width))

@@ -89,10 +89,12 @@ def suggest(run: Run) -> list[Suggestion]:
             twice = _train(run, "lr2", **{lr: 2 * config[lr]})
             why = f"One learning rate ({config[lr]:g}) says little: compare with twice as much."
             found.append(Suggestion(why, twice))
-        prompt = f"sparse-pretrain generate --workdir={where} --prompt='def '"
-        found.append(Suggestion("Write with the model.", prompt))
-        measure = f"sparse-pretrain eval --workdir={where} --text=FILE"
-        found.append(Suggestion("Measure it on a text of your own.", measure))
+        if not str(config.get("data.source", "")).startswith("synthetic:"):  # which reads no text
+            prompt = shlex.quote(str(config.get("sample.prompt", "def ")))
+            write = f"sparse-pretrain generate --workdir={where} --prompt={prompt}"
+            found.append(Suggestion("Write with the model.", write))
+            measure = f"sparse-pretrain eval --workdir={where} --text=FILE"
+            found.append(Suggestion("Measure it on a text of your own.", measure))
     found.append(Suggestion("Compare with the other runs.", f"sparse-pretrain runs {_beside(run)}"))
     return found
 

@@ -194,7 +194,7 @@ def _mean_curve(arm: Arm, kind: str, key: str) -> tuple[np.ndarray, np.ndarray, 
     """A curve of the arm: the mean over its runs where all have rows."""
     curves = []
     for run in arm.runs.values():
-        rows = run.eval if kind == "eval" else run.metrics
+        rows = run.curve if kind == "eval" else run.metrics
         y = numbers(rows, key)
         if np.isfinite(y).any():
             x, unit = tokens_axis(run, rows)

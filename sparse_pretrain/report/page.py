@@ -75,7 +75,7 @@ def _head(run: workdir.Run) -> str:
     for key in ("created", "device", "commit"):
         value = run.run.get(key)
         if value:
-            shown = value.get("kind", value) if isinstance(value, dict) else value
+            shown = _device(value) if isinstance(value, dict) else value
             if key == "commit":  # a '+' says that files differed from it
                 shown = str(shown)[:12] + "+" * str(shown).endswith("+")
             bits.append(html.text(shown))
@@ -83,6 +83,15 @@ def _head(run: workdir.Run) -> str:
         bits.append(f"corpus {html.text(run.manifest_hash)}")
     bits.append(html.text(run.path.resolve()))
     return f'<h1>{html.text(run.name)}</h1><p class="soft">{" · ".join(bits)}</p>'
+
+
+def _device(device: dict[str, Any]) -> str:
+    """An accelerator by its kind, a CPU by its model and cores."""
+    kind = str(device.get("kind", device))
+    if device.get("platform") != "cpu" or not device.get("cpu"):
+        return kind
+    cores = device.get("usable_cores") or device.get("cores") or "?"
+    return f"{device['cpu']}, {cores} cores"
 
 
 def _headline(run: workdir.Run) -> str:
@@ -120,7 +129,7 @@ def _losses(run: workdir.Run) -> str:
     chart.line(x, loss, alpha=0.3, linewidth=0.8, label="train, each step")
     curve = charts.smooth(loss, max(1, len(loss) // 40))
     chart.line(x, curve, label="train, smoothed")
-    held = numbers(run.eval, "nats_per_token")
+    held = numbers(run.curve, "nats_per_token")
     if np.isfinite(held).any():
         chart.points(tokens_axis(run, run.eval)[0], held, colour=1, label="held-out", zorder=3)
     # The first steps fall from ln(vocab); the rest of the curve is what one wants to see.
@@ -138,7 +147,7 @@ def _losses(run: workdir.Run) -> str:
 
 
 def _heldout(run: workdir.Run) -> str:
-    bits = numbers(run.eval, "bits_per_byte")
+    bits = numbers(run.curve, "bits_per_byte")
     if np.isfinite(bits).sum() < 2:
         return ""
     x, unit = tokens_axis(run, run.eval)
@@ -259,7 +268,7 @@ def split_time(run: workdir.Run) -> dict[str, float]:
         return {}
     compiling = float(run.result("compile_seconds") or 0.0)
     goodput = run.summary.get("goodput")
-    if isinstance(goodput, (int, float)):  # counts this process only, as the wall time does
+    if isinstance(goodput, (int, float)):  # without the steps that a crash undid
         training = goodput * wall
     else:
         training = float((tokens[known] / rate[known]).sum())

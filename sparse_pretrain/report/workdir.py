@@ -52,6 +52,11 @@ class Run:
         value = section(self.run, "manifest").get("hash") or self.summary.get("manifest_hash")
         return str(value or "")
 
+    @property
+    def curve(self) -> list[dict[str, Any]]:
+        """The evaluations, all of one set of targets: the last scores a larger one besides."""
+        return [row | section(row, "between") for row in self.eval]
+
     def result(self, key: str) -> Any:
         """A final number: from the summary, else from the last row that has it, else None."""
         for row in (self.summary, *reversed(self.eval[-1:]), *reversed(self.metrics[-1:])):

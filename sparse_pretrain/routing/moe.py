@@ -109,6 +109,19 @@ class MoE(nn.Module):
         return 2.0 * width * config.experts + 6.0 * width * config.hidden * active
 
     @staticmethod
+    def plain(config: Config, width: int) -> float:
+        """The part of `work` in products without a batch dim: not the routed experts'."""
+        return 2.0 * width * config.experts + 6.0 * width * config.hidden * config.shared
+
+    @staticmethod
+    def unread(config: Config, width: int) -> float:
+        """The part of `work` in products whose result no gradient reads: the shared experts' last.
+
+        The routed experts' last is read, by the gradient of their weights.
+        """
+        return 2.0 * width * config.hidden * config.shared
+
+    @staticmethod
     def padding(config: Config, width: int, tokens: int) -> float:
         """Forward FLOPs per token on rows without a pair, in a batch of `tokens`."""
         seats = config.top_k

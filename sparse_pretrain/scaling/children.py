@@ -89,13 +89,24 @@ def load(file: Path | str) -> list[tuple[str, dict[str, Any]]]:
     return [(experiment, dict(overrides)) for experiment, overrides in pairs]
 
 
-def _locate(experiment: str, file: Path) -> Path:
-    """The experiment's file: from here, else beside the sweep file or any folder above it."""
-    path = Path(_split(experiment)[0])
+def _locate(experiment: str, file: Path) -> tuple[Path, str]:
+    """(the experiment's file, its argument).
+
+    Looked for from here, beside the sweep file and in any folder above it, then as `--config` does,
+    among the experiments that ship.
+    """
+    name, _, arg = _split(experiment)
     for base in (Path.cwd(), *file.resolve().parents):
-        if (base / path).is_file():
-            return (base / path).resolve()
-    raise ValueError(f"sweep: {file}: no experiment file {path}")
+        if (base / name).is_file():
+            return (base / name).resolve(), arg
+    from sparse_pretrain import config  # jax with it, which a sweep's own process can do without
+
+    try:
+        path, arg = config.locate(experiment)
+    except ValueError as e:
+        reason = str(e).removeprefix("--config: ")
+        raise ValueError(f"sweep: {file}: {reason}") from None
+    return path.resolve(), arg
 
 
 def _code(path: Path) -> str:
@@ -120,8 +131,7 @@ def children(file: Path | str, root: Path | str) -> list[Child]:
     values = {k: {repr(o.get(k, "")) for _, o in pairs} for _, o in pairs for k in o}
     found: dict[str, Child] = {}
     for experiment, overrides in pairs:
-        path = _locate(experiment, file)
-        _, colon, arg = _split(experiment)
+        path, arg = _locate(experiment, file)
         content = [path.name, arg, _code(path), sorted(overrides.items())]
         id = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:10]
         name = f"{path.stem}-{id}"
@@ -129,7 +139,7 @@ def children(file: Path | str, root: Path | str) -> list[Child]:
         child = Child(
             id=id,
             experiment=experiment,
-            config=f"{path}{colon}{arg}",
+            config=f"{path}:{arg}" if arg else str(path),
             overrides=overrides,
             workdir=root / name,
             log=root / "logs" / f"{name}.txt",

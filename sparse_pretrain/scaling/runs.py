@@ -118,7 +118,7 @@ def print_runs(
     console.print(table)
     for row in rows:
         if row["cause"]:
-            note = Text(f"{_label(row)}: {row['cause']}", style=COLOURS.get(row["status"], ""))
+            note = Text(f"{row['workdir']}: {row['cause']}", style=COLOURS.get(row["status"], ""))
             console.print(note, soft_wrap=True)
     if len({row["manifest_hash"] for row in rows} - {""}) > 1:
         console.print(

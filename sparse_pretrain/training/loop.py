@@ -13,7 +13,16 @@ from rich.console import Console
 
 from sparse_pretrain import checkpoint, config
 from sparse_pretrain.planning import chips
-from sparse_pretrain.training import evaluate, metrics, progress, recovery, run, state, step
+from sparse_pretrain.training import (
+    evaluate,
+    metrics,
+    progress,
+    record,
+    recovery,
+    run,
+    state,
+    step,
+)
 
 
 def train(
@@ -29,24 +38,38 @@ def train(
     The same configuration in the same workdir continues where it stopped, to the bit. `on_finish`
     is called with the workdir when all files but the report are there.
     Errors: ValueError when the workdir belongs to another configuration; RunFailed on a loss that
-    is not finite; Interrupted after a stop signal, with the checkpoint written.
+    is not finite; Interrupted after a stop signal: while steps are taken with the checkpoint
+    written, before and after them at once.
     """
+    try:
+        with recovery.interruptible():
+            return _train(experiment, Path(workdir), argv, quiet, on_finish)
+    except KeyboardInterrupt:
+        done = checkpoint.steps(workdir)
+        place = f"continues from step {done[-1]}" if done else "starts again"
+        raise recovery.Interrupted(f"interrupted; the same command {place}") from None
+
+
+def _train(experiment, workdir, argv, quiet, on_finish) -> dict[str, Any]:
     began = time.perf_counter()
-    workdir = Path(workdir)
     run.prepare_process()
-    with _quietly(quiet, "preparing the data"):
-        prepared = run.prepare(experiment, workdir)
-    trainer = Trainer(prepared, workdir, argv, quiet=quiet, began=began)
-    summary = trainer.finished()
-    if not quiet:
-        done = ", finished already" if summary else ""
-        line = f"{run.headline(prepared)}; {workdir}{done}"
-        Console().print(line, highlight=False, markup=False, soft_wrap=True)
-    if summary is None:
-        summary = trainer.run()
+    summary = run.finished(experiment, workdir)
+    if summary is not None:
+        derived = (checkpoint.read_record(workdir) or {})["derived"]
+        _say(quiet, f"{run.headline(experiment, derived)}; {workdir}, finished already")
+    else:
+        with _quietly(quiet, "preparing the data"):
+            prepared = run.prepare(experiment, workdir)
+        _say(quiet, f"{run.headline(prepared.experiment, prepared.derived)}; {workdir}")
+        summary = Trainer(prepared, workdir, argv, quiet=quiet, began=began).run()
     if on_finish is not None:
         on_finish(workdir)
     return summary
+
+
+def _say(quiet: bool, line: str) -> None:
+    if not quiet:
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _quietly(quiet: bool, text: str):
@@ -60,45 +83,25 @@ class Trainer:
     def __init__(
         self, prepared: run.Prepared, workdir: Path, argv: list[str], *, quiet: bool, began: float
     ):
-        self.p, self.workdir, self.argv = prepared, workdir, argv
-        self.quiet, self.began = quiet, began
+        self.p, self.workdir, self.quiet = prepared, workdir, quiet
         self.experiment = prepared.experiment
         self.steps = prepared.run.steps
         workdir.mkdir(parents=True, exist_ok=True)
         c = self.experiment.checkpoint
         self.saver = checkpoint.Checkpointer(workdir, every=c.every, keep=c.keep, best=c.best)
         self.config_dict = self.experiment.to_dict()
-        self.record = run.record(prepared, argv)
+        self.record = record.Record(workdir, prepared, argv, began)
         self.evaluator = evaluate.Evaluator(prepared.definition, prepared.dataset.domains)
-        self.productive = 0.0  # seconds in steps after the first of this process
+        self.scores: dict[str, Any] | None = None  # of the last evaluation
         self.begun = False  # whether the workdir is known to be this run's, and run.json its record
-        self._noted = False
 
     # --- before the first step ---
-
-    def finished(self) -> dict[str, Any] | None:
-        """The summary of a workdir whose run is done; None when there is work to do."""
-        summary = checkpoint.read_json(self.workdir / "summary.json")
-        if summary is None:
-            return None
-        self._check_same()
-        return summary if summary.get("steps") == self.steps else None
-
-    def _check_same(self) -> None:
-        if self.saver.latest() is not None:  # what was trained, whatever run.json says
-            saved = self.saver.meta()["config"]
-        else:
-            saved = (checkpoint.read_json(self.workdir / "run.json") or {}).get("config")
-        if saved is not None:
-            notes = checkpoint.check_compatible(saved, self.config_dict, self.workdir)
-            for note in notes if not self.quiet and not self._noted else ():
-                Console().print(f"note: config.{note}", markup=False, highlight=False)
-            self._noted = True
 
     def _start(self) -> tuple[state.TrainState, Any]:
         """(state, training iterator): fresh, resumed, or from another run's weights."""
         e, p = self.experiment, self.p
-        self._check_same()
+        for note in run.same_run(e, self.workdir):
+            _say(self.quiet, f"note: config.{note}")
         train_state = state.create(p.definition, p.tx, e.seed, ema=e.ema > 0)
         batches = p.dataset.train()
         if self.saver.latest() is not None:
@@ -111,9 +114,10 @@ class Trainer:
                     "use a new workdir"
                 )
         elif e.init_from:
-            run.check_tokenizer(Path(e.init_from), p.dataset.manifest)
+            source, done = run.start_from(e)
+            run.check_tokenizer(source, p.dataset.manifest)
             params, prices = checkpoint.init_from(
-                Path(e.init_from), train_state.params, train_state.router
+                source, train_state.params, train_state.router, done
             )
             average = jax.tree.map(np.copy, params) if e.ema else {}
             train_state = train_state._replace(params=params, router=prices, ema=average)
@@ -133,8 +137,10 @@ class Trainer:
             except BaseException as e:
                 if self.begun:
                     stopped = isinstance(e, (recovery.Interrupted, KeyboardInterrupt))
+                    status = "interrupted" if stopped else "failed"
                     reason = str(e).strip().splitlines()[0] if str(e) else type(e).__name__
-                    self._status("interrupted" if stopped else "failed", reason)
+                    with contextlib.suppress(OSError):  # of a full disk: `e` says it already
+                        self.record.write(status=status, error=reason)
                 raise
             finally:
                 self.saver.close()
@@ -143,7 +149,7 @@ class Trainer:
         checkpoint.warm()
         train_state, batches = self._start()
         start = int(train_state.step)
-        run.write_json(self.workdir / "run.json", self.record)
+        self.record.open()
         self.begun = True
         # with it the weights can be used when the corpus that made it is gone
         self.p.dataset.tokenizer.save(self.workdir / run.TOKENIZER)
@@ -156,18 +162,17 @@ class Trainer:
             accumulate=e.accumulate,
             ema=e.ema,
         )
-        self.compile_seconds = 0.0
-        writer = metrics.Writer(self.workdir, e.log, self.record, step=start)
+        writer = metrics.Writer(self.workdir, e.log, self.record.content, step=start)
         bar = _NoBar() if self.quiet else progress.Bar(self.steps, start=start)
-        with writer, recovery.stop_requests() as asked:
+        with writer:
             self.writer = writer
             if start < self.steps:
                 first = next(batches)
                 with _quietly(self.quiet, "compiling the training step"):
                     compiling = time.perf_counter()
                     train_step = train_step.lower(train_state, first).compile()
-                    self.compile_seconds = time.perf_counter() - compiling
-                with bar:
+                    self.record.compiled(time.perf_counter() - compiling)
+                with bar, recovery.stop_requests() as asked:
                     train_state = self._loop(train_step, train_state, first, batches, bar, asked)
             summary = self._finish(train_state)
         return summary
@@ -190,12 +195,12 @@ class Trainer:
             if save or score or n == self.steps:
                 clock = self._report(*pending, clock, per_token, bar)
                 pending = None
-            scores = self._evaluate(train_state, n) if score else None
+            bits = self._evaluate(train_state, n) if score else None
             if n == self.steps or save or (score and e.checkpoint.best):
                 last = n == self.steps
                 if last and e.checkpoint.best:  # the score decides what is kept
-                    scores = self._evaluate(train_state, n)
-                self._save(n, train_state, cursor, scores)
+                    bits = self._evaluate(train_state, n)
+                self._save(n, train_state, cursor, bits)
                 if last and not e.checkpoint.best:  # a crash in scoring costs no training
                     self._evaluate(train_state, n)
             if save or score:
@@ -221,7 +226,6 @@ class Trainer:
                 f"step {n}: loss {loss} and gradient norm {float(out['grad_norm'])} are not both "
                 f"finite; the batch is saved as {path.name}, earlier checkpoints are intact"
             )
-        self.productive += seconds
         rate = self.p.run.tokens_per_step / seconds  # as in the summary: all positions
         row = {
             "step": n,
@@ -250,67 +254,73 @@ class Trainer:
                     },
                 )
         self.writer.train(n, row)
+        self.record.refresh()
         bar.update(n, row)
         return now
 
-    def _evaluate(self, train_state, n: int) -> dict[str, Any]:
-        limit = self.experiment.eval.tokens or None
+    def _evaluate(self, train_state, n: int) -> float:
+        """Scores the held-out text; the bits/byte that a checkpoint is compared by."""
+        section, last = self.experiment.eval, n == self.steps
         params = train_state.ema or train_state.params
-        with _quietly(self.quiet or n < self.steps, "scoring the held-out text"):
-            scores = self.evaluator(
-                params, train_state.router, self.p.dataset.heldout(limit_tokens=limit)
-            )
-        self.writer.eval(n, {"tokens": n * self.p.run.tokens_per_step, **_scored(scores)})
-        self.scores = scores
-        return scores
 
-    def _save(self, n, train_state, cursor, scores) -> None:
+        def score(limit: int) -> dict[str, Any]:
+            batches = self.p.dataset.heldout(limit_tokens=limit or None)
+            return _scored(self.evaluator(params, train_state.router, batches))
+
+        with _quietly(self.quiet or not last, "scoring the held-out text"):
+            row = score(section.tokens if last else section.between or section.tokens)
+            self.scores, compared = row, row
+            if last and section.between:
+                compared = score(section.between)
+                row = row | {"between": {k: v for k, v in compared.items() if k != "per_domain"}}
+        self.writer.eval(n, {"tokens": n * self.p.run.tokens_per_step, **row})
+        return compared["bits_per_byte"]
+
+    def _save(self, n, train_state, cursor, bits) -> None:
         self.saver.save(
             n,
             train_state,
             cursor=cursor,
             config=self.config_dict,
-            metrics=None if scores is None else {"bits_per_byte": scores["bits_per_byte"]},
-            commit=self.record["commit"],
+            metrics=None if bits is None else {"bits_per_byte": bits},
+            commit=self.record.commit,
         )
-
-    def _status(self, status: str, error: str | None = None) -> None:
-        self.record |= {"status": status, "error": error}
-        run.write_json(self.workdir / "run.json", self.record)
 
     # --- after the last step ---
 
     def _finish(self, train_state) -> dict[str, Any]:
-        scores = getattr(self, "scores", None) or self._evaluate(train_state, self.steps)
+        if self.scores is None:
+            self._evaluate(train_state, self.steps)
+        assert self.scores is not None
         self.saver.close()
         rows = metrics.read_rows(self.workdir / "metrics.jsonl")
         seconds = sum(r["step_seconds"] for r in rows[1:])
         tokens = self.p.run.tokens_per_step * max(len(rows) - 1, 0)
-        wall = time.perf_counter() - self.began
-        d = self.p.derived
+        d, sample = self.p.derived, self._sample(train_state)
+        wall, training = self.record.total("seconds"), sum(r["step_seconds"] for r in rows)
         summary = {
             "name": self.experiment.name,
             "steps": self.steps,
             "tokens": self.p.run.tokens,
-            **_scored(scores),
+            **self.scores,
             "train_loss": float(np.mean([r["loss"] for r in rows[-20:]])),
             **_batch_balance(rows),
             "tokens_per_second": tokens / seconds if seconds else 0.0,
             "mfu": float(np.median([r["mfu"] for r in rows])),
-            "compile_seconds": self.compile_seconds,
-            "train_seconds": sum(r["step_seconds"] for r in rows),
+            "compile_seconds": self.record.total("compile_seconds"),
+            "train_seconds": training,  # of steps that stayed, not of those a crash undid
             "wall_seconds": wall,
-            "goodput": self.productive / wall,
-            "peak_memory_bytes": run.peak_memory(),
+            "goodput": training / wall,
+            "peak_memory_bytes": record.peak_memory(),
             "flops": d["flops"],
             "total_params": d["total_params"],
             "active_params": d["active_params"],
             "manifest_hash": self.p.dataset.manifest.get("hash"),
-            "commit": self.record["commit"],
-            "sample": self._sample(train_state),
+            "commit": self.record.commit,
+            "sample": sample,
         }
-        run.write_json(self.workdir / "summary.json", summary)
-        self._status("finished")
+        record.write_json(self.workdir / "summary.json", summary)
+        self.record.write(status="finished", error=None)
         return summary
 
     def _sample(self, train_state) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """Where the numbers of a run go: JSON lines in the workdir always, other services when asked."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -89,32 +90,45 @@ def scalars(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class Jsonl:
-    """`metrics.jsonl`, `eval.jsonl` and `moe.jsonl`: each row on disk once its call returns."""
+    """`metrics.jsonl`, `eval.jsonl` and `moe.jsonl`: each row on disk once its call returns.
+
+    Errors: OSError naming the file that cannot be written.
+    """
 
     def __init__(self, workdir: Path, run: Mapping[str, Any], step: int):
         del run
         self._last = {name: truncate(workdir / f"{name}.jsonl", step) for name in STREAMS}
-        self._files = {
-            name: open(workdir / f"{name}.jsonl", "a", buffering=1, encoding="utf-8")
-            for name in STREAMS
-        }
+        with contextlib.ExitStack() as stack:
+            # Unbuffered: a row that a full disk refused must not be tried again at the end.
+            self._files = {
+                name: stack.enter_context(open(workdir / f"{name}.jsonl", "ab", buffering=0))
+                for name in STREAMS
+            }
+            self._paths = {name: str(file.name) for name, file in self._files.items()}
+            self._closing = stack.pop_all()
 
     def append(self, stream: str, row: Mapping[str, Any]) -> None:
         """One row of one of the three files."""
         last, step = self._last[stream], row["step"]
         assert last is None or step >= last, f"{stream}: step {step} after step {last}"
         if step != last:  # a resumed run may evaluate its first step a second time
-            self._files[stream].write(dumps(row) + "\n")
+            self._put(stream, (dumps(row) + "\n").encode())
             self._last[stream] = step
+
+    def _put(self, stream: str, data: bytes) -> None:
+        try:
+            while data:  # a disk that is filling up takes a part
+                data = data[self._files[stream].write(data) :]
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, self._paths[stream]) from e
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """The scalars of one step."""
         self.append("metrics", {"step": step, **scalars})
 
     def close(self) -> None:
-        """Flush and end."""
-        for file in self._files.values():
-            file.close()
+        """End; every file is closed also when one cannot be."""
+        self._closing.close()
 
 
 def _module(package: str, extra: str) -> ModuleType:
@@ -278,10 +292,14 @@ class Writer:
         self._every = config.every
         # Services first: a missing package must fail before any file of the run is touched.
         self._services: dict[str, Any] = {}
-        for name in SINKS:
-            if name in config.sinks and name != "jsonl":
-                self._services[name] = _open(name, workdir, run, step)
-        self._jsonl = Jsonl(workdir, run, step)
+        with contextlib.ExitStack() as stack:
+            for name in SINKS:
+                if name in config.sinks and name != "jsonl":
+                    self._services[name] = _open(name, workdir, run, step)
+                    stack.callback(self._guard, name, lambda sink: sink.close())
+            self._jsonl = Jsonl(workdir, run, step)
+            stack.callback(self._jsonl.close)
+            self._closing = stack.pop_all()
 
     def train(self, step: int, row: Mapping[str, Any]) -> None:
         """One training step, to `metrics.jsonl`."""
@@ -310,6 +328,8 @@ class Writer:
 
     def _guard(self, name: str, act: Callable[[Any], None]) -> None:
         # A service that goes away mid-run must not take hours of training with it.
+        if name not in self._services:
+            return
         try:
             act(self._services[name])
         except Exception as e:
@@ -321,10 +341,8 @@ class Writer:
             )
 
     def close(self) -> None:
-        """Flush and close every sink."""
-        for name in list(self._services):
-            self._guard(name, lambda sink: sink.close())
-        self._jsonl.close()
+        """Flush and close every sink, also when one fails."""
+        self._closing.close()
 
     def __enter__(self) -> "Writer":
         return self

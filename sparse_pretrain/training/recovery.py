@@ -60,6 +60,17 @@ def save_batch(workdir: Path, step: int, batch: shapes.Batch) -> Path:
 
 
 @contextlib.contextmanager
+def interruptible():
+    """SIGINT and SIGTERM raise KeyboardInterrupt, also where a shell had them ignored."""
+
+    def handle(number, frame):
+        raise KeyboardInterrupt
+
+    with _handled_by(handle):
+        yield
+
+
+@contextlib.contextmanager
 def stop_requests():
     """Yields a list that is filled by the first SIGINT or SIGTERM; a second one raises."""
     asked: list[int] = []
@@ -69,13 +80,19 @@ def stop_requests():
             raise KeyboardInterrupt
         asked.append(number)
 
+    with _handled_by(handle):
+        yield asked
+
+
+@contextlib.contextmanager
+def _handled_by(handle):
     try:
         old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread: signals belong to someone else
-        yield asked
+        yield
         return
     try:
-        yield asked
+        yield
     finally:
         for s, previous in old.items():
             signal.signal(s, previous)

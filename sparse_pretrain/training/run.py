@@ -1,13 +1,6 @@
 """A run before its first step: data, model, optimizer, and the numbers that follow from them."""
 
 import dataclasses
-import json
-import os
-import platform
-import resource
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +37,8 @@ def prepare(experiment: configs.Experiment, workdir: Path | None = None) -> Prep
     nothing to start from where `workdir` has no checkpoint of its own yet.
     """
     fresh = workdir is None or not checkpoint.steps(workdir)
-    if experiment.init_from and fresh and not checkpoint.steps(experiment.init_from):
-        # looked at before the data, whose preparation can take minutes
-        raise ValueError(f"config.init_from: {experiment.init_from!r} holds no checkpoint")
+    if experiment.init_from and fresh:
+        start_from(experiment)  # looked at before the data, whose preparation can take minutes
     dataset = data.load(experiment.data, seed=experiment.seed)
     experiment, run = configs.complete(
         experiment, vocab=dataset.vocab, train_tokens=dataset.train_tokens
@@ -64,13 +56,25 @@ def prepare(experiment: configs.Experiment, workdir: Path | None = None) -> Prep
     return Prepared(experiment, dataset, definition, run, schedule, tx, derived)
 
 
+def start_from(experiment: configs.Experiment) -> tuple[Path, int]:
+    """(workdir, step) of the checkpoint that `init_from` names.
+
+    Errors: ValueError naming the field, and the steps that there are, when it is not there.
+    """
+    workdir, which = checkpoint.parse(experiment.init_from)
+    try:
+        return workdir, checkpoint.Checkpointer(workdir).find(which)
+    except checkpoint.CheckpointError as e:
+        raise ValueError(f"config.init_from: {e}") from None
+
+
 def check_tokenizer(source: Path, manifest: dict[str, Any]) -> None:
     """Errors: ValueError when the run in `source` read text with another tokenizer than this one's.
 
     Its embeddings would stand for other tokens, and nothing would look wrong but the loss.
     """
-    record = checkpoint.read_json(source / "run.json") or {}
-    then, now = (m.get("tokenizer_hash") for m in (record.get("manifest", {}), manifest))
+    record = checkpoint.read_record(source) or {"manifest": {}}
+    then, now = (m.get("tokenizer_hash") for m in (record["manifest"], manifest))
     if then != now:
         raise ValueError(
             f"config.data.tokenizer: its hash is {now}, that of {source} is {then}; give "
@@ -84,7 +88,6 @@ def derive(experiment: configs.Experiment, run: configs.Run) -> dict[str, Any]:
     counts = flops.parameters(model)
     micro = run.tokens_per_step // experiment.accumulate
     per_token = flops.train_flops_per_token(model, length, micro)
-    muon = experiment.optim.KIND == "muon"
     return {
         "steps": run.steps,
         "tokens": run.tokens,
@@ -97,18 +100,51 @@ def derive(experiment: configs.Experiment, run: configs.Run) -> dict[str, Any]:
         "flops": per_token.model * run.tokens,
         "kv_bytes_per_token": flops.kv_bytes_per_token(model),
         "memory_bytes": memory.training_bytes(
-            model, micro, muon=muon
+            model, micro, optimizer=experiment.optim, ema=experiment.ema > 0
         ),
     }
 
 
-def headline(prepared: Prepared) -> str:
+def finished(experiment: configs.Experiment, workdir: Path) -> dict[str, Any] | None:
+    """The summary of a workdir whose run is done; None when there is work to do.
+
+    The data is not looked at, since it may be gone: what followed from it is in run.json.
+    Errors: ValueError when the run there is another, or its record is damaged.
+    """
+    record = checkpoint.read_record(workdir)
+    summary = checkpoint.read_json(workdir / "summary.json")
+    if record is None or summary is None:
+        return None
+    if experiment.model.vocab == 0:
+        model = dataclasses.replace(experiment.model, vocab=record["config"]["model"]["vocab"])
+        experiment = dataclasses.replace(experiment, model=model)
+    steps = experiment.steps_of(record["derived"].get("train_tokens", 0))
+    if steps != summary.get("steps"):
+        return None
+    same_run(experiment, workdir)
+    return summary
+
+
+def same_run(experiment: configs.Experiment, workdir: Path) -> list[str]:
+    """Notes on what this configuration does otherwise than the run in the workdir, if there is one.
+
+    Errors: ValueError naming each differing key that makes it another run.
+    """
+    if checkpoint.steps(workdir):  # what was trained, whatever run.json says
+        saved = checkpoint.Checkpointer(workdir).meta()["config"]
+    else:
+        saved = (checkpoint.read_record(workdir) or {}).get("config")
+    if saved is None:
+        return []
+    return checkpoint.check_compatible(saved, experiment.to_dict(), workdir)
+
+
+def headline(experiment: configs.Experiment, derived: dict[str, Any]) -> str:
     """What is about to be trained, on what, for how long: one line."""
-    d, e = prepared.derived, prepared.experiment
-    si = progress.si
+    d, si = derived, progress.si
     return (
-        f"{e.name}: {si(d['total_params'])} parameters, {si(d['active_params'])} active; "
-        f"{d['steps']} steps of {d['tokens_per_step']} tokens of {e.data.source}; "
+        f"{experiment.name}: {si(d['total_params'])} parameters, {si(d['active_params'])} active; "
+        f"{d['steps']} steps of {d['tokens_per_step']} tokens of {experiment.data.source}; "
         f"{si(d['train_flops_per_token'])} FLOPs/token, {si(d['flops'])} in all; about "
         f"{si(d['memory_bytes']['total'])} bytes of memory"
     )
@@ -121,77 +157,3 @@ def prepare_process() -> None:
         jax.config.update("jax_compilation_cache_dir", str(data.cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-
-def commit() -> str:
-    """The checkout's git commit, with '+' when files differ from it; 'unknown' outside one."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return "unknown"
-    try:
-        head = _git(root, "rev-parse", "HEAD")
-        dirty = _git(root, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return head + ("+" if dirty else "")
-
-
-def _git(root: Path, *args: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True
-    )
-    return done.stdout.strip()
-
-
-def environment() -> dict[str, Any]:
-    """Device and versions, for the record."""
-    import importlib.metadata
-
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    device = jax.devices()[0]
-    return {
-        "device": {
-            "kind": device.device_kind,
-            "platform": device.platform,
-            "count": jax.device_count(),
-            "host": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-        },
-        "versions": {"python": platform.python_version()}
-        | {p: importlib.metadata.version(p) for p in packages},
-    }
-
-
-def peak_memory() -> int:
-    """Largest number of bytes held so far: on the device where it says, else by the process."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return int(stats["peak_bytes_in_use"])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Writes strict JSON in one move, so that a reader never sees half of it."""
-    from sparse_pretrain.training import metrics
-
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(metrics.plain(record), indent=1, allow_nan=False) + "\n")
-    temporary.replace(path)
-
-
-def record(prepared: Prepared, argv: list[str]) -> dict[str, Any]:
-    """The content of run.json at the start of a run."""
-    return {
-        "name": prepared.experiment.name,
-        "status": "running",
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "argv": argv,
-        "pid": os.getpid(),
-        "host": platform.node(),
-        "commit": commit(),
-        **environment(),
-        "manifest": prepared.dataset.manifest,
-        "derived": prepared.derived,
-        "config": prepared.experiment.to_dict(),
-    }

@@ -36,24 +36,24 @@ class Row(NamedTuple):
 def read(path: Path) -> list[Task]:
     """The tasks of a JSONL file: {"prompt": str, "choices": [str, ...], "answer": index or text}.
 
-    `task` in a line names its group, which is scored apart; it is optional.
+    `task` in a line names its group, which is scored apart; lines without one are the group ''.
     Errors: ValueError naming the file, the line and the field.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as e:
-        raise ValueError(f"tasks: cannot read {path}: {(e.strerror or str(e)).lower()}") from None
+        raise ValueError(f"--tasks: cannot read {path}: {(e.strerror or str(e)).lower()}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"tasks: {path} is not UTF-8 text") from None
+        raise ValueError(f"--tasks: {path} is not UTF-8 text") from None
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 found.append(_task(json.loads(line)))
             except ValueError as e:
-                raise ValueError(f"tasks: {path}, line {number}: {e}") from None
+                raise ValueError(f"--tasks: {path}, line {number}: {e}") from None
     if not found:
-        raise ValueError(f"tasks: {path} holds no task")
+        raise ValueError(f"--tasks: {path} holds no task")
     return found
 
 
@@ -76,7 +76,7 @@ def _task(record: Any) -> Task:
     if not ok:
         raise ValueError(f"answer: expected an index below {len(choices)}, or a choice's text, got "
                          f"{answer!r}")  # fmt: skip
-    return Task(prompt, tuple(choices), answer, str(record.get("task", "all")))
+    return Task(prompt, tuple(choices), answer, str(record.get("task", "")))
 
 
 def row(tokenizer: Any, prompt: str, choice: str, seq: int) -> Row:
@@ -93,10 +93,10 @@ def row(tokenizer: Any, prompt: str, choice: str, seq: int) -> Row:
         ids, scored = np.append(tokenizer.eos, ids), np.append(False, scored)
     tokens, targets, scored = ids[:-1], ids[1:], scored[1:]
     if not scored.any():
-        raise ValueError(f"tasks: nothing of the choice {choice!r} can be predicted")
+        raise ValueError(f"--tasks: nothing of the choice {choice!r} can be predicted")
     if scored.sum() > seq:
         raise ValueError(
-            f"tasks: a choice has {int(scored.sum())} tokens, but a row holds {seq}: "
+            f"--tasks: a choice has {int(scored.sum())} tokens, but a row holds {seq}: "
             f"{choice[:40]!r}..."
         )
     return Row(tokens[-seq:], targets[-seq:], scored[-seq:], len((glue + choice).encode()))

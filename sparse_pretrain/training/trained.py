@@ -26,24 +26,26 @@ class Trained:
     step: int
 
 
-def open_run(workdir: Path) -> Trained:
-    """The newest checkpoint of a run.
+def open_run(workdir: Path, which: str = "last") -> Trained:
+    """A checkpoint of a run: the `last`, the `best` by held-out loss, or that of a step.
 
-    Errors: ValueError when the folder holds no run, no checkpoint, or a damaged one.
+    Errors: ValueError when the folder holds no run, no such checkpoint (naming those that there
+    are), or a damaged one.
     """
     workdir = Path(workdir)
-    record = checkpoint.read_json(workdir / "run.json")
+    record = checkpoint.read_record(workdir)
     if record is None:
         raise ValueError(f"--workdir: {str(workdir)!r} holds no run")
     experiment = config.from_config_dict(record["config"])
-    found = checkpoint.steps(workdir)
-    if not found:
-        raise ValueError(f"--workdir: {str(workdir)!r} holds no checkpoint yet")
+    try:
+        step = checkpoint.Checkpointer(workdir).find(which)
+    except checkpoint.CheckpointError as e:
+        raise ValueError(f"--checkpoint: {e}") from None
     definition = lm.define(experiment.model)
     params, prices = checkpoint.init_from(
-        workdir, definition.shapes, definition.price_shapes, found[-1], averaged=experiment.ema > 0
+        workdir, definition.shapes, definition.price_shapes, step, averaged=experiment.ema > 0
     )
-    return Trained(workdir, record, experiment, definition, params, prices, found[-1])
+    return Trained(workdir, record, experiment, definition, params, prices, step)
 
 
 def tokenizer(opened: Trained) -> Any:

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from sparse_pretrain import cli, config
+from sparse_pretrain import cli, config, data
 from sparse_pretrain.planning import flops
 
 EXPERIMENT = """
@@ -128,6 +128,31 @@ def test_a_finished_run_is_not_trained_again(command, folder):
     assert (folder / "runs/tiny/metrics.jsonl").read_text() == before
 
 
+def test_a_finished_run_shows_its_table_again_without_its_corpus(command, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *args, **kw: pytest.fail("the data was looked at"))
+    code, out, err = command("train", "--config=tiny.py")
+    assert (code, err) == (0, "")
+    for part in ("finished already", "bits/byte", "report.html", "What to try next"):
+        assert part in out
+
+
+@pytest.mark.parametrize("broken", ["[]", '{"name": "tiny", "conf'])
+def test_a_broken_record_is_one_line_that_names_it(command, folder, broken):
+    name = f"broken{len(broken)}"
+    (folder / "broken" / name).mkdir(parents=True, exist_ok=True)
+    (folder / "broken" / name / "run.json").write_text(broken)
+    file = f"broken/{name}/run.json"
+    for argv in (["train", "--config=tiny.py"], ["eval"], ["generate"]):
+        code, out, err = command(*argv, f"--workdir=broken/{name}")
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: {file}: cannot be read (")
+        assert err.count("\n") == 1
+    code, out, err = command("runs", f"broken/{name}")
+    assert (code, err) == (0, "")
+    assert f"broken/{name}: run.json is " in out
+    assert "failed" in out
+
+
 def test_another_configuration_is_refused_with_the_differing_keys(command):
     code, _, err = command(
         "train", "--config=tiny.py", "--config.model.width=32", "--config.optim.lr=1e-3"
@@ -173,6 +198,20 @@ def test_eval_of_a_text_and_of_other_data(command, folder):
     assert "bits/byte" in out
 
 
+def test_eval_and_generate_take_any_checkpoint(command):
+    found = {}
+    for which in ("last", "best", "6", "4"):
+        argv = ["--workdir=runs/tiny", f"--checkpoint={which}", "--json"]
+        code, out, err = command("eval", *argv)
+        assert (code, err) == (0, "")
+        found[which] = json.loads(out)
+        code, out, err = command("generate", *argv, "--tokens=2")
+        assert (code, err) == (0, "")
+        assert json.loads(out)["step"] == found[which]["step"] == (4 if which == "4" else 6)
+    assert found["last"] == found["best"] == found["6"]
+    assert found["4"]["bits_per_byte"] != found["6"]["bits_per_byte"]
+
+
 def test_eval_of_tasks(command, folder):
     lines = [
         {"prompt": "the cat sat on the", "choices": ["mat", "~~~~"], "answer": 0, "task": "a"},
@@ -186,6 +225,25 @@ def test_eval_of_tasks(command, folder):
     assert found["accuracy"] == found["chance"] == 0.5
     assert {found["per_task"][k]["accuracy"] for k in "ab"} == {0.0, 1.0}
     assert "bits_per_byte" not in json.loads(out)
+
+
+def test_a_task_named_all_is_not_the_total(command, folder):
+    choices = {"prompt": "the cat sat on the", "choices": ["mat", "~~~~"]}
+    lines = [
+        choices | {"answer": 0, "task": "all"},
+        choices | {"answer": 1},
+        choices | {"answer": 1},
+    ]
+    (folder / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    argv = ("eval", "--workdir=runs/tiny", "--tasks=all.jsonl")
+    found = json.loads(command(*argv, "--json")[1])["tasks"]
+    assert found["count"] == 3
+    assert {k: (v["count"], v["accuracy"]) for k, v in found["per_task"].items()} == {
+        "all": (1, 1.0),
+        "": (2, 0.0),
+    }
+    table = [line.split() for line in command(*argv)[1].splitlines()[2:]]
+    assert [(row[0], row[-1]) for row in table] == [("all", "1"), ("(no", "2"), ("(all)", "3")]
 
 
 def test_generate(command):
@@ -209,13 +267,17 @@ def test_generate(command):
         (["eval", "--text=nothing.txt"], ["--text: cannot read 'nothing.txt': no such file"]),
         (["eval", "--text=texts"], ["--text: cannot read 'texts': is a directory"]),
         (["eval", "--text=t.txt", "--data=python_stdlib"], ["--text or --data"]),
-        (["eval", "--tasks=nothing.jsonl"], ["tasks: cannot read nothing.jsonl"]),
-        (["eval", "--tasks=tiny.py"], ["tasks: tiny.py, line 2"]),
+        (["eval", "--text=empty.txt"], ["--text: 'empty.txt': ", "no token to predict"]),
+        (["eval", "--tasks=nothing.jsonl"], ["--tasks: cannot read nothing.jsonl"]),
+        (["eval", "--tasks=tiny.py"], ["--tasks: tiny.py, line 2"]),
         (["eval", "--data=text_folder:empty"], ["data.source", "empty"]),
+        (["eval", "--checkpoint=5"], ["--checkpoint: ", "no checkpoint '5'; steps there are 4, 6"]),
+        (["generate", "--checkpoint=worst"], ["--checkpoint: ", "'worst'; steps there are 4, 6"]),
     ],
 )
 def test_mistakes_on_a_trained_run(command, folder, argv, parts):
     (folder / "empty").mkdir(exist_ok=True)
+    (folder / "empty.txt").write_text("")
     code, out, err = command(*argv, "--workdir=runs/tiny")
     assert (code, out) == (2, "")
     assert err.count("\n") == 1, err
@@ -284,9 +346,12 @@ def test_another_run_can_be_started_from(command, folder):
     first = rows(folder / "runs/next/metrics.jsonl")[0]["loss"]
     fresh = rows(folder / "runs/tiny/metrics.jsonl")
     assert first < fresh[0]["loss"] - 0.1
-    code, _, err = command("train", "--config=tiny.py", "--init-from=runs/none", "--workdir=runs/x")
-    assert code == 2
-    assert "runs/none" in err
+    for source, part in (("runs/none", "runs/none"), ("runs/tiny@5", "steps there are 4, 6")):
+        argv = ("train", "--config=tiny.py", f"--init-from={source}", "--workdir=runs/x")
+        code, _, err = command(*argv)
+        assert code == 2
+        assert err.startswith("error: config.init_from: ")
+        assert part in err
 
 
 def test_ctrl_c_saves_and_the_same_command_resumes(folder):

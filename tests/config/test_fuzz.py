@@ -8,7 +8,11 @@ line that names a key that was edited.
 
 import copy
 import functools
+import json
+import math
 import random
+import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +21,7 @@ import pytest
 from sparse_pretrain import config, optim, sections, shapes
 from sparse_pretrain.model import lm
 from sparse_pretrain.optim import schedules
-from sparse_pretrain.training import loop, loss, recovery
+from sparse_pretrain.training import loop, loss, metrics, recovery
 
 HOSTILE = (
     *(0, -1, 1, 2, 3, 5, 7, 10**6, 2**31, 10**12, 2**53, 10**30),
@@ -257,26 +261,109 @@ def _small(experiment):
     return rows <= 1024 and 0 < steps <= 8 and model.layers <= 4 and model.width <= 128
 
 
-@pytest.mark.slow
-def test_twenty_edits_train(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # an edited path must not land in the repository
+def outcome(tree, keys, folder):
+    """(what came of training a tree, what is wrong with that or '').
+
+    The first is trained, stopped (by a loss that is not finite), refused (before the first step) or
+    large (and so not tried).
+    """
+    try:
+        experiment = config.from_config_dict(tree)
+    except ValueError as e:
+        return "refused", refusal(e, keys)
+    if not _small(experiment):
+        return "large", ""
+    try:
+        summary = loop.train(experiment, folder, ["test"], quiet=True)
+    except recovery.RunFailed as e:
+        return "stopped", _unclear(str(e), folder)
+    except Exception as e:
+        began = metrics.read_rows(folder / "metrics.jsonl")
+        late = f"after {len(began)} steps: {type(e).__name__}: {e}" if began else ""
+        return "refused", late or refusal(e, keys)
+    losses = [r["loss"] for r in metrics.read_rows(folder / "metrics.jsonl")]
+    numbers = [*losses, summary["bits_per_byte"]]
+    if None in numbers or not all(map(math.isfinite, numbers)):
+        return "trained", f"not all finite: {numbers}"
+    if not summary["steps"] == len(losses) == experiment.steps_of(0):
+        return "trained", f"{len(losses)} of {experiment.steps_of(0)} steps"
+    return "trained", ""
+
+
+def _unclear(text, folder):
+    """What a stop for a loss that is not finite lacks: the reason, the batch, the status."""
+    step = re.fullmatch(r"step (\d+): loss .* are not both finite; the batch is saved as .*", text)
+    if step is None:
+        return f"says {text!r}"
+    if not (folder / f"nonfinite_step_{step[1]}.npz").exists():
+        return f"the batch of step {step[1]} is not there"
+    rows = metrics.read_rows(folder / "metrics.jsonl")
+    if len(rows) != int(step[1]) - 1:
+        return f"{len(rows)} rows before step {step[1]}"
+    status = json.loads((folder / "run.json").read_text())["status"]
+    return "" if status == "failed" else f"the status is {status}"
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A folder to train in, the working directory too: an edited path must not land in ours."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPARSE_PRETRAIN_CACHE", str(tmp_path / "cache"))
-    seed, trained, wrong = 1000, 0, []
-    while trained < 20:
-        seed += 1
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_twenty_edits_train(elsewhere):
+    """Twenty that are accepted, however many are refused or lose their loss on the way there."""
+    seen, wrong = Counter(), []
+    for seed in range(1001, 2000):
         tree, keys = edits(seed)
-        try:
-            experiment = config.from_config_dict(tree)
-        except ValueError:
-            continue
-        if not _small(experiment):
-            continue
-        trained += 1
-        try:
-            summary = loop.train(experiment, tmp_path / str(seed), ["test"], quiet=True)
-            assert summary["steps"] == experiment.steps_of(0)
-        except recovery.RunFailed:
-            continue  # a loss that is not finite is an answer too
-        except Exception as e:
-            wrong += [f"seed {seed}: {keys}: {w}" for w in [refusal(e, keys)] if w]
+        came, bad = outcome(tree, keys, elsewhere / str(seed))
+        seen[came] += 1
+        wrong += [f"seed {seed}: {keys}: {came}: {bad}"] if bad else []
+        if seen["trained"] == 20:
+            break
     assert not wrong, "\n".join(wrong)
+    assert seen["trained"] == 20, seen
+    assert seen["refused"] > 10, seen
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_is_a_clear_stop(elsewhere):
+    tree = config.defaults(BASES["dense"])
+    tree["optim"] |= {"lr": 1e30, "clip": 0.0}
+    assert outcome(tree, ["optim.lr"], elsewhere / "run") == ("stopped", "")
+
+
+def test_what_came_of_an_edit_is_told_apart(elsewhere, monkeypatch):
+    """With a loop that does as told: rows written, then an error or a summary."""
+
+    def told(rows, end):
+        folder = elsewhere / str(len(list(elsewhere.iterdir())))
+
+        def train(experiment, workdir, argv, quiet):
+            workdir.mkdir()
+            (workdir / "run.json").write_text('{"status": "failed"}')
+            lines = [json.dumps({"step": i, "loss": x}) + "\n" for i, x in enumerate(rows, 1)]
+            (workdir / "metrics.jsonl").write_text("".join(lines))
+            (workdir / "nonfinite_step_3.npz").touch()
+            if isinstance(end, Exception):
+                raise end
+            return end
+
+        monkeypatch.setattr(loop, "train", train)
+        came, wrong = outcome(config.defaults(BASES["moe"]), ["data.seq"], folder)
+        return came, bool(wrong)
+
+    stop = "step {}: loss nan and gradient norm 1.0 are not both finite; the batch is saved as x"
+    done, four = {"steps": 4, "bits_per_byte": 1.0}, [2.0] * 4
+    assert told(four, done) == ("trained", False)
+    assert told([2.0, None, 2.0, 2.0], done) == ("trained", True)
+    assert told(four, done | {"bits_per_byte": math.nan}) == ("trained", True)
+    assert told([2.0] * 3, done) == ("trained", True)
+    assert told([], ValueError("data.seq: too short")) == ("refused", False)
+    assert told([], ValueError("something")) == ("refused", True)
+    assert told([2.0], ValueError("data.seq: too short")) == ("refused", True)
+    assert told([2.0] * 2, recovery.RunFailed(stop.format(3))) == ("stopped", False)
+    assert told([2.0] * 2, recovery.RunFailed(stop.format(2))) == ("stopped", True)
+    assert told([2.0] * 2, recovery.RunFailed("gave up")) == ("stopped", True)

@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 
+from sparse_pretrain import data
 from sparse_pretrain.data import builder, corpus, heldout, spool
 from sparse_pretrain.data.sources import prepared
 from tests.data.conftest import lines, write
@@ -44,6 +45,24 @@ def test_rebuilds_when_a_file_changes_and_only_then(root, cache, monkeypatch):
         changed = corpus.open_corpus(source, cache)
         assert changed.manifest["hash"] != first.manifest["hash"]
         first = changed
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_whom_the_umask_lets_in_can_read_the_cache(mask, root, cache):
+    """A run's dataset: the corpus, its tokenizer and its tokens, to the last file."""
+    source = write(root, {f"{i}.txt": lines(i) for i in range(30)})
+    config = data.Config(source=source, tokenizer="bpe:300", seq=8, batch=2, cache=str(cache))
+    before = os.umask(mask)
+    try:
+        data.load(config, seed=0).tokenizer.save(cache / "tokenizer.json")
+    finally:
+        os.umask(before)
+    found = {path: path.stat().st_mode & 0o777 for path in cache.rglob("*")}
+    assert {path.parts[len(cache.parts)] for path in found} == {
+        *("corpora", "tokenizers", "tokens", "tokenizer.json")
+    }
+    for path, mode in found.items():
+        assert mode == (0o777 if path.is_dir() else 0o666) & ~mask, (path, oct(mode))
 
 
 def broken(folder, how):

@@ -176,13 +176,14 @@ def test_shared_lines_leave_the_held_out_side_only(root, cache):
         ({"c.jsonl": "[1]"}, r"c\.jsonl:1: no string field 'text' \(found: list\)"),
         ({"c.jsonl": '{"text": "\\ud800"}'}, r"c\.jsonl:1: .*surrogate"),
         ({"c.jsonl": b'{"text": "\xff"}'}, r"c\.jsonl:1: not a JSON object"),
-        ({"a.txt": "x"}, "too little text"),
+        ({"a.txt": "x"}, r"too little text .*1 documents \(a\.txt\), 1 bytes"),
     ],
 )
 def test_errors_name_the_file_and_leave_nothing(root, cache, files, words):
     with pytest.raises(ValueError, match=words) as caught:
         corpus.open_corpus(write(root, files), cache)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"data.source='text_folder:{root}': ")
     assert not list(cache.glob("corpora/*"))
 
 
@@ -190,7 +191,7 @@ def test_broken_gzip_is_named(root, cache):
     write(root, {"ok.txt": lines(0)})
     (root / "cut.txt.gz").write_bytes(gzip.compress(lines(1).encode())[:-20])
     (root / "not.txt.gz").write_bytes(b"plain text")
-    with pytest.raises(ValueError, match=r"cannot read .*cut\.txt\.gz"):
+    with pytest.raises(ValueError, match=r"data\.source=.*cannot read .*cut\.txt\.gz"):
         corpus.open_corpus(f"text_folder:{root}", cache)
     (root / "cut.txt.gz").unlink()
     with pytest.raises(ValueError, match=r"cannot read .*not\.txt\.gz"):

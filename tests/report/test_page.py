@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -90,6 +91,29 @@ def test_figures_keep_their_ids_apart_and_take_the_pages_colours(tmp_path, fake_
     assert "#0a0" not in text
 
 
+def test_a_cpu_goes_by_its_model(tmp_path, fake_run, report):
+    device = {"kind": "cpu", "platform": "cpu", "cpu": "EPYC 9", "cores": 8, "usable_cores": 2}
+    fake_run.write(tmp_path / "cpu", device=device)
+    fake_run.write(tmp_path / "gpu", device=device | {"kind": "H100", "platform": "gpu"})
+    assert "EPYC 9, 2 cores" in report(tmp_path / "cpu").text[""]
+    assert "H100" in (other := report(tmp_path / "gpu").text[""])
+    assert "EPYC" not in other
+
+
+def test_the_heldout_curve_is_of_one_set(tmp_path, fake_run, report):
+    """The last evaluation scores more targets besides, and those are the run's result."""
+    fake_run.write(tmp_path / "a")
+    path = tmp_path / "a" / "eval.jsonl"
+    rows = [json.loads(x) for x in path.read_text().splitlines()]
+    rows[-1]["between"] = {"bits_per_byte": 1.25, "nats_per_token": 2.5, "heldout_tokens": 64}
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run = workdir.read(tmp_path / "a")
+    assert [r["bits_per_byte"] for r in run.curve[:-1]] == [r["bits_per_byte"] for r in rows[:-1]]
+    assert run.curve[-1]["bits_per_byte"] == 1.25
+    assert "heldout" in report(tmp_path / "a").ids
+    assert report(tmp_path / "a").keyed["bits_per_byte"] == rows[-1]["bits_per_byte"] != 1.25
+
+
 def test_same_files_same_page(tmp_path, fake_run):
     fake_run.write(tmp_path / "run")
     first = write_report(tmp_path / "run").read_bytes()
@@ -169,6 +193,19 @@ def test_advice_names_keys_that_exist(tmp_path, fake_run):
     known = set(workdir.dotted(fake_run.CONFIG))
     for f in found:
         assert set(re.findall(r"--config\.([\w.]+)=", f.command)) <= known
+
+
+def test_only_what_a_model_can_read_is_offered(tmp_path, fake_run):
+    data = {"tokenizer": "bpe:4096", "seq": 64, "batch": 4}
+    config = {"data": {"source": "text_folder:x", **data}, "sample": {"prompt": "It's "}}
+    fake_run.write(tmp_path / "text", config=config)
+    found = {f.why: f.command for f in advice.suggest(workdir.read(tmp_path / "text"))}
+    written = shlex.split(found["Write with the model."])
+    assert written[1:] == ["generate", f"--workdir={tmp_path / 'text'}", "--prompt=It's "]
+    fake_run.write(tmp_path / "task", config={"data": {"source": "synthetic:copy", **data}})
+    told = [f.command for f in advice.suggest(workdir.read(tmp_path / "task"))]
+    assert told
+    assert not [c for c in told if "generate" in c or "--text" in c]
 
 
 def test_learning_rate_that_blew_up_is_halved(tmp_path, fake_run):

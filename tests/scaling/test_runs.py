@@ -85,7 +85,8 @@ def test_table_and_json(root):
     assert text[1].split()[:3] == ["better", "(quickstart)", "finished"]
     assert "1.9000" in text[1]
     assert any("30/60" in line for line in text)
-    assert any(line == "bad (quickstart): loss is nan" for line in text)
+    assert f"{root / 'bad'}: loss is nan" in text
+    assert f"{root / 'unreadable'}: run.json is unreadable" in text
     out = console()
     runs.print_runs(rows, as_json=True, console=out)
     assert json.loads(out.file.getvalue()) == json.loads(json.dumps(rows))

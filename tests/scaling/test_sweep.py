@@ -299,7 +299,8 @@ def test_command_line_of_a_child(place):
         ("x = 1\n", r"defines no get_sweep"),
         ("def get_sweep(): return []\n", r"get_sweep\(\) is empty"),
         ("def get_sweep(): return ['a']\n", r"entry 0 is not \(experiment, \{key: value\}\): 'a'"),
-        ("def get_sweep(): return [('no.py', {})]\n", r"no experiment file no.py"),
+        ("def get_sweep(): return [('no.py', {})]\n", r"s\.py: there is no file 'no\.py'"),
+        ("def get_sweep(): return [('quickstrat', {})]\n", r"did you mean quickstart\.py\?"),
         ("def get_sweep(: pass\n", r"SyntaxError"),
         ("def get_sweep(): raise KeyError('k')\n", r"KeyError: 'k'"),
         ("def get_sweep(): return runs('a', prod(param('k', [1]), param('k', [2])))", "k: set twi"),
@@ -310,6 +311,20 @@ def test_bad_sweep_files(place, body, message):
         children(place.file(body), place.root)
     with pytest.raises(ValueError, match="no file"):
         load(place.root / "absent.py")
+
+
+def test_shipped_experiments_go_by_their_names_anywhere(place, monkeypatch):
+    monkeypatch.chdir(place.experiment.parent.parent)
+    names = ("dense_baseline", "quickstart.py", "experiments/quickstart.py", "nanogpt_char:x")
+    pairs = [(name, {"seed": 1}) for name in names]
+    todo = children(place.file(f"def get_sweep(): return {pairs!r}\n"), place.root)
+    shipped = Path(__file__).parents[2] / "experiments"
+    files = [f"{shipped / 'dense_baseline.py'}", f"{shipped / 'quickstart.py'}"]
+    assert [c.config for c in todo] == [*files, f"{shipped / 'nanogpt_char.py'}:x"]
+    # a file of the user's own goes before one that ships
+    (place.experiment.parent / "quickstart.py").write_text("def get_config(): return {}\n")
+    (_, own) = children(place.file(f"def get_sweep(): return {pairs[:3]!r}\n"), place.root)
+    assert own.config == str(place.experiment.parent / "quickstart.py")
 
 
 def test_terminal_shows_a_line_per_child(place, monkeypatch):

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from sparse_pretrain import checkpoint, config
-from sparse_pretrain.training import loop, recovery, run, state
+from sparse_pretrain import checkpoint, config, data
+from sparse_pretrain.commands import errors
+from sparse_pretrain.report import workdir as workdirs
+from sparse_pretrain.training import loop, record, recovery, run, state, trained
 from sparse_pretrain.training import step as steps
 
 STEPS = 12
@@ -57,8 +59,8 @@ def text(tmp_path_factory):
     return folder
 
 
-def _train(wanted, workdir):
-    return loop.train(wanted, workdir, [], quiet=True)
+def _train(wanted, workdir, *argv):
+    return loop.train(wanted, workdir, list(argv), quiet=True)
 
 
 def _losses(workdir):
@@ -99,10 +101,12 @@ def test_an_interrupted_run_equals_one_that_was_not(stop, text, whole, tmp_path,
         patch.setattr(steps, "make_train_step", counted)
         patch.setattr(recovery, "stop_requests", lambda: contextlib.nullcontext(asked))
         with pytest.raises(recovery.Interrupted, match=f"step {stop} of {STEPS}"):
-            _train(experiment(text), tmp_path)
-    assert json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"
+            _train(experiment(text), tmp_path, "first")
+    before = json.loads((tmp_path / "run.json").read_text())
+    assert before["status"] == "interrupted"
     assert checkpoint.Checkpointer(tmp_path).latest() == stop
-    summary = _train(experiment(text), tmp_path)
+    summary = _train(experiment(text), tmp_path, "second")
+    _check_launches(before, json.loads((tmp_path / "run.json").read_text()), summary)
     workdir, expected = whole
     assert _losses(tmp_path) == _losses(workdir)
     assert summary["bits_per_byte"] == expected["bits_per_byte"]
@@ -110,6 +114,21 @@ def test_an_interrupted_run_equals_one_that_was_not(stop, text, whole, tmp_path,
     assert cursor == other
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def _check_launches(before, after, summary):
+    """Both processes are in the record, and the summary's times are those of both."""
+    assert after["created"] == before["created"]
+    assert (after["argv"], after["commit"]) == (["second"], before["commit"])
+    assert [launch["argv"] for launch in after["launches"]] == [["first"], ["second"]]
+    assert after["launches"][:1] == before["launches"]
+    for launch in after["launches"]:
+        assert 0 < launch["compile_seconds"] < launch["seconds"]
+    for total, part in (("wall_seconds", "seconds"), ("compile_seconds", "compile_seconds")):
+        both = sum(launch[part] for launch in after["launches"])
+        assert summary[total] == pytest.approx(both, abs=0.5), total  # the file is written later
+        assert summary[total] > before["launches"][0][part], total
+    assert summary["goodput"] == summary["train_seconds"] / summary["wall_seconds"]
 
 
 class _Stopping:
@@ -144,12 +163,80 @@ def test_a_run_leaves_what_it_promises(whole):
     assert checkpoint.Checkpointer(workdir).latest() == STEPS
 
 
+def test_a_record_from_before_there_were_launches(text, tmp_path, monkeypatch):
+    """Its one launch is known by how it was started; a killed process leaves its time so far."""
+    stopped_early(text, tmp_path)
+    old = json.loads((tmp_path / "run.json").read_text())
+    del old["launches"]
+    old |= {"created": "2026-01-01T00:00:00+0000", "argv": ["old"], "commit": "abc"}
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    written = []
+    monkeypatch.setattr(record, "REFRESH", 0.0)
+    monkeypatch.setattr(
+        record, "write_json", lambda path, x: written.append((path.name, json.dumps(x)))
+    )
+    _train(experiment(text), tmp_path, "new")
+    records = [json.loads(x) for name, x in written if name == "run.json"]
+    assert len(records) == 1 + (STEPS - 10) + 1  # at the start, after each step, at the end
+    assert {r["created"] for r in records} == {old["created"]}
+    first, second = records[-1]["launches"]
+    assert first == {"time": old["created"], "argv": ["old"], "commit": "abc"}
+    assert second["argv"] == ["new"]
+    seconds = [r["launches"][-1]["seconds"] for r in records]
+    assert seconds == sorted(seconds)
+
+
 def test_a_finished_run_is_not_trained_again(text, whole):
     workdir, summary = whole
     before = (workdir / "metrics.jsonl").read_bytes()
     again = _train(experiment(text), workdir)
     assert again["bits_per_byte"] == summary["bits_per_byte"]
     assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_needs_no_corpus(text, whole, monkeypatch, capsys):
+    """An epoch's length and the vocabulary, which only the data knows, are in its record."""
+    workdir, summary = whole
+    monkeypatch.setattr(data, "load", lambda *args, **kw: pytest.fail("the data was looked at"))
+    assert experiment(text).model.vocab == 0
+    assert loop.train(experiment(text), workdir, []) == summary
+    assert "tiny: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"optim.lr: 0.01 there, 0.02 here"):
+        _train(experiment(text, optim={"kind": "muon", "lr": 0.02}), workdir)
+    with pytest.raises(pytest.fail.Exception):  # more steps are work to do
+        _train(experiment(text, steps=STEPS + 1), workdir)
+    with pytest.raises(pytest.fail.Exception):  # and so is an epoch, which is longer
+        _train(experiment(text, steps=0), workdir)
+
+
+@pytest.mark.parametrize("broken", ["[]", '{"name": "tiny", "conf', "{}", "", '{"config": 3}'])
+def test_a_broken_record_is_named(broken, text, tmp_path):
+    (tmp_path / "run.json").write_text(broken)
+    for use in (lambda: _train(experiment(text), tmp_path), lambda: trained.open_run(tmp_path)):
+        with pytest.raises(ValueError, match=r"run\.json: cannot be read \(") as caught:
+            use()
+        assert errors.describe(caught.value)[0] == errors.MISTAKE
+        assert str(caught.value).startswith(f"{tmp_path}/run.json")
+        assert "\n" not in str(caught.value)
+    assert (tmp_path / "run.json").read_text() == broken
+    assert not list(tmp_path.glob("[!r]*"))
+
+
+def test_evaluations_before_the_last_see_fewer_targets(text, tmp_path):
+    """All are also of one set, which the best checkpoint is chosen by."""
+    changes = {"eval": {"every": 4, "tokens": 256, "between": 64}, "checkpoint": {"keep": 9}}
+    summary = _train(experiment(text, **changes), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [4, 8, STEPS]
+    assert rows[0]["heldout_tokens"] == rows[1]["heldout_tokens"] <= 64
+    assert rows[-1]["heldout_tokens"] == summary["heldout_tokens"] > 64
+    assert rows[-1]["bits_per_byte"] == summary["bits_per_byte"]
+    assert "between" not in summary
+    curve = workdirs.read(tmp_path).curve
+    assert len({r["heldout_tokens"] for r in curve}) == 1
+    saver = checkpoint.Checkpointer(tmp_path)
+    kept = {s: saver.meta(s)["metrics"]["bits_per_byte"] for s in checkpoint.steps(tmp_path)}
+    assert kept == {r["step"]: r["bits_per_byte"] for r in curve}
 
 
 def test_another_seed_is_refused(text, whole):

@@ -93,7 +93,7 @@ def test_reading(tmp_path):
     ]
     file.write_text("\n\n".join(map(json.dumps, lines)) + "\n")
     assert tasks.read(file) == [
-        tasks.Task("a", ("x", "y"), 1, "all"),
+        tasks.Task("a", ("x", "y"), 1, ""),
         tasks.Task("b", ("x", "y", "z"), 2, "second"),
     ]
 

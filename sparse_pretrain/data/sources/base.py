@@ -39,6 +39,10 @@ class Source(abc.ABC):
         self.name = name
         self.notes: dict[str, Any] = {}
 
+    def fail(self, reason: object) -> ValueError:
+        """The error to raise for what is wrong with this source: one line that names the field."""
+        return ValueError(f"data.source={self.spec!r}: {' '.join(str(reason).split())}")
+
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """A short hash that changes when the text behind this source does."""

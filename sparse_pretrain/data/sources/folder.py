@@ -32,29 +32,25 @@ class Folder(base.Source):
     that, the last tenth of the characters of each. So a folder of one file is split as nanoGPT
     does it: `text[:int(0.9 * len(text))]` is train, all that follows is held out.
 
-    Errors: ValueError, naming the folder or the file (and line): missing or empty folder, file that
-    cannot be read or decoded as UTF-8, malformed line of jsonl.
+    Errors: ValueError, naming data.source and the folder or the file (and line): missing or empty
+    folder, file that cannot be read or decoded as UTF-8, malformed line of jsonl.
     """
 
     def __init__(self, spec: str) -> None:
         self.root = Path(spec.partition(":")[2]).expanduser().resolve()
         super().__init__(spec, "text_folder")
         if not self.root.exists():
-            raise ValueError(f"data.source={spec!r}: no folder {self.root}")
+            raise self.fail(f"no folder {self.root}")
         if not self.root.is_dir():
-            raise ValueError(f"data.source={spec!r}: {self.root} is a file, not a folder")
+            raise self.fail(f"{self.root} is a file, not a folder")
 
     def _files(self) -> list[tuple[str, Path]]:
         try:
             found = [Path(e.path) for e in base.walk(self.root, SUFFIXES, frozenset())]
         except OSError as error:
-            raise ValueError(
-                f"data.source={self.spec!r}: cannot list {error.filename}: {error.strerror}"
-            ) from None
+            raise self.fail(f"cannot list {error.filename}: {error.strerror}") from None
         if not found:
-            raise ValueError(
-                f"data.source={self.spec!r}: no {', '.join(KINDS)} (or .gz of these) file in it"
-            )
+            raise self.fail(f"no {', '.join(KINDS)} (or .gz of these) file in it")
         return [(path.relative_to(self.root).as_posix(), path) for path in found]
 
     def fingerprint(self) -> str:
@@ -76,13 +72,19 @@ class Folder(base.Source):
             if split == "unused":
                 continue
             domain = parts[0] if len(parts) > 1 else ROOT
-            for document, content in _documents(path, name):
+            for document, content in self._documents(path, name):
                 text = text or bool(content.strip())
                 yield base.Raw(content, domain, document, split)
         if not text:
-            raise ValueError(f"data.source={self.spec!r}: its {len(files)} files hold no text")
+            raise self.fail(f"its {len(files)} files hold no text")
         if splits:
             self.notes["splits"] = splits
+
+    def _documents(self, path: Path, name: str) -> Iterator[tuple[str, str]]:
+        try:
+            yield from _documents(path, name)
+        except ValueError as error:
+            raise self.fail(error) from None
 
 
 def _splits(names: list[str]) -> dict[str, str]:

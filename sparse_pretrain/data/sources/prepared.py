@@ -39,8 +39,7 @@ class Prepared(base.Source):
         self._builder: Any = None
 
     def _fail(self, reason: object) -> ValueError:
-        line = " ".join(str(reason).split())
-        return ValueError(f"data.source={self.spec!r}: {line[:300]}")
+        return self.fail(" ".join(str(reason).split())[:300])  # of a library's, which can be pages
 
     def _open(self) -> Any:
         if self._builder is not None:

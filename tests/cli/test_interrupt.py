@@ -1,0 +1,82 @@
+"""Ctrl-C before the first step: one line, exit status 130, and nothing half-written."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.data.conftest import lines
+
+EXPERIMENT = """
+def get_config():
+    return dict(
+        name="tiny",
+        steps=4,
+        data=dict(source="text_folder:texts", tokenizer="bpe:300", seq=16, batch=2),
+        model=dict(width=16, blocks=dict(block=dict()), repeats=1),
+        optim=dict(kind="adamw"),
+    )
+"""
+# The signal comes at the end of a function, if wanted within a collection of garbage, where Python
+# reports errors and goes on.
+PROGRAM = """
+import functools, gc, importlib, os, sys
+module, path = sys.argv[1].split(":")
+*parents, name = path.split(".")
+owner = functools.reduce(getattr, parents, importlib.import_module(module))
+real = getattr(owner, name)
+
+def interrupted(*args, **kwargs):
+    result = real(*args, **kwargs)
+    if sys.argv[2] == "collecting":
+        gc.callbacks.append(kill)
+        gc.collect()
+    else:
+        kill()
+    return result
+
+def kill(*unused):
+    if kill in gc.callbacks:
+        gc.callbacks.remove(kill)
+    os.kill(os.getpid(), 15 if sys.argv[2] == "politely" else 2)
+
+setattr(owner, name, interrupted)
+from sparse_pretrain import cli
+sys.exit(cli.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "how"),
+    [
+        ("sparse_pretrain.data.corpus:_count", "collecting"),
+        ("sparse_pretrain.data.store:_write", "politely"),
+        ("jax.stages:Lowered.compile", "at once"),
+    ],
+)
+def test_ctrl_c_before_the_first_step(place, how, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(30):
+        (tmp_path / "texts" / f"{i}.txt").write_text(lines(i))
+    (tmp_path / "tiny.py").write_text(EXPERIMENT)
+    cache = tmp_path / "cache"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "SPARSE_PRETRAIN_CACHE": str(cache)}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, "-c", PROGRAM, place, how, "train", "--config=tiny.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    said = done.stderr.splitlines()
+    assert said[-1:] == ["interrupted; the same command starts again"]
+    assert all(line.startswith("prepared text_folder") for line in said[:-1]), said
+    assert "Traceback" not in done.stdout
+    left = [p for folder in (cache, tmp_path / "runs") for p in folder.rglob("*")]
+    assert not [p for p in left if p.name.startswith((".building", ".text")) or ".tmp" in p.name]
+    assert not [p for p in left if p.parent.name == "tokens" and p.name.startswith(".")]
+    run = tmp_path / "runs" / "tiny"
+    assert not (run / "checkpoints").exists()
+    if (run / "run.json").exists():
+        assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+        assert (run / "metrics.jsonl").read_text() == ""
+    assert (run / "run.json").exists() or how != "at once"
