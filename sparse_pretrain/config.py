@@ -18,6 +18,7 @@ from sparse_pretrain.checkpoint import Config as CheckpointConfig
 from sparse_pretrain.data import Config as DataConfig
 from sparse_pretrain.model import ffn, lm
 from sparse_pretrain.optim import schedules
+from sparse_pretrain.sharding.placement import Config as PlacementConfig
 
 SINKS = ("jsonl", "tensorboard", "wandb", "mlflow", "trackio")
 PLANS = ("single",)
@@ -111,6 +112,7 @@ class Experiment(spec.Config):
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     sample: SampleConfig = SampleConfig()
+    placement: PlacementConfig = PlacementConfig()
 
     def __post_init__(self):
         ok = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name) is not None
@@ -131,6 +133,7 @@ class Experiment(spec.Config):
             "tokens, a step holds fewer than 2**31",
         )
         self._check_blocks()
+        self._check_placement()
         steps = self.steps_of(0)
         if steps:
             self.check_schedule(steps)
@@ -163,6 +166,21 @@ class Experiment(spec.Config):
             )
         except ValueError as e:
             raise ValueError(f"schedule.{e}") from None
+
+    def _check_placement(self) -> None:
+        if not self.placement.every:
+            return
+        with_copies = {n: b.ffn for n, b in self.model.blocks.items() if getattr(b.ffn, "copies", 0)}
+        spec.require(
+            bool(with_copies),
+            f"placement.every: {self.placement.every} moves copies of experts, and no block has "
+            "ffn.copies above 0",
+        )
+        for name, ffn in with_copies.items():
+            try:
+                self.placement.check(ffn.experts, ffn.experts + ffn.copies)
+            except ValueError as e:
+                raise ValueError(f"placement: {e} (model.blocks.{name}.ffn)") from None
 
     def _check_blocks(self) -> None:
         for name, block in self.model.blocks.items():

@@ -134,6 +134,9 @@ def to_hf_config(config: lm.Config, *, max_positions: int = 4096) -> dict[str, A
         experts = sections[dense].ffn
         router = experts.router
         spec.require(
+            not experts.copies, f"ffn.copies: {MODEL_TYPE} has none, got {experts.copies}"
+        )
+        spec.require(
             router.KIND == sigmoid_bias.Config.KIND,
             f"ffn.router.kind: {MODEL_TYPE} has {sigmoid_bias.Config.KIND}, got {router.KIND}",
         )

@@ -4,10 +4,34 @@ Logical experts are the model's; physical ones are the slots of devices, each ho
 logical expert. Host code in numpy: its results enter the step as int arrays, as data.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Num
+
+from sparse_pretrain import spec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(spec.Config):
+    """Re-placing experts while training: `every` steps, 0 for never, over `devices` on `nodes`.
+
+    `groups` are the router's expert groups, which hierarchical placement keeps on one node.
+    """
+
+    every: int = 0
+    devices: int = 1
+    nodes: int = 1
+    groups: int = 1
+
+    def __post_init__(self):
+        spec.require(self.every >= 0, f"every: must not be negative, got {self.every}")
+        spec.positive(self, "devices", "nodes", "groups")
+
+    def check(self, experts: int, slots: int) -> None:
+        """Errors: ValueError naming the numbers that do not divide."""
+        rebalance_experts(np.ones((1, experts)), slots, self.groups, self.nodes, self.devices)
 
 
 class Placement(NamedTuple):
@@ -134,6 +158,25 @@ def rebalance_experts(
     log2phy = np.full((layers, experts * most), -1, np.int64)
     np.put_along_axis(log2phy, phy2log * most + copy, np.arange(num_replicas)[None, :], axis=1)
     return Placement(phy2log, log2phy.reshape(layers, experts, most), logcnt)
+
+
+def settled(
+    phy2log_NxR: Int[np.ndarray, "N R"], before_NxR: Int[np.ndarray, "N R"], devices: int
+) -> Int[np.ndarray, "N R"]:
+    """The same experts on the same devices, each in the slot that had it before where one did."""
+    out = np.full(phy2log_NxR.shape, -1, np.int64)
+    size = phy2log_NxR.shape[1] // devices
+    for row, (new, old) in enumerate(zip(phy2log_NxR, before_NxR, strict=True)):
+        for first in range(0, len(new), size):
+            here = list(new[first : first + size])
+            for slot in range(first, first + size):
+                if old[slot] in here:
+                    out[row, slot] = old[slot]
+                    here.remove(old[slot])
+            for slot in range(first, first + size):
+                if out[row, slot] < 0:
+                    out[row, slot] = here.pop(0)
+    return out
 
 
 def device_loads(

@@ -19,6 +19,7 @@ from sparse_pretrain.training import (
     progress,
     record,
     recovery,
+    replace,
     run,
     state,
     step,
@@ -102,7 +103,8 @@ class Trainer:
         e, p = self.experiment, self.p
         for note in run.same_run(e, self.workdir):
             _say(self.quiet, f"note: config.{note}")
-        train_state = state.create(p.definition, p.tx, e.seed, ema=e.ema > 0)
+        game = replace.start(e.model) if e.placement.every else {}
+        train_state = state.create(p.definition, p.tx, e.seed, ema=e.ema > 0, game=game)
         batches = p.dataset.train()
         if self.saver.latest() is not None:
             train_state, cursor = self.saver.restore(train_state)
@@ -186,6 +188,8 @@ class Trainer:
         self.peak = peak
         for n in range(first + 1, self.steps + 1):
             train_state, out = train_step(train_state, batch)
+            if e.placement.every and n % e.placement.every == 0:
+                train_state = replace.replace(train_state, e.placement)
             cursor = batches.get_state()
             if pending is not None:
                 clock = self._report(*pending, clock, per_token, bar)

@@ -11,7 +11,7 @@ from sparse_pretrain import nn, optim
 class TrainState(NamedTuple):
     """Shapes: `step` [] int32; `params`, `router`, `ema` nested dicts; `key` a PRNG key.
 
-    `router` holds the expert prices, `game` the state of data games, `ema` the averaged
+    `router` holds the expert prices, `game` the state of games and of re-placement, `ema` the averaged
     parameters ({} when off).
     """
 
@@ -24,7 +24,9 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
-def create(definition: nn.Definition, tx: Any, seed: int, *, ema: bool) -> TrainState:
+def create(
+    definition: nn.Definition, tx: Any, seed: int, *, ema: bool, game: Any = None
+) -> TrainState:
     """The state before the first step; one compiled call, so that nothing is built op by op."""
 
     def build(key):
@@ -35,7 +37,7 @@ def create(definition: nn.Definition, tx: Any, seed: int, *, ema: bool) -> Train
             params=params,
             opt=tx.init(params),
             router=prices,
-            game={},
+            game=game or {},
             ema=optim.ema.init(params) if ema else {},
             key=key,
         )

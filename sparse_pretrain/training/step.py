@@ -10,7 +10,7 @@ import optax
 from sparse_pretrain import nn, optim, shapes
 from sparse_pretrain.games import prices
 from sparse_pretrain.model import lm
-from sparse_pretrain.training import loss
+from sparse_pretrain.training import loss, replace
 from sparse_pretrain.training.state import TrainState
 
 Step = Callable[[TrainState, shapes.Batch], tuple[TrainState, dict[str, Any]]]
@@ -35,7 +35,7 @@ def gradients(definition: nn.Definition, state: TrainState, batch: shapes.Batch,
 def make_train_step(
     definition: nn.Definition,
     config: lm.Config,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     *,
     schedule: Callable,
     accumulate: int = 1,
@@ -50,7 +50,8 @@ def make_train_step(
 
     def step(state: TrainState, batch: shapes.Batch):
         grads, report = gradients(definition, state, batch, accumulate)
-        updates, opt = tx.update(grads, state.opt, state.params)
+        norm = replace.gradient_norm(grads, state.router)
+        updates, opt = tx.update(grads, state.opt, state.params, norm=norm)
         params = optax.apply_updates(state.params, updates)
         router = lm.move_prices(config, state.router, report["load"], report["market"])
         average = state.ema
@@ -64,7 +65,7 @@ def make_train_step(
             "bits_per_byte": report["nats"]
             / jnp.float32(jnp.log(2.0))
             / jnp.maximum(size, 1.0),
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "lr": schedule(state.step),
             "tokens": tokens,
             "load": report["load"],
@@ -74,7 +75,8 @@ def make_train_step(
             },
             "max_vio": jax.tree.map(prices.max_violation, report["load"]),
         }
-        new = TrainState(state.step + 1, params, opt, router, state.game, average, state.key)
+        game = replace.watch(state.game, report["load"])
+        new = TrainState(state.step + 1, params, opt, router, game, average, state.key)
         return new, metrics
 
     return jax.jit(step, donate_argnums=0)
