@@ -170,15 +170,16 @@ class Experiment(spec.Config):
     def _check_placement(self) -> None:
         if not self.placement.every:
             return
-        with_copies = {n: b.ffn for n, b in self.model.blocks.items() if getattr(b.ffn, "copies", 0)}
+        blocks = self.model.blocks.items()
+        with_copies = {n: b.ffn for n, b in blocks if getattr(b.ffn, "copies", 0)}
         spec.require(
             bool(with_copies),
             f"placement.every: {self.placement.every} moves copies of experts, and no block has "
             "ffn.copies above 0",
         )
-        for name, ffn in with_copies.items():
+        for name, section in with_copies.items():
             try:
-                self.placement.check(ffn.experts, ffn.experts + ffn.copies)
+                self.placement.check(section.experts, section.experts + section.copies)
             except ValueError as e:
                 raise ValueError(f"placement: {e} (model.blocks.{name}.ffn)") from None
 

@@ -57,6 +57,7 @@ class Dense(nn.Module):
         del config, width
         return 0
 
+    @staticmethod
     def plain(config: DenseConfig, width: int) -> float:
         """The part of `work` in products without a batch dim, which remat=dots keeps: all."""
         return Dense.work(config, width)

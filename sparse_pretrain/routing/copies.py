@@ -17,13 +17,13 @@ class Slots(NamedTuple):
     """Where every expert's copies are, from `phy2log` alone.
 
     Shapes: expert [R] of each slot; rank [R], which of its copies a slot is; slot [E, R - E + 1] of
-    each copy, R where there is none; count [E].
+    each copy, R where there is none; held [E], how many copies.
     """
 
     expert: Int[Array, " R"]
     rank: Int[Array, " R"]
     slot: Int[Array, "E most"]
-    count: Int[Array, " E"]
+    held: Int[Array, " E"]
 
 
 def slots(phy2log_R: Int[Array, " R"], experts: int) -> Slots:
@@ -46,9 +46,9 @@ def choose(expert_TxC: Int[Array, "T C"], found: Slots) -> Int[Array, "T C"]:
 
     Token t of the batch uses copy t modulo the number of copies.
     """
-    T, E, R = expert_TxC.shape[0], found.count.shape[0], found.expert.shape[0]
+    T, E, R = expert_TxC.shape[0], found.held.shape[0], found.expert.shape[0]
     known = jnp.minimum(expert_TxC, E - 1)
-    turn = jnp.arange(T, dtype=jnp.int32)[:, None] % jnp.maximum(found.count[known], 1)
+    turn = jnp.arange(T, dtype=jnp.int32)[:, None] % jnp.maximum(found.held[known], 1)
     return jnp.where(expert_TxC < E, found.slot[known, turn], R)
 
 
@@ -67,7 +67,7 @@ def _tie_backward(found, dw):
         return total + jnp.where(there[:, None, None], part, 0)
 
     first = dw[found.slot[:, 0]].astype(jnp.float32)
-    total = jax.lax.fori_loop(1, jnp.max(found.count), more, first)
+    total = jax.lax.fori_loop(1, jnp.max(found.held), more, first)
     return narrow(total, dw.dtype)[found.expert], None
 
 

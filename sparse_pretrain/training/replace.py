@@ -30,7 +30,7 @@ def start(config: lm.Config) -> dict[str, Any]:
     """The state of re-placement before the first step: no load seen, by layer group."""
     window = {}
     for group, name in lm.layer_names(config).items():
-        ffn = config.blocks[name].ffn
+        ffn: Any = config.blocks[name].ffn
         if getattr(ffn, "copies", 0):
             lead = (config.repeats,) if group.startswith("stack_") else ()
             window[group] = jnp.zeros((*lead, ffn.experts), jnp.float32)

@@ -11,8 +11,8 @@ from sparse_pretrain import nn, optim
 class TrainState(NamedTuple):
     """Shapes: `step` [] int32; `params`, `router`, `ema` nested dicts; `key` a PRNG key.
 
-    `router` holds the expert prices, `game` the state of games and of re-placement, `ema` the averaged
-    parameters ({} when off).
+    `router` holds the expert prices, `game` the state of games and of re-placement, `ema` the
+    averaged parameters ({} when off).
     """
 
     step: jax.Array

@@ -19,7 +19,7 @@ def test_every_pair_goes_to_a_slot_of_its_expert_in_turn(held, rng):
         for e, s in zip(row, slot[t], strict=True):
             mine = [r for r, h in enumerate(held) if h == e]
             assert s == (mine[t % len(mine)] if mine else len(held))
-    np.testing.assert_array_equal(found.count, np.bincount(held, minlength=4))
+    np.testing.assert_array_equal(found.held, np.bincount(held, minlength=4))
 
 
 @pytest.mark.parametrize("held", MAPS)
