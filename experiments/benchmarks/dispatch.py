@@ -1,0 +1,185 @@
+"""Dispatch on CPU: how near do sorted experts come to the machine's dense matmul rate?
+
+Question: sort, gather, three grouped products and the weighted sum, against the same FLOPs as one
+          dense SwiGLU, and against a batched einsum over experts that all have equally many rows.
+Command:  python3 experiments/benchmarks/dispatch.py
+Method:   float32 or bfloat16 arrays throughout, weights included; all arms interleaved, medians of
+          their rounds. `whole` is everything a mixture does but its router. `products` are the
+          three grouped products alone, on rows already sorted.
+          Bars: where experts see 64 rows or more and the width is 512 or more, the whole at 0.6 of
+          dense; elsewhere at 0.8 of the batched einsum. Memory: temporaries of the compiled program
+          per byte of the rows that the einsum's program must hold (1.5).
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cpu_peers import commit, device
+from peers_common import use_threads
+from rich.progress import track
+
+from kernels_pallas.grouped_matmul.xla import grouped_matmul
+from kernels_pallas.linear.xla import split_rows
+from sparse_pretrain.model import layers
+from sparse_pretrain.routing import dispatch, experts
+from sparse_pretrain.sharding import ops
+
+RESULTS = Path(__file__).parents[1] / "results" / "dispatch.json"
+
+# name: experts, seats a token, tokens, width, hidden
+SHAPES = {
+    "16 x 512 rows, 512 wide": (16, 2, 4096, 512, 512),
+    "32 x 256 rows, 1024 wide": (32, 4, 2048, 1024, 512),
+    "64 x 128 rows, 512 wide": (64, 4, 2048, 512, 256),
+    "64 x 64 rows, 512 wide": (64, 4, 1024, 512, 256),
+    "quickstart: 16 x 1536 rows, 256 wide": (16, 3, 8192, 256, 192),
+    "bake-off: 64 x 256 rows, 128 wide": (64, 4, 4096, 128, 64),
+}
+LOADS = ("even", "zipf")
+
+
+def assignment(shape, load, rng):
+    """Experts of every token [T, C]: each expert equally often, or by Zipf's law."""
+    experts_, seats, tokens, _, _ = shape
+    if load == "even":
+        order = np.stack([rng.permutation(experts_) for _ in range(tokens * seats // experts_)])
+        return order.reshape(tokens, seats)
+    weight = 1 / np.arange(1, experts_ + 1)
+    noise = rng.gumbel(size=(tokens, experts_)) + np.log(weight)[None, :]
+    return np.argsort(-noise, axis=1)[:, :seats]
+
+
+@jax.custom_vjp
+def batched(x, w):
+    """[E, C, D] times [E, D, F], with the backward products in their fast forms."""
+    return jnp.einsum("ecd,edf->ecf", x, w)
+
+
+def _batched_backward(residuals, dy):
+    x, w = residuals
+    chunks = split_rows(x.shape[1])
+    parts = [a.reshape(a.shape[0], chunks, -1, a.shape[2]) for a in (x, dy)]
+    dw = jnp.einsum("ebcd,ebcf->edf", *parts, preferred_element_type=jnp.float32)
+    return jnp.einsum("ecf,edf->ecd", dy, w), dw.astype(w.dtype)
+
+
+batched.defvjp(lambda x, w: (batched(x, w), (x, w)), _batched_backward)
+
+
+def arms(shape, load, dtype):
+    """name -> (function of its arguments, arguments), all with the same useful FLOPs."""
+    E, C, T, D, F = shape
+    rng = np.random.default_rng(0)
+
+    def array(*size):
+        return jnp.asarray(rng.normal(size=size) / np.sqrt(size[-2]), dtype)
+
+    weights = experts.Weights(array(E, D, F), array(E, D, F), array(E, F, D))
+    one = experts.Weights(array(D, F), array(D, F), array(F, D))
+    x, rows = array(T, D), array(T * C, D)
+    expert = jnp.asarray(assignment(shape, load, rng), jnp.int32)
+    share = jnp.full((T, C), 1 / C, jnp.float32)
+    plan = jax.jit(dispatch.plan, static_argnums=1)(expert, E)
+    sorted_rows = jax.jit(dispatch.dispatch)(x, plan)
+
+    def swiglu(product, x, w):
+        return product(layers.swiglu(product(x, w.gate), product(x, w.up)), w.down)
+
+    def products(x, w, plan):
+        y = swiglu(lambda a, b: grouped_matmul(a, b, plan.layout), x, w)
+        # as `combine` gives its cotangent: nothing in rows that hold no pair
+        return jnp.where(plan.used[:, None], y, 0)
+
+    # integers are arguments too: as constants the compiler would plan for these loads
+    return {
+        "whole": (lambda x, w, e: experts.run(w, x, e, share), (x, weights, expert)),
+        "products": (products, (sorted_rows, weights, plan)),
+        "batched": (lambda x, w, _: swiglu(batched, x, w), (rows.reshape(E, -1, D), weights, 0)),
+        "dense": (lambda x, w, _: swiglu(ops.linear, x, w), (rows, one, 0)),
+    }
+
+
+def compiled(function, arguments, backward):
+    """The compiled forward pass, or forward and backward with a gradient for every argument."""
+    if not backward:
+        return jax.jit(function).lower(*arguments).compile()
+
+    def both(dy, x, weights, data):
+        y, pull = jax.vjp(lambda x, w: function(x, w, data), x, weights)
+        return y, pull(dy)
+
+    dy = jax.eval_shape(function, *arguments)
+    made = jax.jit(both).lower(dy, *arguments).compile()
+    filled = jnp.full(dy.shape, 0.01, dy.dtype)
+    return lambda *a: made(filled, *a), made
+
+
+def measure(shape, load, dtype, backward, seconds):
+    """Median seconds of each arm over interleaved rounds, and the temporaries of two of them."""
+    made, memory = {}, {}
+    for name, (function, arguments) in arms(shape, load, dtype).items():
+        run = compiled(function, arguments, backward)
+        program = run[1] if backward else run
+        run = run[0] if backward else run
+        memory[name] = program.memory_analysis().temp_size_in_bytes
+        jax.block_until_ready(run(*arguments))
+        made[name] = (run, arguments)
+    times = {name: [] for name in made}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times["whole"]) < 5:
+        for name, (run, arguments) in made.items():
+            began = time.perf_counter()
+            jax.block_until_ready(run(*arguments))
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(t) for name, t in times.items()}, memory
+
+
+def main() -> None:
+    """Prints the table and writes experiments/results/dispatch.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=3.0, help="per row of the table")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    options = parser.parse_args()
+    use_threads(2)
+    found, missed = [], []
+    cases = [(n, load, b) for n in SHAPES for load in LOADS for b in (False, True)]
+    for name, load, backward in track(cases, "measuring"):
+        E, C, T, D, F = shape = SHAPES[name]
+        seconds, memory = measure(shape, load, options.dtype, backward, options.seconds)
+        flops = 6 * T * C * D * F * (3 if backward else 1)
+        size = jnp.dtype(options.dtype).itemsize
+        wide = D >= 512 and T * C // E >= 64
+        row = {"shape": name, "load": load, "pass": "both" if backward else "forward"}
+        row |= {f"{arm}_gflops": flops / s / 1e9 for arm, s in seconds.items()}
+        row["of_dense"] = seconds["dense"] / seconds["whole"]
+        row["of_batched"] = seconds["batched"] / seconds["whole"]
+        row["products_of_batched"] = seconds["batched"] / seconds["products"]
+        row["temporary_mb"] = memory["whole"] / 1e6
+        row["memory"] = memory["whole"] / (memory["batched"] + T * C * D * size)
+        row["bar"] = "0.6 of dense" if wide else "0.8 of batched"
+        row["met"] = row["of_dense"] >= 0.6 if wide else row["of_batched"] >= 0.8
+        found.append(row)
+        missed += [] if row["met"] else [row]
+    head = "dense  batched  products  whole   of dense  of batched  memory  bar"
+    print(f"{'GFLOP/s':38s} {'load':5s} {'pass':8s} {head}")
+    for r in found:
+        rates = [r[f"{a}_gflops"] for a in ("dense", "batched", "products", "whole")]
+        print(
+            f"{r['shape']:38s} {r['load']:5s} {r['pass']:8s} "
+            f"{rates[0]:5.0f}  {rates[1]:7.0f}  {rates[2]:8.0f}  {rates[3]:5.0f}   "
+            f"{r['of_dense']:8.2f}  {r['of_batched']:10.2f}  {r['memory']:6.2f}  "
+            f"{r['bar']} {'met' if r['met'] else 'MISSED'}"
+        )
+    result = {"dtype": options.dtype, "rows": found, "commit": commit(), **device()}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{len(found) - len(missed)} of {len(found)} at their bar")
+
+
+if __name__ == "__main__":
+    main()
