@@ -173,8 +173,8 @@ def split(steps: int, window: int) -> list[tuple[slice, slice]]:
         raise ValueError(f"window: must be positive, got {window}")
     if steps < 2 * window:
         raise ValueError(
-            f"window: {steps} recorded steps are fewer than two windows of {window}: one to place "
-            "by, one to score"
+            f"window: {steps} recorded steps are fewer than two windows of {window}, one to place "
+            "by and one to score"
         )
     return [
         (slice(at - window, at), slice(at, min(at + window, steps)))
