@@ -163,7 +163,7 @@ def page(
         ),
     ]
     top = f'<div class="cards" id="headline">{"".join(html.card(*c) for c in cards)}</div>'
-    table = html.table(HEADER, cells(rows), "lnnnnnnn")
+    table = str(html.table(HEADER, cells(rows), "lnnnnnnn"))
     table += f'<p class="soft">{html.text(NOTES)}</p>'
     boxes = [
         html.section("Imbalance over time", _over_time(replays, record["window"]), id="time"),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from sparse_pretrain.sharding import placement, schedule, spill
+from sparse_pretrain.sharding import placement, schedule, search, spill
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,13 @@ def _packed(seen_WxE, holds_ExD, setting):
     return _eplb(seen_WxE, holds_ExD, dataclasses.replace(setting, slots=setting.experts))
 
 
+def _search(seen_WxE, holds_ExD, setting):
+    start = _eplb(seen_WxE, holds_ExD, setting)
+    nodes = setting.nodes if setting.groups % setting.nodes == 0 else 1
+    found = search.improve(start, search.futures(seen_WxE), setting.devices, nodes=nodes)
+    return placement.settle(found, holds_ExD, nodes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """One row of the table.
@@ -107,6 +114,11 @@ TABLE: dict[str, Policy] = {
     ),
     "eplb+lp": Policy(
         "EPLB's placement, tokens by linear program per batch", _eplb, schedule.linear_program
+    ),
+    "search+lp": Policy(
+        "EPLB's placement improved by search for loads that may come, tokens by linear program",
+        _search,
+        schedule.linear_program,
     ),
     "least_loaded": Policy(
         "experts in order; a device above 1.3 times the mean spills tokens and weights",
@@ -201,10 +213,7 @@ def replay(
     options = dict(policy.options)
     if policy.budget:
         options["slots"] = setting.spare
-    start = policy.placer(load[:1, 0], np.zeros((setting.experts, setting.devices)), setting)
-    own = placement.contiguous(setting.experts, setting.experts, setting.devices)
-    first = own if policy.placed else start  # a fixed placement is there from the beginning
-    holds = [schedule.held(first, setting.experts, setting.devices) for _ in range(layers)]
+    holds = [_start(policy, setting)] * layers
     homes = [np.repeat(np.arange(setting.devices), setting.experts // setting.devices)] * layers
     moved, rehomed, made, least = [], [], [], []
     began = time.perf_counter()
@@ -229,10 +238,18 @@ def replay(
         moved=np.array(moved, np.int64).reshape(-1, layers),
         rehomed=np.array(rehomed, np.int64).reshape(-1, layers),
         bound=np.array(least) if bounds else None,
-        slots=len(start) // setting.devices,
+        slots=int(holds[0].sum()) // setting.devices,
         prefetch=max(int(s.fetched.sum(0).max()) for row in made for s in row),
         seconds=time.perf_counter() - began - spent,
     )
+
+
+def _start(policy, setting):
+    """What devices hold before the first loads are seen: a fixed placement, or experts in order."""
+    place = _never if policy.placed else policy.placer
+    nothing = np.zeros((setting.experts, setting.devices), np.int64)
+    slots = place(np.zeros((1, setting.experts)), nothing, setting)
+    return schedule.held(slots, setting.experts, setting.devices)
 
 
 def _place(seen_WxE, policy, setting, holds, homes, layer) -> tuple[int, int]:

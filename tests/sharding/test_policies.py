@@ -22,7 +22,8 @@ def test_the_laws_of_a_policy(name, load):
     assert (got.ratio >= 1).all()
     assert got.moved.shape == ((2, 2) if policy.placed else (0, 2))
     assert (got.rehomed <= got.moved).all()
-    assert got.slots == (20 if name in ("eplb", "lp", "eplb+lp", "eplb+least_loaded") else 16) // 4
+    copied = ("eplb", "lp", "eplb+lp", "search+lp", "eplb+least_loaded")
+    assert got.slots == (20 if name in copied else 16) // 4
     if not got.fetched.any():  # a schedule without fetched copies is bound by its placement
         assert (got.ratio >= got.bound - 1e-6).all()
     if policy.scheduler is schedule.linear_program:
@@ -66,7 +67,7 @@ def test_the_order_one_expects(load):
     """No row is held to the letter; what schedules per batch beats what does not, on a trace."""
     made = policies.replays(load, list(policies.TABLE), SETTING, 4)
     got = {name: replay.expert_time for name, replay in made.items()}
-    assert got["eplb+lp"] < got["eplb"] < got["none"]
+    assert got["search+lp"] < got["eplb+lp"] < got["eplb"] < got["none"]
     assert got["lp"] < got["none"]
     assert got["row_budget"] == pytest.approx(1.0)
     assert got["least_loaded"] < 1.3 + 1e-9
