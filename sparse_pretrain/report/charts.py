@@ -139,8 +139,8 @@ def _inline(text: str, title: str) -> str:
     return text.replace("font: 10px 'sans-serif'", "font: 10px system-ui, sans-serif").strip()
 
 
-def heatmap(load_NxE: Float64[np.ndarray, "N E"], title: str) -> str:
-    """Load over the even share, layers down and experts across; 1 is balance.
+def heatmap(load_NxE: Float64[np.ndarray, "N E"], title: str, *, x: str = "expert") -> str:
+    """Load over the even share, layers down and experts (or devices) across; 1 is balance.
 
     Units: pairs, or any fraction of them.
     """
@@ -149,7 +149,7 @@ def heatmap(load_NxE: Float64[np.ndarray, "N E"], title: str) -> str:
     even = load_NxE.mean(axis=1, keepdims=True)
     share = np.divide(load_NxE, even, out=np.zeros_like(load_NxE), where=even > 0)
     layers = len(share)
-    chart = Chart(x="expert", panels=["MoE layer"], height=min(4.5, max(1.7, 0.9 + 0.22 * layers)))
+    chart = Chart(x=x, panels=["MoE layer"], height=min(4.5, max(1.7, 0.9 + 0.22 * layers)))
     axes = chart.axes[0]
     with matplotlib.rc_context(chart._style):
         from matplotlib.colors import TwoSlopeNorm

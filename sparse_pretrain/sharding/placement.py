@@ -186,3 +186,53 @@ def device_loads(
     share = np.asarray(weight, np.float64) / placement.logcnt
     slot = np.take_along_axis(share, placement.phy2log, axis=1)
     return slot.reshape(len(slot), devices, -1).sum(-1)
+
+
+def contiguous(experts: int, slots: int, devices: int) -> Int[np.ndarray, " R"]:
+    """The expert of every slot when nothing is known of loads: experts in order, copies in a ring.
+
+    Device d holds experts d E / devices and the next. What slots there are beyond E are copies of
+    the experts of the devices 1, 2, 4, ... places on, one each in turn.
+    Errors: ValueError naming what does not divide.
+    Source: the copies are LPLB's fixed edges between devices (deepseek-ai/LPLB).
+    """
+    for name, whole in (("experts", experts), ("slots", slots)):
+        if devices < 1 or whole % devices:
+            raise ValueError(f"devices: {whole} {name} do not divide by {devices} devices")
+    if slots < experts:
+        raise ValueError(f"slots: {slots} cannot hold {experts} experts")
+    own = np.arange(experts).reshape(devices, -1)
+    extra = np.empty((devices, (slots - experts) // devices), np.int64)
+    hops = [2**i for i in range(devices.bit_length()) if 2**i < devices] or [0]
+    for i in range(extra.shape[1]):
+        there = (np.arange(devices) + hops[i % len(hops)]) % devices
+        extra[:, i] = own[there, (i // len(hops)) % own.shape[1]]
+    return np.concatenate([own, extra], axis=1).ravel()
+
+
+def settle(
+    phy2log: Int[np.ndarray, " R"], holds: Int[np.ndarray, "E D"], nodes: int = 1
+) -> Int[np.ndarray, " R"]:
+    """The same placement with its devices renamed so that the fewest weights have to move.
+
+    `holds` says what each device holds now. Devices that share a node still share one; loads stay
+    what they are, for devices are alike.
+    """
+    from scipy import optimize
+
+    experts, devices = holds.shape
+    slots = phy2log.reshape(devices, -1)
+    new = np.zeros((experts, devices), bool)
+    new[slots.T, np.arange(devices)] = True
+    common = (holds > 0).T.astype(np.int64) @ new  # [D now, D new] experts that need not move
+    size = devices // nodes
+    named = np.empty((nodes, nodes, size), np.int64)
+    gain = np.zeros((nodes, nodes))
+    for now in range(nodes):
+        for then in range(nodes):
+            block = common[now * size : (now + 1) * size, then * size : (then + 1) * size]
+            rows, columns = optimize.linear_sum_assignment(block, maximize=True)
+            gain[now, then] = block[rows, columns].sum()
+            named[now, then] = then * size + columns
+    _, taken = optimize.linear_sum_assignment(gain, maximize=True)
+    return slots[np.concatenate([named[now, taken[now]] for now in range(nodes)])].ravel()
