@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from sparse_pretrain.report import html, stats, workdir
+from sparse_pretrain.report.axes import tokens_axis
 from sparse_pretrain.report.charts import SERIES, Chart, numbers, smooth
-from sparse_pretrain.report.page import tokens_axis
 
 SHOWN = len(SERIES)  # more curves than colours cannot be told apart
 METRIC = "bits_per_byte"

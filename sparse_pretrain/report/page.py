@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sparse_pretrain.report import advice, charts, html, workdir
+from sparse_pretrain.report import advice, charts, html, market, workdir
+from sparse_pretrain.report.axes import tokens_axis
 from sparse_pretrain.report.charts import Chart, numbers
 
 MANY_LAYERS = 6  # more lines than this in one chart cannot be told apart
@@ -40,7 +41,7 @@ def render(run: workdir.Run) -> str:
         _optimisation(run),
         _balance(run),
         _load(run),
-        _prices(run),
+        market.prices(run, MANY_LAYERS),
         _speed(run),
         _sample(run),
     ]
@@ -53,18 +54,6 @@ def render(run: workdir.Run) -> str:
     columns = f'<div class="columns">{"".join(boxes)}</div>'
     body = _head(run) + _headline(run) + columns + "".join(below)
     return html.page(f"{run.name}: sparse-pretrain", body)
-
-
-def tokens_axis(run: workdir.Run, rows: list[dict[str, Any]]) -> tuple[np.ndarray, str]:
-    """Where rows lie on the x axis: tokens, or steps in files that do not count tokens."""
-    x = numbers(rows, "tokens")
-    if np.isfinite(x).all():
-        return x, "tokens"
-    step, per_step = numbers(rows, "step"), None
-    if run.metrics and run.metrics[-1].get("step"):
-        tokens = run.metrics[-1].get("tokens")
-        per_step = tokens / run.metrics[-1]["step"] if tokens else None
-    return (step * per_step, "tokens") if per_step else (step, "steps")
 
 
 def _head(run: workdir.Run) -> str:
@@ -275,36 +264,6 @@ def split_time(run: workdir.Run) -> dict[str, float]:
     training = min(training, max(wall - compiling, 0.0))
     other = max(wall - compiling - training, 0.0)
     return {"training steps": training, "compilation": compiling, "data, eval, saving": other}
-
-
-def _prices(run: workdir.Run) -> str:
-    """What experts cost, where the router has a market: the last prices and the dual objective."""
-    rows = [r for r in run.moe if r.get("price")]
-    if not rows:
-        return ""
-    try:
-        price = np.array(rows[-1]["price"], np.float64)
-        dual = np.array([r["objective"] for r in rows if r.get("objective")], np.float64)
-    except (TypeError, ValueError):
-        return ""
-    if price.ndim != 2 or not np.isfinite(price).all():
-        return ""
-    chart = Chart(x="experts, cheapest first", panels=["price less the mean"], height=2.4)
-    ranked = np.sort(price - price.mean(1, keepdims=True), axis=1)
-    for i, layer in enumerate(ranked[:MANY_LAYERS]):
-        chart.line(np.arange(len(layer)), layer, colour=i, label=f"layer {i}", linewidth=1.1)
-    body = chart.svg("Expert prices")
-    if dual.ndim == 2 and len(dual) > 1:
-        x, unit = tokens_axis(run, [r for r in rows if r.get("objective")])
-        chart = Chart(x=unit, panels=["dual objective per token"], height=2.4)
-        chart.line(x, dual.mean(1), label="mean of layers")
-        body += chart.svg("Dual objective")
-    note = (
-        '<p class="soft">Prices at the last look: a token '
-        "buys the experts with the highest score less price. The dual objective is what the best "
-        "balanced assignment cannot exceed.</p>"
-    )
-    return html.section("Expert market", body + note, id="market")
 
 
 def _speed(run: workdir.Run) -> str:

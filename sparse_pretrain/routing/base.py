@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import device
 from sparse_pretrain import spec
+from sparse_pretrain.games import prices
 from sparse_pretrain.shapes import AnyArray
 from sparse_pretrain.sharding import ops
 
@@ -18,7 +19,8 @@ class Assignment(NamedTuple):
     Shapes: expert, weight [T, C]; balance [] is the router's own loss, already weighted.
     A pair whose expert is E (one past the last) is not dispatched: padding, or dropped.
     `market` holds what a market of experts reports, means over micro-batches: `price` [E] it routed
-    by, `proposal` [E] for the next prices, `objective` [] of the dual per token; or nothing.
+    by, `proposal` [E] for the next prices, `objective` [] of the dual per token, and `gap` [] to a
+    balanced assignment where nothing is trained; or nothing.
     """
 
     expert: Int[Array, "T C"]
@@ -108,6 +110,27 @@ def dual_of_choice(
     return jnp.sum(jnp.where(valid_T, jnp.sum(worth, axis=1), 0.0)) / tokens + rent
 
 
+def duality_gap(
+    score_TxE: Float[Array, "T E"],
+    price_E: Float[Array, " E"],
+    expert_TxC: Int[Array, "T C"],
+    valid_T: Bool[Array, " T"],
+) -> Float[Array, ""]:
+    """How far prices are from proving the best balanced assignment: dual less primal, per token.
+
+    The primal is what tokens get that find a seat at these prices, every expert taking its best
+    ones; those turned away count 0, which is below any seat's score. An upper bound on the true gap
+    where the turned away can still be seated.
+    """
+    E, k = score_TxE.shape[1], expert_TxC.shape[1]
+    live = jnp.where(valid_T[:, None], expert_TxC, E)
+    gain = take_seats(score_TxE, expert_TxC)
+    kept = within_capacity(live, gain, E, prices.seats(valid_T, k, E))
+    tokens = jnp.maximum(jnp.sum(valid_T, dtype=jnp.float32), 1.0)
+    primal = jnp.sum(jnp.where(kept < E, gain, 0.0)) / tokens
+    return dual_of_choice(score_TxE, price_E, expert_TxC, valid_T) - primal
+
+
 def buy_above(
     score_TxE: Float[Array, "T E"], price_E: Float[Array, " E"], seats: int
 ) -> Int[Array, "T C"]:
@@ -120,7 +143,10 @@ def buy_above(
 
 
 def within_capacity(
-    expert_TxC: Int[Array, "T C"], weight_TxC: Float[Array, "T C"], experts: int, seats: int
+    expert_TxC: Int[Array, "T C"],
+    weight_TxC: Float[Array, "T C"],
+    experts: int,
+    seats: int | Int[Array, ""],
 ) -> Int[Array, "T C"]:
     """The experts with pairs past an expert's `seats` dropped, lowest weights first.
 

@@ -130,10 +130,11 @@ class Market(nn.Module):
             if held is not None:  # what it won comes first; the rest only if bidding was cut short
                 worth = jnp.where(held, jnp.max(jnp.abs(worth)) * 3 + 1 + worth, worth)
             expert = base.top_k(worth, k)
-        objective = prices.dual(fixed, price, k, valid)
-        return base.assign(
-            expert, score, valid_BxL, c, k, proposal=proposal, price=price, objective=objective
-        )
+        told = {"proposal": proposal, "price": price}
+        told["objective"] = prices.dual(fixed, price, k, valid)
+        if c.exact and not train:  # a sort, which a training step is spared
+            told["gap"] = base.duality_gap(fixed, price, expert, valid)
+        return base.assign(expert, score, valid_BxL, c, k, **told)
 
     def _prices(self, score, stored, valid, tokens, train: bool):
         """(prices to route by [E], who holds a seat [T, E] or None, proposal for the next [E])."""

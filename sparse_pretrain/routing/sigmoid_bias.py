@@ -73,7 +73,7 @@ class SigmoidBias(nn.Module):
         *,
         train: bool = True,
     ) -> base.Assignment:
-        del tokens_BxL, train
+        del tokens_BxL
         score = base.score("sigmoid", base.logits(x_BxLxD, nn.read(self.w)))
         fixed, bias = jax.lax.stop_gradient(score), nn.read(self.bias)
         expert = select(fixed, bias, self.top_k, self.config)
@@ -81,6 +81,8 @@ class SigmoidBias(nn.Module):
         if self.config.groups == 1:
             valid = jnp.reshape(jnp.asarray(valid_BxL), (-1,))
             market["objective"] = base.dual_of_choice(fixed, -bias, expert, valid)
+            if not train:  # a sort, which a training step is spared
+                market["gap"] = base.duality_gap(fixed, -bias, expert, valid)
         return base.assign(expert, score, valid_BxL, self.config, self.top_k, **market)
 
     @staticmethod

@@ -160,7 +160,7 @@ def rebalance_experts(
     return Placement(phy2log, log2phy.reshape(layers, experts, most), logcnt)
 
 
-def settled(
+def keep_slots(
     phy2log_NxR: Int[np.ndarray, "N R"], before_NxR: Int[np.ndarray, "N R"], devices: int
 ) -> Int[np.ndarray, "N R"]:
     """The same experts on the same devices, each in the slot that had it before where one did."""

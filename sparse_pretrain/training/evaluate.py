@@ -23,7 +23,7 @@ class Evaluator:
 
         @jax.jit
         def step(params, prices, batch: shapes.Batch):
-            """Sums of nats, targets and bytes, [domains, 3], and the experts' load per group."""
+            """Sums of nats, targets and bytes, [domains, 3]; per group experts' load, and gaps."""
             model = definition.merge(params, prices)
             hidden, aux = model(batch)
             _, nats = loss.token_losses(model, hidden, batch)
@@ -34,31 +34,44 @@ class Evaluator:
                 batch.domains[..., None]
                 == jnp.arange(rows, dtype=batch.domains.dtype)[None, None, :]
             )
-            return jnp.einsum("bld,blc->dc", mine.astype(jnp.float32), columns), aux.load
+            sums = jnp.einsum("bld,blc->dc", mine.astype(jnp.float32), columns)
+            gaps = {g: told["gap"] for g, told in aux.market.items() if "gap" in told}
+            return sums, aux.load, gaps
 
         self._step = step
 
     def __call__(self, params: Any, prices: Any, batches: Iterable[shapes.Batch]) -> dict[str, Any]:
         """Nats per token and bits per byte, in total and per domain; `load`, pairs per expert.
 
-        Shapes: load [N, E] over the layers with experts from the bottom up, absent without any.
+        Shapes: load [N, E] over the layers with experts from the bottom up, absent without any;
+        `duality_gap` [] per token, mean over batches and layers with prices, absent without any.
         Sums of a batch are float32 on the device, sums over batches float64 on the host.
         Errors: ValueError when the batches hold no target.
         """
         total, pending = np.zeros((self._rows, 3), np.float64), None
         load: list[np.ndarray] = []
+        gaps: list[float] = []
+
+        def add(sums, loads, gap):
+            nonlocal total, load
+            found = [np.atleast_2d(np.asarray(x, np.float64)) for x in loads.values()]
+            load = [a + b for a, b in zip(load, found, strict=True)] if load else found
+            total = total + np.asarray(sums, np.float64)
+            gaps.extend(float(np.mean(x)) for x in gap.values())
+
         for batch in batches:
             sums = self._step(params, prices, batch)
             if pending is not None:  # read one batch late, so that the device is never idle
-                total, load = _add(total, load, pending)
+                add(*pending)
             pending = sums
         if pending is not None:
-            total, load = _add(total, load, pending)
+            add(*pending)
         if not total[:, 1].sum():
             raise ValueError("eval: the text holds no target to score")
         rows = {name: _row(total[i]) for i, name in enumerate(self._domains) if total[i, 1]}
         scores = {**_row(total.sum(0)), "per_domain": rows}
-        return scores | ({"load": np.concatenate(load)} if load else {})
+        scores |= {"load": np.concatenate(load)} if load else {}
+        return scores | ({"duality_gap": float(np.mean(gaps))} if gaps else {})
 
 
 def balance(load_NxE: Float[np.ndarray, "N E"]) -> dict[str, Any]:
@@ -68,13 +81,6 @@ def balance(load_NxE: Float[np.ndarray, "N E"]) -> dict[str, Any]:
     """
     worst = np.asarray(prices.max_violation(jnp.asarray(load_NxE, jnp.float32)))
     return {"max_vio_global": float(worst.mean()), "dead_experts": int((load_NxE == 0).sum())}
-
-
-def _add(total, load, pending):
-    sums, loads = pending
-    found = [np.atleast_2d(np.asarray(x, np.float64)) for x in loads.values()]
-    load = [a + b for a, b in zip(load, found, strict=True)] if load else found
-    return total + np.asarray(sums, np.float64), load
 
 
 def _row(sums) -> dict[str, float]:

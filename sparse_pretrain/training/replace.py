@@ -62,8 +62,7 @@ def gradient_norm(grads: dict, router: dict) -> jax.Array:
 def replace(state: TrainState, config: placement.Config) -> TrainState:
     """The state with its experts placed for the loads of the window, which starts again.
 
-    Source: EPLB. Differs: an expert stays in its slot where the new placement has it on the same
-    device.
+    Source: EPLB. Differs: devices are renamed, and slots in them kept, so that few experts move.
     """
     load = jax.device_get(state.game["window"])
     old = jax.device_get(maps(state.router))
@@ -73,7 +72,7 @@ def replace(state: TrainState, config: placement.Config) -> TrainState:
         placed = placement.rebalance_experts(
             seen, before.shape[1], config.groups, config.nodes, config.devices
         )
-        after = placement.settled(placed.phy2log, before, config.devices)
+        after = _near(placed.phy2log, before, config)
         new[group] = jnp.asarray(after.reshape(held.shape), held.dtype)
         source[group] = jnp.asarray(_sources(before, after).reshape(held.shape))
     params, opt, ema = _move((state.params, state.opt, state.ema), source)
@@ -84,6 +83,18 @@ def replace(state: TrainState, config: placement.Config) -> TrainState:
     return state._replace(
         params=params, opt=opt, ema=ema, router=router, game=state.game | {"window": window}
     )
+
+
+def _near(new_NxR, before_NxR, config: placement.Config):
+    """The new placement, its devices and slots named so that the fewest experts move."""
+    out = np.empty_like(new_NxR)
+    experts = int(new_NxR.max()) + 1
+    for n, (new, before) in enumerate(zip(new_NxR, before_NxR, strict=True)):
+        holds = np.zeros((experts, config.devices), np.int64)
+        device = np.arange(len(before)) // (len(before) // config.devices)
+        np.add.at(holds, (before, device), 1)
+        out[n] = placement.settle(new, holds, config.nodes)
+    return placement.keep_slots(out, before_NxR, config.devices)
 
 
 def _sources(before_NxR, after_NxR):

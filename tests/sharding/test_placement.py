@@ -104,3 +104,17 @@ def test_what_does_not_divide_is_named(args, named):
 def test_loads_must_be_loads():
     with pytest.raises(ValueError, match="weight"):
         placement.rebalance_experts(WEIGHT - 50, 16, 4, 2, 8)
+
+
+def test_slots_are_kept_where_a_device_keeps_its_expert(rng):
+    for _ in range(50):
+        before, new = (rng.integers(0, 6, (2, 12)) for _ in range(2))
+        got = placement.keep_slots(new, before, 3)
+        for row, old, wanted in zip(got, before, new, strict=True):
+            for first in range(0, 12, 4):
+                here = slice(first, first + 4)
+                assert sorted(row[here]) == sorted(wanted[here])
+                # no slot that could have kept its expert was given to another
+                kept = int((row[here] == old[here]).sum())
+                counts = (np.bincount(a[here], minlength=6) for a in (wanted, old))
+                assert kept == np.minimum(*counts).sum()
