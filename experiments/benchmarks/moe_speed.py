@@ -1,0 +1,115 @@
+"""Training tokens/s of the quickstart's mixture over its dense baseline, by width.
+
+Question: at equal active FLOPs, from which width on does the mixture keep 0.8 of the dense model's
+          tokens/s on this machine?
+Command:  python3 experiments/benchmarks/moe_speed.py
+Method:   both arms of experiments/quickstart.py and dense_baseline.py, every hidden width scaled
+          with the model's, real batches, one step of each in turn in one process, after some steps
+          in which the router settles. The ratio is that of the median seconds; its interval is
+          bootstrapped over pairs.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from cpu_peers import commit, device, median_and_interval
+from peers_common import use_threads
+from rich.progress import track
+
+from sparse_pretrain import config
+from sparse_pretrain.training import run, state, step
+
+RESULTS = Path(__file__).parents[1] / "results" / "moe_speed.json"
+BAR = 0.8
+ARMS = ("quickstart", "dense_baseline")
+MOE = "model.blocks.moe.ffn.hidden"
+
+
+def overrides(arm: str, width: int) -> list[str]:
+    """The arm at this width: hidden widths and heads' dims as multiples of it."""
+    hidden = width * 3 // 4  # an expert's; a token has three and the shared one
+    if arm == "dense_baseline":
+        hidden = -(-(4 * hidden + -(-16 // 3)) // 8) * 8
+    values = {
+        "model.width": width,
+        "model.blocks.first.ffn.hidden": 3 * width,
+        MOE: hidden,
+        "steps": 1000,
+        "tokens": 0,
+        "data.repeat": True,
+    }
+    for block in ("first", "moe"):
+        at = f"model.blocks.{block}.attention."
+        values |= {at + "heads": width // 64, at + "kv_rank": width // 4}
+    return [f"{k}={json.dumps(v) if not isinstance(v, bool) else v}" for k, v in values.items()]
+
+
+class Arm:
+    """One model in training."""
+
+    def __init__(self, name: str, width: int):
+        p = run.prepare(config.resolve(name, overrides(name, width)))
+        self.tokens, self.flops = p.run.tokens_per_step, p.derived["train_flops_per_token"]
+        self.state = state.create(p.definition, p.tx, 0, ema=False)
+        self.batches = p.dataset.train()
+        made = step.make_train_step(p.definition, p.experiment.model, p.tx, schedule=p.schedule)
+        self.batch = next(self.batches)
+        self.step = made.lower(self.state, self.batch).compile()
+
+    def once(self) -> float:
+        """Seconds of one step, metrics read."""
+        began = time.perf_counter()
+        self.state, out = self.step(self.state, self.batch)
+        jax.block_until_ready(out)
+        seconds = time.perf_counter() - began
+        self.batch = next(self.batches)
+        return seconds
+
+
+def measured(width: int, settle: int, rounds: int) -> dict:
+    """The ratio at one width."""
+    arms = {name: Arm(name, width) for name in ARMS}
+    for _ in range(settle):
+        arms["quickstart"].once()
+    arms["dense_baseline"].once()
+    times = {name: [] for name in ARMS}
+    for _ in range(rounds):
+        for name, arm in arms.items():
+            times[name].append(arm.once())
+    rates = {name: arms[name].tokens / np.median(t) for name, t in times.items()}
+    pairs = [d / m for m, d in zip(*(times[n] for n in ARMS), strict=True)]
+    found = median_and_interval(pairs)
+    row = {"width": width, "ratio": found["median"], "rounds": rounds}
+    row |= {k: found[k] for k in ("low", "high")}
+    row |= {f"{n}_tokens_per_second": float(r) for n, r in rates.items()}
+    return row | {f"{n}_flops_per_token": arms[n].flops for n in ARMS}
+
+
+def main() -> None:
+    """Prints a row per width and writes experiments/results/moe_speed.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--widths", type=int, nargs="+", default=[256, 384, 512])
+    parser.add_argument("--settle", type=int, default=25, help="steps of the mixture before timing")
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    use_threads(2)
+    run.prepare_process()
+    rows = []
+    for width in track(options.widths, "measuring"):
+        row = measured(width, options.settle, options.rounds)
+        rows.append(row)
+        print(
+            f"width {width}: mixture {row['quickstart_tokens_per_second']:.0f} tokens/s, dense "
+            f"{row['dense_baseline_tokens_per_second']:.0f}, ratio {row['ratio']:.3f} "
+            f"[{row['low']:.3f}, {row['high']:.3f}]: {'met' if row['ratio'] >= BAR else 'MISSED'}"
+        )
+    result = {"bar": BAR, "rows": rows, "commit": commit(), "jax": jax.__version__, **device()}
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
