@@ -27,7 +27,7 @@ def experiment(folder, copies, optimizer, **changes):
             "blocks": {"moe": block},
             "prefix": ["moe"],
             "pattern": ["moe"],
-            "repeats": 2,
+            "repeats": 1,
             "dtype": "float32",
         },
         # clipping low enough to be at work; bfloat16 in Muon would turn rounding into differences
