@@ -170,8 +170,8 @@ def test_its_weights_have_the_gradient_of_their_values(kind, changes, rng):
     _, _, definition, params, prices = router_of(kind, changes)
     x, valid = (a[2:, :7] for a in inputs(rng))  # few tokens, or one is always at an edge
     run = ran(definition)
-    shape = run(params, prices, x, valid).weight.shape
-    cotangent = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    here = run(params, prices, x, valid)
+    cotangent = jnp.asarray(rng.normal(size=here.weight.shape), jnp.float32)
 
     def value(params, x):
         got = run(params, prices, x, valid)
@@ -185,8 +185,8 @@ def test_its_weights_have_the_gradient_of_their_values(kind, changes, rng):
             jax.tree.map(lambda a, d, h=h: a + h * d, (params, x), along) for h in (step, -step)
         ]
         chosen = [np.asarray(run(p, prices, v, valid).expert) for p, v in ends]
-        if (chosen[0] != chosen[1]).any():  # across the edge the value jumps
-            continue
+        if any((c != np.asarray(here.expert)).any() for c in chosen):
+            continue  # across an edge the value jumps, and an auction can come back from one
         numeric = (value(*ends[0]) - value(*ends[1])) / (2 * step)
         products = jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, along)
         exact = sum(jax.tree.leaves(products))
