@@ -128,7 +128,8 @@ class Market(nn.Module):
         else:
             worth = fixed - price[None, :]
             if held is not None:  # what it won comes first; the rest only if bidding was cut short
-                worth = jnp.where(held, jnp.max(jnp.abs(worth)) * 3 + 1 + worth, worth)
+                most = jnp.max(jnp.where(valid[:, None], jnp.abs(worth), 0))
+                worth = jnp.where(held, most * 3 + 1 + worth, worth)
             expert = base.top_k(worth, k)
         told = {"proposal": proposal, "price": price}
         told["objective"] = prices.dual(fixed, price, k, valid)
