@@ -9,6 +9,37 @@ Method:   float32 or bfloat16 arrays throughout, weights included; all arms inte
           Bars: where experts see 64 rows or more and the width is 512 or more, the whole at 0.6 of
           dense; elsewhere at 0.8 of the batched einsum. Memory: temporaries of the compiled program
           per byte of the rows that the einsum's program must hold (1.5).
+Measured: two Zen 5 cores, no AMX, jax 0.12.0.1: 10 of 24 at their bar
+          GFLOP/s, bfloat16                     load  pass     dense  batched  whole  bar
+          16 x 512 rows, 512 wide               even  forward    587      697    461  met
+          16 x 512 rows, 512 wide               even  both       512      556    420  met
+          16 x 512 rows, 512 wide               zipf  forward    637      737    504  met
+          16 x 512 rows, 512 wide               zipf  both       428      563    340  met
+          32 x 256 rows, 1024 wide              even  forward    562      755    513  met
+          32 x 256 rows, 1024 wide              even  both       477      488    439  met
+          32 x 256 rows, 1024 wide              zipf  forward    719      756    461  met
+          32 x 256 rows, 1024 wide              zipf  both       475      480    302  met
+          64 x 128 rows, 512 wide               even  forward    603      425    393  met
+          64 x 128 rows, 512 wide               even  both       478      342    298  met
+          64 x 128 rows, 512 wide               zipf  forward    585      520    297  MISSED
+          64 x 128 rows, 512 wide               zipf  both       552      344    158  MISSED
+          64 x 64 rows, 512 wide                even  forward    599      305    307  MISSED
+          64 x 64 rows, 512 wide                even  both       556      250    230  MISSED
+          64 x 64 rows, 512 wide                zipf  forward    654      345    222  MISSED
+          64 x 64 rows, 512 wide                zipf  both       565      250    144  MISSED
+          quickstart: 16 x 1536 rows, 256 wide  even  forward    569      554    412  MISSED
+          quickstart: 16 x 1536 rows, 256 wide  even  both       544      521    288  MISSED
+          quickstart: 16 x 1536 rows, 256 wide  zipf  forward    575      555    352  MISSED
+          quickstart: 16 x 1536 rows, 256 wide  zipf  both       386      398    219  MISSED
+          bake-off: 64 x 256 rows, 128 wide     even  forward    430      388    245  MISSED
+          bake-off: 64 x 256 rows, 128 wide     even  both       441      383    252  MISSED
+          bake-off: 64 x 256 rows, 128 wide     zipf  forward    420      380    160  MISSED
+          bake-off: 64 x 256 rows, 128 wide     zipf  both       427      369    121  MISSED
+Learned:  even loads pay the quarter of the rows that the static buffer holds above the pairs.
+          Uneven ones are near the batched rate in the products themselves; what costs is the
+          weights' gradient, a loop over chunks of one expert (half the even form's rate), and at
+          few rows an expert the copies of its matrices. Next: chunks of two sizes per expert in
+          that loop; a smaller buffer does not pay while it is slow.
 """
 
 import argparse
