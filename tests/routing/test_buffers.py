@@ -43,10 +43,10 @@ def test_no_array_is_larger_than_the_rows_or_the_experts(E, T, C):
 
 
 def test_temporaries_hold_no_second_gradient():
-    E, D, F = 64, 128, 96  # the experts outweigh the 64 rows by far
+    E, D, F = 64, 256, 192  # the experts outweigh the 64 rows, and what a loop copies, by far
     memory = compiled(E, 32, 2, D, F).memory_analysis()
     gradient = 4 * 3 * E * D * F
     assert memory.output_size_in_bytes >= gradient
     # the experts in bfloat16 are half a gradient; nothing else of their size
-    assert memory.temp_size_in_bytes <= 0.8 * gradient, memory.temp_size_in_bytes / gradient
+    assert memory.temp_size_in_bytes <= 0.75 * gradient, memory.temp_size_in_bytes / gradient
     assert np.isfinite(memory.temp_size_in_bytes)

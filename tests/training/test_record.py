@@ -5,8 +5,6 @@ import platform
 import re
 from pathlib import Path
 
-import pytest
-
 from sparse_pretrain.training import record
 
 X86 = """processor\t: 0
@@ -39,6 +37,5 @@ def test_the_environment_names_this_machines_processor():
     assert {"kind", "platform", "count", "host", "cpu", "cores"} <= set(device)
     path = Path("/proc/cpuinfo")
     names = re.findall(r"(?m)^model name\s*: (.*)$", path.read_text()) if path.exists() else []
-    if not names:
-        pytest.skip("the system does not list a model name")
-    assert device["cpu"] == names[0].strip()
+    unlisted = platform.processor() or platform.machine()
+    assert device["cpu"] == (names[0].strip() if names else unlisted)
