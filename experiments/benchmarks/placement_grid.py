@@ -48,13 +48,13 @@ import argparse
 import dataclasses
 import json
 import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import scipy
+from cpu_peers import commit
 
 from sparse_pretrain.report import workdir
 from sparse_pretrain.sharding import policies, schedule, spill, traces
@@ -166,17 +166,6 @@ def verdict(rows):
             for key in ("bound_possible", "bound_missed"):
                 out[name][key] = sum(r[key] for r in mine)
     return out
-
-
-def commit():
-    """The checkout's commit, with '+' when files differ from it; None outside a checkout."""
-    git = ["git", "-C", str(HERE)]
-    try:
-        head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-        changed = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + "+" * bool(changed.strip())
 
 
 def main():
