@@ -1,8 +1,9 @@
 """Array operations with several implementations each: array in, array out."""
 
+from kernels_pallas.block_sparse import block_sparse
 from kernels_pallas.cross_entropy import cross_entropy
 from kernels_pallas.flash import flash
 from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.linear import linear
 
-__all__ = ["cross_entropy", "flash", "grouped_matmul", "linear"]
+__all__ = ["block_sparse", "cross_entropy", "flash", "grouped_matmul", "linear"]

@@ -5,6 +5,7 @@ The model never sees a mesh; when a plan shards a kernel's operands, the shard_m
 
 import jax.numpy as jnp
 
+from kernels_pallas.block_sparse import block_sparse
 from kernels_pallas.cross_entropy import cross_entropy
 from kernels_pallas.flash import flash
 from kernels_pallas.flash.xla import keys_per_query as flash_keys_per_query
@@ -16,6 +17,7 @@ from kernels_pallas.linear import linear as _linear
 
 __all__ = [
     "GroupLayout",
+    "block_sparse",
     "cross_entropy",
     "flash",
     "flash_keys_per_query",
