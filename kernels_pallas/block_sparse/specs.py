@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +48,7 @@ class Spec:
         used = np.zeros(self.B, np.int64)
         for b in range(self.B):
             edges = [0, *np.sort(rng.integers(1, S, self.documents - 1)).tolist(), S]
-            rows = [r for first, stop in zip(edges, edges[1:], strict=False)
+            rows = [r for first, stop in itertools.pairwise(edges)
                     for r in range(first, stop - self.block + 1, self.block)]
             starts[b, :len(rows)], used[b] = rows, len(rows)
         return starts, used
