@@ -6,12 +6,13 @@ import numbers
 
 import jax.numpy as jnp
 
-from kernels_pallas.block_sparse import reference
+from kernels_pallas.block_sparse import reference, xla
 from kernels_pallas.op import Backend, Op
 
 op = Op(
     "block_sparse",
     (
+        Backend("xla", xla.block_sparse),
         Backend("reference", reference.block_sparse),
     ),
 )

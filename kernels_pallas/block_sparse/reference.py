@@ -8,8 +8,9 @@ import jax.numpy as jnp
 def visible(blocks_BxLxGxN, starts_BxM, S, block):
     """Return the mask [B, L, G, S] of the keys that lie in a chosen block."""
     M = starts_BxM.shape[1]
-    chosen_BxLxGxM = (blocks_BxLxGxN[..., None] == jnp.arange(M)[None, None, None, None]).any(3)
-    ahead_BxMxS = jnp.arange(S)[None, None, :] - starts_BxM[:, :, None]
+    number_M = jnp.arange(M, dtype=blocks_BxLxGxN.dtype)
+    chosen_BxLxGxM = (blocks_BxLxGxN[..., None] == number_M[None, None, None, None]).any(3)
+    ahead_BxMxS = jnp.arange(S, dtype=starts_BxM.dtype)[None, None, :] - starts_BxM[:, :, None]
     inside_BxMxS = (ahead_BxMxS >= 0) & (ahead_BxMxS < block)
     return (chosen_BxLxGxM[..., None] & inside_BxMxS[:, None, None]).any(3)
 
@@ -32,6 +33,6 @@ def block_sparse(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, blocks_BxLxGxN, starts_BxM,
     o_BxLxHxDv = jnp.einsum("blhs,bshd->blhd", weights_BxLxHxS / total_BxLxHx1, v_BxSxHxDv)
     if not return_lse:
         return o_BxLxHxDv
-    dtype = jnp.promote_types(total_BxLxHx1.dtype, jnp.float32)
+    dtype = jnp.dtype(jnp.float64 if o_BxLxHxDv.dtype == jnp.float64 else jnp.float32)
     lse_BxLxHx1 = top_BxLxHx1.astype(dtype) + jnp.log(total_BxLxHx1.astype(dtype))
     return o_BxLxHxDv, jnp.where(empty_BxLxHx1, -1e30, lse_BxLxHx1)[..., 0]

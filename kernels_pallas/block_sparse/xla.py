@@ -1,0 +1,330 @@
+"""Attention to chosen blocks for any platform, with its own backward pass.
+
+Queries go by chunks. A chunk's choices are sorted by block (tiles.py) and computed as batched
+products of a tile of query rows with a block; the partial results of a query's choices are then
+merged by the logarithms of their denominators. Only o and lse are kept; the backward pass builds
+the tiles and the scores again. Letters as in tiles.py; U keys of a block, X = T x R rows of a tile.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from kernels_pallas.block_sparse import tiles
+from kernels_pallas.rounding import narrow
+
+# A row that sees nothing, and the largest score that counts as nothing.
+NOTHING, EMPTY = -1e30, -1e29
+# Query rows (one head of one pair) of a tile, of a group on average, and of a chunk at least.
+TILE, GROUP, CHUNK = 256, 1024, 1 << 18
+# Scores that one step of the loop over tiles computes.
+SCORES = 1 << 20
+
+
+class Plan(NamedTuple):
+    """All that is known when tracing: sizes, and how they are cut."""
+
+    scale: float
+    block: int
+    B: int
+    L: int
+    H: int
+    K: int
+    G: int
+    N: int
+    M: int
+    batch: int  # rows of the batch in one chunk
+    chunk: int  # queries of each of them
+    size: int  # pairs of a tile
+    at_once: int  # tiles of one step
+
+    @property
+    def groups(self) -> int:
+        """Groups of a chunk."""
+        return self.batch * self.K * self.M
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a chunk, each with N choices and H // G heads."""
+        return self.batch * self.chunk * self.G
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a chunk at most, whole steps of them."""
+        bound = tiles.bound(self.rows * self.N, self.groups, self.size)
+        return -(-bound // self.at_once) * self.at_once
+
+
+def plan_of(scale, block, B, L, H, K, G, N, M):
+    """Choose chunks and tiles for the sizes of a call."""
+    heads = H // G
+    chunk = max(CHUNK, GROUP * K * M) // (H * N)
+    chunks = -(-L // max(chunk, 1))
+    batch = 1
+    if chunks == 1:
+        batch = max(b for b in range(1, B + 1) if B % b == 0 and (b == 1 or b * L <= chunk))
+    size = max(TILE // heads, 1)
+    at_once = max(SCORES // (size * heads * block), 1)
+    chunk = -(-L // chunks)
+    bound = tiles.bound(batch * chunk * G * N, batch * K * M, size)
+    return Plan(scale, block, B, L, H, K, G, N, M, batch, chunk, size, min(at_once, bound))
+
+
+# Layouts. Chunks lead: what belongs to queries is [batches, chunks, rows, ...], keys by block are
+# [batches, groups, U, D].
+
+
+def _in_chunks(plan, x_BxLxY, fill=0):
+    """[batches, chunks, batch * chunk, ...]."""
+    B, L = x_BxLxY.shape[:2]
+    rest = x_BxLxY.shape[2:]
+    chunks = -(-L // plan.chunk)
+    widths = ((0, 0), (0, chunks * plan.chunk - L), *((0, 0) for _ in rest))
+    x = jnp.pad(x_BxLxY, widths, constant_values=fill)
+    x = x.reshape(B // plan.batch, plan.batch, chunks, plan.chunk, *rest)
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _out_of_chunks(plan, x):
+    """Undo it, for [batches, chunks, rows, heads, ...]."""
+    batches, chunks = x.shape[:2]
+    rest = (plan.H, *x.shape[4:])
+    x = x.reshape(batches, chunks, plan.batch, plan.chunk, *rest)
+    x = jnp.swapaxes(x, 1, 2).reshape(plan.B, chunks * plan.chunk, *rest)
+    return x[:, :plan.L]
+
+
+def _rows(plan, x_BxLxHxD):
+    """[batches, chunks, rows + 1, heads * D]: the last row is 0, for slots without a pair."""
+    x = _in_chunks(plan, x_BxLxHxD)
+    x = x.reshape(*x.shape[:2], plan.rows, -1)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0)))
+
+
+def _groups(plan, blocks_BxLxGxN):
+    """The group of every pair, plan.groups for none; [batches, chunks, rows, N]."""
+    blocks = _in_chunks(plan, tiles.distinct(blocks_BxLxGxN, plan.M), -1)
+    head = jnp.arange(plan.G, dtype=jnp.int32) // (plan.G // plan.K)
+    lane = jnp.arange(plan.batch, dtype=jnp.int32)[:, None] * plan.K + head[None, :]
+    group = lane.reshape(1, 1, plan.batch, 1, plan.G, 1) * plan.M + blocks
+    group = jnp.where(blocks < 0, plan.groups, group)
+    return group.reshape(*group.shape[:2], plan.rows, plan.N)
+
+
+def _key_rows(plan, starts_BxM, S):
+    rows = starts_BxM[:, :, None] + jnp.arange(plan.block, dtype=starts_BxM.dtype)[None, None]
+    return jnp.clip(rows, 0, S - 1)
+
+
+def _by_block(plan, x_BxSxKxD, starts_BxM):
+    """[batches, groups, U, D]."""
+    B, S, K, D = x_BxSxKxD.shape
+    rows = _key_rows(plan, starts_BxM, S).reshape(B, -1)
+    x = jnp.take_along_axis(x_BxSxKxD, rows[:, :, None, None], axis=1)
+    x = x.reshape(B, plan.M, plan.block, K, D).transpose(0, 3, 1, 2, 4)
+    return x.reshape(B // plan.batch, plan.groups, plan.block, D)
+
+
+def _from_blocks(plan, x, starts_BxM, S):
+    """Add [batches, groups, D, U] up to [B, S, K, D]."""
+    D = x.shape[2]
+    x = x.reshape(plan.B, plan.K, plan.M, D, plan.block).transpose(0, 2, 4, 1, 3)
+    rows = _key_rows(plan, starts_BxM, S)
+    row = jnp.arange(plan.B, dtype=rows.dtype)[:, None, None]
+    return jnp.zeros((plan.B, S, plan.K, D), x.dtype).at[row, rows].add(x)
+
+
+def _read(x, index):
+    return x.at[index].get(mode="promise_in_bounds")
+
+
+# The products, in the orders that XLA:CPU runs on the matrix units (flash/pairs.py).
+
+
+def _rows_by_keys(a_ZxXxD, b_ZxUxD, dtype):
+    return jnp.einsum("zxd,zud->zxu", a_ZxXxD, b_ZxUxD, preferred_element_type=dtype)
+
+
+def _weigh_keys(w_ZxXxU, b_ZxUxD, dtype):
+    return jnp.einsum("zxu,zud->zxd", w_ZxXxU, b_ZxUxD, preferred_element_type=dtype)
+
+
+def _weigh_rows(a_ZxDxX, w_ZxXxU, dtype):
+    return jnp.einsum("zdx,zxu->zdu", a_ZxDxX, w_ZxXxU, preferred_element_type=dtype)
+
+
+def _tile_rows(plan, x, row_ZxT):
+    """Read [Z, T * R, D] from rows [rows + 1, R * D]."""
+    x = _read(x, row_ZxT)
+    return x.reshape(row_ZxT.shape[0], -1, x.shape[-1] // (plan.H // plan.G))
+
+
+def _each_choice(found, of):
+    """Add up of(n, slot [rows]) over the N choices of every row."""
+    total = None
+    for n in range(found.slot.shape[1]):
+        part = of(n, found.slot[:, n])
+        total = part if total is None else total + part
+    return total
+
+
+def _step(found, plan, i):
+    """The groups and the rows of the tiles of step i."""
+    first = i * plan.at_once
+    return (first * plan.size, lax.dynamic_slice_in_dim(found.group, first, plan.at_once),
+            lax.dynamic_slice_in_dim(found.row, first, plan.at_once))
+
+
+def _steps(found, plan):
+    return (found.used + (plan.at_once - 1)) // plan.at_once
+
+
+def _forward_chunk(plan, k, v, carry, x):
+    q, group = x
+    R, dtype = plan.H // plan.G, _wide(q.dtype)
+    found = tiles.cut(group, plan.groups, plan.size, plan.at_once)
+
+    def body(i, parts):
+        first, group_Z, row_ZxT = _step(found, plan, i)
+        raw = _rows_by_keys(_tile_rows(plan, q, row_ZxT), _read(k, group_Z), dtype)
+        scores = raw * np.asarray(plan.scale, dtype)
+        top = scores.max(-1)
+        # One array for the sum and the product, or the exponential is computed for each.
+        weights = lax.optimization_barrier(narrow(jnp.exp(scores - top[..., None]), v.dtype))
+        total = weights.astype(dtype).sum(-1)
+        o = _weigh_keys(weights, _read(v, group_Z), dtype) / total[..., None]
+        o = narrow(o, v.dtype).reshape(plan.at_once * plan.size, -1)
+        lse = (top + jnp.log(total)).reshape(plan.at_once * plan.size, R)
+        return (lax.dynamic_update_slice_in_dim(parts[0], o, first, 0),
+                lax.dynamic_update_slice_in_dim(parts[1], lse, first, 0))
+
+    parts = o_parts, lse_parts = lax.fori_loop(0, _steps(found, plan), body, carry)
+    lse_RowsxNxR = _read(lse_parts, found.slot)
+    top = jnp.maximum(lse_RowsxNxR.max(1), np.asarray(EMPTY, dtype))
+    weights = jnp.exp(lse_RowsxNxR - top[:, None])
+    total = weights.sum(1)
+    some = total > 0
+    weights = lax.optimization_barrier(weights / jnp.where(some, total, 1)[:, None])
+    lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1)), NOTHING)
+
+    def weighed(n, slot):
+        part = _read(o_parts, slot).reshape(plan.rows, R, -1).astype(dtype)
+        return part * weights[:, n, :, None]
+
+    return parts, (narrow(_each_choice(found, weighed), v.dtype), lse)
+
+
+def _forward(plan, q, k, v, blocks, starts):
+    dtype, R = _wide(q.dtype), plan.H // plan.G
+    slots = plan.tiles * plan.size + 1  # the last one stands for no choice
+    parts = (jnp.zeros((slots, R * v.shape[-1]), v.dtype), jnp.full((slots, R), NOTHING, dtype))
+    k, v = _by_block(plan, k, starts), _by_block(plan, v, starts)
+
+    def batch(parts, x):
+        q, k, v, group = x
+        return lax.scan(functools.partial(_forward_chunk, plan, k, v), parts, (q, group))
+
+    _, (o, lse) = lax.scan(batch, parts, (_rows(plan, q), k, v, _groups(plan, blocks)))
+    return _out_of_chunks(plan, o), _out_of_chunks(plan, lse)
+
+
+def _backward_chunk(plan, k, v, carry, x):
+    q, do, lse, delta, group = x
+    dtype = _wide(q.dtype)
+    found = tiles.cut(group, plan.groups, plan.size, plan.at_once)
+
+    def body(i, state):
+        dq, dk, dv = state
+        first, group_Z, row_ZxT = _step(found, plan, i)
+        q_Z, do_Z = (lax.optimization_barrier(_tile_rows(plan, x, row_ZxT)) for x in (q, do))
+        lse_Z, delta_Z = (_read(x, row_ZxT).reshape(plan.at_once, -1) for x in (lse, delta))
+        k_Z, v_Z = _read(k, group_Z), _read(v, group_Z)
+        scores = _rows_by_keys(q_Z, k_Z, dtype) * np.asarray(plan.scale, dtype)
+        weights = narrow(jnp.exp(scores - lse_Z[..., None]), v.dtype)
+        weights = lax.optimization_barrier(weights)
+        d_scores = _rows_by_keys(do_Z, v_Z, dtype) - delta_Z[..., None]
+        d_scores = narrow(weights.astype(dtype) * d_scores, k.dtype)
+        d_scores = lax.optimization_barrier(d_scores)
+        part = narrow(_weigh_keys(d_scores, k_Z, dtype), q.dtype)
+        dq = lax.dynamic_update_slice_in_dim(
+            dq, part.reshape(plan.at_once * plan.size, -1), first, 0)
+        dk_Z = _weigh_rows(jnp.swapaxes(q_Z, 1, 2), d_scores, dtype)
+        dv_Z = _weigh_rows(jnp.swapaxes(do_Z, 1, 2), weights, dtype)
+
+        def add(z, state):
+            return tuple(x.at[group_Z[z]].add(part[z], mode="promise_in_bounds")
+                         for x, part in zip(state, (dk_Z, dv_Z), strict=True))
+
+        return dq, *lax.fori_loop(0, plan.at_once, add, (dk, dv))
+
+    dq_parts, dk, dv = lax.fori_loop(0, _steps(found, plan), body, carry)
+    dq = _each_choice(found, lambda n, slot: _read(dq_parts, slot).astype(dtype))
+    dq = narrow(dq * np.asarray(plan.scale, dtype), q.dtype)
+    return (dq_parts, dk, dv), dq.reshape(plan.rows, plan.H // plan.G, -1)
+
+
+def _backward(plan, q, k, v, blocks, starts, lse, delta, do):
+    dtype, R, S = lse.dtype, plan.H // plan.G, k.shape[1]
+    dq = jnp.zeros((plan.tiles * plan.size + 1, R * q.shape[-1]), q.dtype)
+    # A slot without a pair weighs exp(0 - 1e30) = 0.
+    lse = _rows(plan, lse).at[:, :, -1].set(-NOTHING)
+    xs = (_rows(plan, q), _rows(plan, do), lse, _rows(plan, delta), _groups(plan, blocks))
+
+    def batch(dq, x):
+        k, v, xs = x
+        zeros = [jnp.zeros((plan.groups, a.shape[-1], plan.block), dtype) for a in (k, v)]
+        (dq_parts, dk, dv), dq = lax.scan(
+            functools.partial(_backward_chunk, plan, k, v), (dq, *zeros), xs)
+        return dq_parts, (dq, dk, dv)
+
+    keys = (_by_block(plan, k, starts), _by_block(plan, v, starts))
+    _, (dq, dk, dv) = lax.scan(batch, dq, (*keys, xs))
+    dk = _from_blocks(plan, dk, starts, S) * np.asarray(plan.scale, dtype)
+    return (_out_of_chunks(plan, dq), narrow(dk, k.dtype),
+            narrow(_from_blocks(plan, dv, starts, S), v.dtype))
+
+
+def _wide(dtype):
+    """Return the dtype of scores and sums: float32, or float64 for float64."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan, q, k, v, blocks, starts):
+    return _forward(plan, q, k, v, blocks, starts)
+
+
+def _attend_forward(plan, q, k, v, blocks, starts):
+    o, lse = _forward(plan, q, k, v, blocks, starts)
+    return (o, lse), (q, k, v, blocks, starts, o, lse)
+
+
+def _attend_backward(plan, kept, cotangents):
+    # Without the barrier XLA sees that the tiles were built before and keeps them alive.
+    (q, k, v, blocks, starts, o, lse), (do, d_lse) = lax.optimization_barrier((kept, cotangents))
+    delta = (do.astype(lse.dtype) * o.astype(lse.dtype)).sum(-1) - d_lse
+    dq, dk, dv = _backward(plan, q, k, v, blocks, starts, lse, delta, do)
+    return dq, dk, dv, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def block_sparse(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, blocks_BxLxGxN, starts_BxM, *, block, scale,
+                 return_lse=False):
+    """Attend tile by tile."""
+    (B, L, H), K = q_BxLxHxDk.shape[:3], k_BxSxKxDk.shape[2]
+    G, N, M = *blocks_BxLxGxN.shape[2:], starts_BxM.shape[1]
+    if 0 in (B, L, N, M):
+        o = jnp.zeros((B, L, H, v_BxSxKxDv.shape[-1]), v_BxSxKxDv.dtype)
+        lse = jnp.full((B, L, H), NOTHING, _wide(o.dtype))
+    else:
+        plan = plan_of(float(scale), block, B, L, H, K, G, N, M)
+        o, lse = _attend(plan, q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, blocks_BxLxGxN, starts_BxM)
+    return (o, lse) if return_lse else o
