@@ -19,8 +19,8 @@ op = Op(
 
 
 def flash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=None, scale,
-          causal=True, window=None, softcap=None, sinks_H=None, block_q=None, block_k=None,
-          implementation=None):
+          causal=True, window=None, softcap=None, sinks_H=None, ends_BxS=None, stride=1, span=1,
+          return_lse=False, block_q=None, block_k=None, implementation=None):
     """Attend: o[i] = sum_j softmax_j(scale q[i].k[j]) v[j] over the keys j that query i sees.
 
     Query i stands at position i + S - L (the last query at the last key), and sees key j when
@@ -29,10 +29,18 @@ def flash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=Non
     `softcap` c turns a score s into c tanh(s / c); a sink is one more logit per head that
     takes weight and has no value.
 
+    Keys that stand for several tokens: with `stride`, `span` or `ends`, query i stands at row i,
+    and key j at the last row it covers, ends[j], or j stride + span - 1 without ends. The caller
+    promises that ends[j] is never before that, so that keys can be left out unread.
+
+    `return_lse` adds the logarithm of the softmax's denominator, sinks included, -1e30 for a row
+    that sees nothing; gradients pass through it.
+
     Shapes: q [B, L, H, Dk], k [B, S, K, Dk], v [B, S, K, Dv], H a multiple of K; segments_q int
-        [B, L], segments_k int [B, S] (segments_q when not given); sinks [H]; o [B, L, H, Dv] in
-        v's dtype. block_q and block_k in tokens, chosen by the backend when None.
-    Units: window in tokens, with the query's own among them.
+        [B, L], segments_k int [B, S] (segments_q when not given); sinks [H]; ends int [B, S];
+        o [B, L, H, Dv] in v's dtype; lse [B, L, H] in float32, or float64 for float64. block_q
+        and block_k in queries and keys, chosen by the backend when None.
+    Units: window, stride and span in tokens (rows), the query's own row within the window.
     Errors: ValueError for shapes, dtypes or numbers that do not fit, and for an implementation
         that cannot run.
     Source: FlashAttention (2205.14135), algorithms 1 and 4; sinks after gpt-oss.
@@ -55,13 +63,17 @@ def flash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=Non
                          f"{segments_k.shape}, expected {(B, L)} and {(B, S)}")
     if sinks_H is not None and sinks_H.shape != (H,):
         raise ValueError(f"flash: sinks_H has shape {sinks_H.shape}, expected {(H,)}")
+    if ends_BxS is not None and ends_BxS.shape != (B, S):
+        raise ValueError(f"flash: ends_BxS has shape {ends_BxS.shape}, expected {(B, S)}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"flash: softcap={softcap} must be above 0")
-    for name, x in (("window", window), ("block_q", block_q), ("block_k", block_k)):
+    for name, x in (("window", window), ("stride", stride), ("span", span),
+                    ("block_q", block_q), ("block_k", block_k)):
         if x is not None and not (isinstance(x, numbers.Integral) and x > 0):
             raise ValueError(f"flash: {name}={x} must be a whole number above 0")
     return op(q, k, v, segments_q=segments_q, segments_k=segments_k, scale=scale, causal=causal,
-              window=window, softcap=softcap, sinks_H=sinks_H, block_q=block_q, block_k=block_k,
+              window=window, softcap=softcap, sinks_H=sinks_H, ends_BxS=ends_BxS, stride=stride,
+              span=span, return_lse=return_lse, block_q=block_q, block_k=block_k,
               implementation=implementation)
 
 

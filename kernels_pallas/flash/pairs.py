@@ -6,7 +6,7 @@ head, Q queries and U keys of a block, R = G x Q rows of one product.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,11 +30,22 @@ class Plan(NamedTuple):
     block_k: int
     L: int
     S: int
+    stride: int = 1
+    span: int = 1
+    offset: int = 0  # row of query 0
+
+
+class Marks(NamedTuple):
+    """What masks beside positions, each None or int: segments [B, L] and [B, S], ends [B, S]."""
+
+    segments_q: Any = None
+    segments_k: Any = None
+    ends: Any = None
 
     @property
-    def offset(self) -> int:
-        """Position of query 0."""
-        return self.S - self.L
+    def any(self) -> bool:
+        """Whether a block may be masked that no position masks."""
+        return self.segments_q is not None or self.ends is not None
 
 
 def wide(dtype):
@@ -61,23 +72,25 @@ def _weigh_rows(a_NxDxR, w_NxRxU, dtype):
     return jnp.einsum("ndr,nru->ndu", a_NxDxR, w_NxRxU, preferred_element_type=dtype)
 
 
-def bias_of(plan, start_q, start_k, size_q, size_k, segments_q, segments_k, dtype):
-    """0 where seen and MASKED elsewhere, [B or 1, 1, 1, size_q, size_k].
+def bias_of(plan, start_q, start_k, size_q, size_k, marks, dtype):
+    """0 where seen and MASKED elsewhere, [B or 1, 1, 1, size_q, size_k]; marks cut to the blocks.
 
     The barrier keeps it one array that the heads share: fused into its users it is computed for
     every head, and costs more than the exponential.
     """
     position_Q = start_q + plan.offset + lax.iota(jnp.int32, size_q)
     key_U = start_k + lax.iota(jnp.int32, size_k)
-    ahead_QxU = position_Q[:, None] - key_U[None, :]
-    seen_QxU = jnp.broadcast_to((key_U < plan.S)[None, :], (size_q, size_k))
+    ends_BxU = (key_U * plan.stride + (plan.span - 1))[None] if marks.ends is None else marks.ends
+    behind_BxQxU = position_Q[None, :, None] - ends_BxU[:, None, :]
+    seen_BxQxU = jnp.broadcast_to((key_U < plan.S)[None, None, :], behind_BxQxU.shape)
     if plan.causal:
-        seen_QxU &= ahead_QxU >= 0
+        seen_BxQxU &= behind_BxQxU >= 0
     if plan.window is not None:
-        seen_QxU &= ahead_QxU < plan.window
-    seen_BxQxU = seen_QxU[None]
-    if segments_q is not None:
-        seen_BxQxU &= segments_q[:, :, None] == segments_k[:, None, :]
+        seen_BxQxU &= behind_BxQxU < plan.window
+    if marks.segments_q is not None:
+        same_BxQxU = marks.segments_q[:, :, None] == marks.segments_k[:, None, :]
+        shape = jnp.broadcast_shapes(seen_BxQxU.shape, same_BxQxU.shape)
+        seen_BxQxU = jnp.broadcast_to(seen_BxQxU, shape) & same_BxQxU
     zero, masked = jnp.zeros((), dtype), jnp.full((), MASKED, dtype)
     bias_BxQxU = lax.optimization_barrier(jnp.where(seen_BxQxU, zero, masked))
     return bias_BxQxU[:, None, None]

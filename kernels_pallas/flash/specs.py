@@ -26,6 +26,10 @@ class Spec:
     softcap: float | None = None
     sinks: bool = False
     segments: str | None = None  # packed, padded (rows end in padding) or mixed (out of order)
+    stride: int = 1
+    span: int = 1
+    ends: bool = False  # keys laid out within the documents of `segments`
+    lse: bool = False
     block_q: int | None = None
     block_k: int | None = None
     dtype: str = "float32"
@@ -41,20 +45,43 @@ class Spec:
                     "softcap": self.softcap, "block_q": self.block_q, "block_k": self.block_k}
         if self.sinks:
             keywords["sinks_H"] = numerics.normal((self.H,), dtype, seed=seed + 3)
-        if self.segments is not None:
-            segments = self._segments(S, seed)
+        if (self.stride, self.span) != (1, 1):
+            keywords |= {"stride": self.stride, "span": self.span}
+        if self.lse:
+            keywords["return_lse"] = True
+        if self.ends:
+            own = self._segments(self.L, seed)
+            ends, others = self._laid_out(own, S)
+            keywords |= {"ends_BxS": jnp.asarray(ends, jnp.int32)}
+            keywords |= {"segments_q": jnp.asarray(own, jnp.int32),
+                         "segments_k": jnp.asarray(others, jnp.int32)}
+        elif self.segments is not None:
+            segments = jnp.asarray(self._segments(S, seed), jnp.int32)
             keywords |= {"segments_q": segments[:, S - self.L:], "segments_k": segments}
         return (q, k, v), keywords
 
     def _segments(self, S, seed):
         rng = np.random.default_rng(seed + 4)
         if self.segments == "mixed":
-            return jnp.asarray(rng.integers(0, 4, (self.B, S)), jnp.int32)
+            return rng.integers(0, 4, (self.B, S))
         segments = np.sort(rng.integers(1, 4, (self.B, S)), 1)
         if self.segments == "padded":
             segments[:, S - S // 4:] = 0
             segments[0] = 0  # a whole row of padding
-        return jnp.asarray(segments, jnp.int32)
+        return segments
+
+    def _laid_out(self, segments_BxL, S):
+        """Return ends and segments [B, S] of keys that start every `stride` rows of a document."""
+        ends = np.full((self.B, S), self.L + S * self.stride + self.span)
+        others = np.zeros((self.B, S), int)
+        for row, own in enumerate(segments_BxL):
+            at = 0
+            for document in np.unique(own[own > 0]):
+                first, *_, last = np.flatnonzero(own == document)
+                for end in range(first + self.span - 1, last + 1, self.stride):
+                    ends[row, at], others[row, at] = end, document
+                    at += 1
+        return ends, others
 
 
 # Small, one feature or a crossing of features each: every backend must agree with the reference.
@@ -82,6 +109,21 @@ PARITY = {
     "loop_padded": Spec(L=170, segments="padded", block_q=16, block_k=32),
     "loop_all": Spec(L=150, H=4, K=2, Dk=40, window=50, softcap=2.0, sinks=True,
                      segments="mixed", block_q=16, block_k=32),
+    "lse": Spec(L=50, H=4, K=2, S=40, sinks=True, lse=True),
+    "strided": Spec(L=70, S=16, H=4, K=1, stride=4, span=8, lse=True),
+    "strided_window": Spec(L=90, S=22, stride=4, span=4, window=23, block_q=32, block_k=4),
+    "strided_packed": Spec(L=131, S=32, H=4, K=2, stride=4, span=8, segments="packed",
+                           ends=True, lse=True),
+    "ends_window": Spec(L=90, S=22, stride=4, span=4, window=30, segments="padded", ends=True,
+                        block_q=48, block_k=8),
+    "loop_lse": Spec(L=120, S=50, lse=True, block_q=16, block_k=16),
+    "loop_strided": Spec(L=203, S=50, stride=4, span=4, block_q=16, block_k=16),
+    "loop_strided_window": Spec(L=203, S=50, stride=4, span=8, window=40, block_q=16, block_k=8,
+                                lse=True),
+    "loop_packed": Spec(L=203, S=50, H=4, K=1, stride=4, span=8, segments="packed", ends=True,
+                        lse=True, block_q=16, block_k=16),
+    "loop_ends_window": Spec(L=203, S=50, H=4, K=2, stride=4, span=4, window=60, softcap=2.0,
+                             sinks=True, segments="padded", ends=True, block_q=16, block_k=8),
 }
 
 # What training runs, for the tuner and the bench.
@@ -90,4 +132,7 @@ SPEED = {
     "mla_256": Spec(B=16, L=256, H=8, K=8, Dk=48, Dv=32, segments="packed", dtype="bfloat16"),
     "char": Spec(B=12, L=64, dtype="bfloat16"),
     "long_4k": Spec(B=1, L=4096, H=8, K=2, Dk=64, Dv=64, dtype="bfloat16"),
+    "window_4k": Spec(B=1, L=4096, H=8, K=1, Dk=64, Dv=64, window=128, dtype="bfloat16"),
+    "compressed_4k": Spec(B=1, L=4096, S=1024, H=8, K=1, Dk=64, Dv=64, stride=4, span=8,
+                          lse=True, dtype="bfloat16"),
 }
