@@ -5,8 +5,8 @@ from typing import Any
 
 from optax.contrib import MuonDimensionNumbers
 
-# Leading dims that only count copies: stacked layers, experts.
-COPIES = ("N", "E")
+# Leading dims that only count copies: stacked layers, then experts or groups.
+COPIES = ("N", "E", "G")
 # A head dim belongs to the dim after it: D -> (H Dh) in projections, (H Dv) -> D in outputs.
 HEADS = ("H", "K", "J")
 
@@ -14,9 +14,9 @@ GROUPS = ("matrix", "router", "embed", "head", "vector", "unknown")
 
 
 def core(dims: tuple[str, ...]) -> tuple[str, ...]:
-    """The dims of one copy: without the leading stack and expert dims."""
+    """The dims of one copy: without the leading stack and expert or group dims."""
     dims = dims[1:] if dims[:1] == ("N",) else dims
-    return dims[1:] if dims[:1] == ("E",) else dims
+    return dims[1:] if dims[:1] in (("E",), ("G",)) else dims
 
 
 def group(dims: tuple[str, ...]) -> str:

@@ -18,6 +18,8 @@ from sparse_pretrain.sharding import ops
 
 WIDTH, LENGTH = 48, 40
 
+COMPRESSED = {"q_rank": 12, "dim": 16, "rope_dim": 8, "window": 6, "group_rank": 10}
+
 # Settings of a variant beyond its defaults; a variant that is not named here is tested at those.
 SETTINGS = {
     "full": {
@@ -30,6 +32,10 @@ SETTINGS = {
         "latent queries": {"heads": 3, "q_rank": 12, "kv_rank": 8, "softcap": 5.0},
         "yarn": {"heads": 2, "rope": {"interleaved": True, "factor": 4.0, "original": 16}},
     },
+    "hca": {
+        "default": COMPRESSED | {"ratio": 8},
+        "flat": COMPRESSED | {"ratio": 2, "rope_dim": 0, "groups": 4, "window": 50},
+    },
 }
 CASES = [
     pytest.param(kind, changes, id=f"{kind}-{name}")
@@ -37,6 +43,11 @@ CASES = [
     for name, changes in SETTINGS.get(kind, {"default": {}}).items()
 ]
 every = pytest.mark.parametrize(("kind", "changes"), CASES)
+# Attention to compressed keys is no attention to tokens under a mask; test_csa_oracle has its law.
+COMPRESSES = ("hca",)
+to_tokens = pytest.mark.parametrize(
+    ("kind", "changes"), [case for case in CASES if case.values[0] not in COMPRESSES]
+)
 
 
 def made(kind, changes):
@@ -103,7 +114,7 @@ def close(got, want, factor=1.0):
         np.testing.assert_allclose(a / scale, b / scale, atol=factor * 2e-5)
 
 
-@every
+@to_tokens
 def test_it_equals_dense_attention_under_its_own_mask(kind, changes, rng, monkeypatch):
     variant, config, definition, params = made(kind, changes)
     x, context = inputs(rng)
@@ -145,7 +156,9 @@ def test_a_gradient_is_zero_exactly_where_the_mask_is(kind, changes, rng):
         cotangent[:, query] = rng.normal(size=(x.shape[0], WIDTH))
         reached = np.abs(gradient(jnp.asarray(cotangent))).max(axis=-1)
         np.testing.assert_array_equal(reached[~mask[:, query]], 0.0)
-        assert (reached[mask[:, query]] > 0).all()
+        # a choice leaves out some of what may be seen
+        some = np.any if getattr(config, "top", LENGTH) < LENGTH else np.all
+        assert some(reached[mask[:, query]] > 0)
 
 
 @every
@@ -198,8 +211,14 @@ def test_decoding_equals_the_parallel_forward(kind, changes, rng):
 @every
 def test_its_figures_are_its_own(kind, changes):
     variant, config, _, params = made(kind, changes)
-    held = sum(int(np.prod(s)) for s in variant.cache_shapes(config, WIDTH, 3, 7).values())
-    assert held == 3 * 7 * variant.kv_elements(config, WIDTH) > 0
+    held = [
+        sum(int(np.prod(s)) for s in variant.cache_shapes(config, WIDTH, 3, length).values())
+        for length in (2048, 4096)
+    ]
+    # what grows with the text; a window and a block's tokens are held beside it
+    assert held[1] - held[0] == 3 * 2048 * variant.kv_elements(config, WIDTH) > 0
+    if kind not in COMPRESSES:
+        assert held[1] == 2 * held[0]
     # every projection is applied once to every token; a multiply-add counts as 2
     matrices = sum(p.size for p in jax.tree.leaves(params) if p.ndim > 1)
     assert variant.work(config, WIDTH, 64).linear == 2 * matrices
