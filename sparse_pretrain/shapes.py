@@ -35,9 +35,11 @@ class Aux(NamedTuple):
     """What a model returns besides its hidden states; all sums over the batch it saw.
 
     Shapes: `load` layer group -> [E] or [N, E] pairs per expert; `balance` [] (already weighted,
-    mean per sequence); `market` layer group -> what its routers' markets report, means over tokens.
+    mean per sequence); `own` [] what the attentions' indexers are trained by, summed over layers,
+    mean over tokens; `market` layer group -> what its routers' markets report, means over tokens.
     """
 
     load: Any  # Float[Array, "N E"] or None when the model has no experts
     balance: Float[Array, ""]
     market: Any
+    own: Float[Array, ""]

@@ -76,6 +76,23 @@ def plan_of(scale, block, B, L, H, K, G, N, M):
     return Plan(scale, block, B, L, H, K, G, N, M, batch, chunk, size, min(at_once, bound))
 
 
+def keys_per_query(length, *, heads, kv_heads, groups, block, choices):
+    """Keys that a query is multiplied with, on average, when each chooses of the blocks before it.
+
+    Units: tokens, with the rows that fill up tiles, under even choices: what is executed.
+    """
+    M = length // block
+    if not M or not choices:
+        return 0.0
+    plan = plan_of(1.0, block, 1, length, heads, kv_heads, groups, choices, M)
+    pairs = sum(min(i // block, choices) for i in range(length)) * groups
+    chunks = -(-length // plan.chunk)
+    blocks = sum(min((c + 1) * plan.chunk, length) // block for c in range(chunks)) * kv_heads
+    # a block's last tile is half full on average, and a step's tiles are computed together
+    tiles_used = pairs / plan.size + blocks / 2 + chunks * (plan.at_once - 1) / 2
+    return tiles_used * plan.size * (heads // groups) * block / (length * heads)
+
+
 # Layouts. Chunks lead: what belongs to queries is [batches, chunks, rows, ...], keys by block are
 # [batches, groups, U, D].
 
@@ -320,7 +337,7 @@ def block_sparse(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, blocks_BxLxGxN, starts_BxM,
                  return_lse=False):
     """Attend tile by tile."""
     (B, L, H), K = q_BxLxHxDk.shape[:3], k_BxSxKxDk.shape[2]
-    G, N, M = *blocks_BxLxGxN.shape[2:], starts_BxM.shape[1]
+    (G, N), M = blocks_BxLxGxN.shape[2:], starts_BxM.shape[1]
     if 0 in (B, L, N, M):
         o = jnp.zeros((B, L, H, v_BxSxKxDv.shape[-1]), v_BxSxKxDv.dtype)
         lse = jnp.full((B, L, H), NOTHING, _wide(o.dtype))

@@ -3,9 +3,13 @@
 from sparse_pretrain.attention.csa import HCA
 from sparse_pretrain.attention.full import Full
 from sparse_pretrain.attention.mla import MLA
+from sparse_pretrain.attention.moba import MoBA
+from sparse_pretrain.attention.sliding import Sliding
 
 TABLE = {
     "full": Full,
     "mla": MLA,
+    "sliding": Sliding,
+    "moba": MoBA,
     "hca": HCA,
 }

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sparse_pretrain import nn
 from sparse_pretrain.shapes import AnyArray, Position
 from sparse_pretrain.sharding import ops
 
@@ -46,6 +47,38 @@ def cached_softmax(
     return jax.nn.softmax(jnp.where(seen, score, -jnp.inf), axis=-1)
 
 
+class Attention(nn.Module):
+    """A variant: `__call__(x, context)` gives the output [B, L, D].
+
+    One that trains a part of its own, an indexer, defines `attend` and `trains_own` besides.
+    """
+
+    @staticmethod
+    def trains_own(config: Any) -> bool:
+        """Whether `attend` gives a loss under this configuration."""
+        del config
+        return False
+
+    def attend(
+        self, x: Float[Array, "B L D"], context: Context
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L"] | None]:
+        """(output, the loss that each query adds for the variant's own part, or None)."""
+        return self(x, context), None
+
+
+def merge(near, far) -> tuple[jax.Array, jax.Array]:
+    """One softmax of two parts, each (o [B, L, H, D], logarithm of its denominator [B, L, H])."""
+    lse = jnp.logaddexp(near[1], far[1])
+    o = sum(o.astype(lse.dtype) * jnp.exp(part - lse)[..., None] for o, part in (near, far))
+    return o.astype(near[0].dtype), lse
+
+
+def mean_least(length: int, limit: int) -> float:
+    """Mean over a document's queries of min(tokens up to the query, limit)."""
+    full = min(length, limit)
+    return (full * (full + 1) / 2 + (length - full) * limit) / length
+
+
 class Work(NamedTuple):
     """Multiply-adds counted as 2 FLOPs, per token at a given length.
 
@@ -59,14 +92,16 @@ class Work(NamedTuple):
     core_model: float
 
 
-def core_work(linear: float, heads: int, qk: int, v: int, length: int) -> Work:
+def core_work(
+    linear: float, heads: int, qk: int, v: int, length: int, window: int | None = None
+) -> Work:
     """Work of blocked causal attention: key blocks past the diagonal are skipped.
 
     The backward pass rebuilds the scores, so it runs 3 products of the query-key width and 2 of
     the value width where the forward runs one of each.
     """
-    per_key = 2 * heads * ops.flash_keys_per_query(length)
-    model = 2 * heads * (qk + v) * (length + 1) / 2
+    per_key = 2 * heads * ops.flash_keys_per_query(length, window=window)
+    model = 2 * heads * (qk + v) * mean_least(length, window or length)
     return Work(linear, per_key * (qk + v), per_key * (3 * qk + 2 * v), model)
 
 

@@ -1,7 +1,9 @@
 """Blocks of tokens as sparse attentions see them: counted from each document's start."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -71,3 +73,18 @@ def block_ids(
     previous = jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
     begins = (segments != previous) | (positions % size == 0)
     return jnp.where(segments == 0, 0, jnp.cumsum(begins, axis=1, dtype=jnp.int32))
+
+
+def in_chunks(call: Callable, parts: tuple[Any, ...], size: int) -> Any:
+    """`call` on chunks of dim 1 of `parts`, one after another, the results joined."""
+    L = parts[0].shape[1]
+    if L <= size:
+        return call(parts)
+    chunks = -(-L // size)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, chunks * size - L), *((0, 0) for _ in x.shape[2:])))
+        return jnp.moveaxis(x.reshape(x.shape[0], chunks, size, *x.shape[2:]), 1, 0)
+
+    out = jnp.moveaxis(jax.lax.map(call, tuple(cut(x) for x in parts)), 0, 1)
+    return out.reshape(out.shape[0], chunks * size, *out.shape[3:])[:, :L]

@@ -72,7 +72,7 @@ def _mean_seen(length: int, limit: int, ratio: int = 1) -> float:
     return float(np.minimum(np.arange(1, length + 1) // ratio, limit).mean())
 
 
-class HCA(nn.Module):
+class HCA(base.Attention):
     """Shared-key attention to the last tokens and to every compressed entry before.
 
     Keys are values, of one head; each query head has a sink, and the output is turned back by the

@@ -38,7 +38,7 @@ class Config(spec.Config):
         spec.require(self.softcap >= 0, f"softcap: must not be negative, got {self.softcap}")
 
 
-class MLA(nn.Module):
+class MLA(base.Attention):
     """Latent attention as in DeepSeek-V2 and V3: expanded in training, absorbed in decoding.
 
     Shapes: x [B, L, D] -> [B, L, D].

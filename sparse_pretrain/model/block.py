@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparse_pretrain import attention, nn, spec
@@ -22,7 +23,8 @@ class Config(spec.Config):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)).
 
-    Shapes: x [B, L, D] -> (x [B, L, D], the feed-forward layer's Report).
+    Shapes: x [B, L, D] -> (x [B, L, D], the feed-forward layer's Report, the attention's own loss
+        [], a mean over tokens that are not padding).
     """
 
     def __init__(self, config: Config, width: int, keys: nn.Keys, *, eps: float, out_gain: float):
@@ -34,11 +36,16 @@ class Block(nn.Module):
 
     def __call__(
         self, x: Float[Array, "B L D"], context: base.Context
-    ) -> tuple[Float[Array, "B L D"], Report]:
-        x = x + self.attention(self.norm_attention(x), context)
+    ) -> tuple[Float[Array, "B L D"], Report, Float[Array, ""]]:
         valid = context.segments != 0
+        y, own = self.attention.attend(self.norm_attention(x), context)
+        x = x + y
+        loss = jnp.zeros((), jnp.float32)
+        if own is not None:
+            loss = jnp.sum(own * valid) / jnp.maximum(jnp.sum(valid), 1)
+            loss = loss.astype(jnp.float32)
         y, report = self.ffn(self.norm_ffn(x), valid, context.tokens, train=context.train)
-        return x + y, report
+        return x + y, report, loss
 
     def decode(
         self,

@@ -132,31 +132,32 @@ class LM(nn.Module):
         c, dtype = self.config, DTYPES[self.config.dtype]
         context = base.Context(batch.segments, batch.positions, batch.tokens, train)
         x = embed(nn.read(self.embedding), batch.tokens).astype(dtype)
-        reports, balance = {}, jnp.zeros((), jnp.float32)
+        reports, zero = {}, jnp.zeros((), jnp.float32)
+        losses = (zero, zero)  # balance of the routers, own losses of the attentions
         for i in range(len(c.prefix)):
-            x, report = getattr(self, f"prefix_{i}")(x, context)
+            x, report, own = getattr(self, f"prefix_{i}")(x, context)
             reports[f"prefix_{i}"] = report
-            balance = balance + report.balance
+            losses = (losses[0] + report.balance, losses[1] + own)
 
         def repeat(modules, carry, n):
             del n
-            x, balance = carry
+            x, losses = carry
             told = []
             for module in modules:
-                x, report = module(x, context)
+                x, report, own = module(x, context)
                 told.append(report)
-                balance = balance + report.balance
-            return (x, balance), told
+                losses = (losses[0] + report.balance, losses[1] + own)
+            return (x, losses), told
 
         if c.repeats:
             stacks = [getattr(self, f"stack_{i}") for i in range(len(c.pattern))]
-            (x, balance), told = nn.scan_layers(
-                stacks, repeat, (x, balance), scan=c.scan, wrap=_remat(c.remat)
+            (x, losses), told = nn.scan_layers(
+                stacks, repeat, (x, losses), scan=c.scan, wrap=_remat(c.remat)
             )
             reports |= {f"stack_{i}": told[i] for i in range(len(c.pattern))}
         load = {k: r.load for k, r in reports.items() if r.load.size}
         market = {k: r.market for k, r in reports.items() if r.market}
-        return self.norm(x), shapes.Aux(load, balance, market)
+        return self.norm(x), shapes.Aux(load, losses[0], market, losses[1])
 
     def head_weight(self) -> tuple[jax.Array, str]:
         """(the output matrix, its layout 'DV' or 'VD')."""
@@ -250,6 +251,12 @@ def move_prices(
         moved = router.move(section.router, state, load[group], proposal)
         out[group] = {**prices[group], "ffn": {**prices[group]["ffn"], "router": moved}}
     return out
+
+
+def trains_own(config: Config) -> bool:
+    """Whether any layer's attention trains an indexer by a loss of its own."""
+    sections = [layer.attention for layer in config.layer_list]
+    return any(attention.TABLE[s.KIND].trains_own(s) for s in sections)
 
 
 def work_per_token(config: Config, length: int) -> base.Work:

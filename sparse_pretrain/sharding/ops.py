@@ -6,6 +6,7 @@ The model never sees a mesh; when a plan shards a kernel's operands, the shard_m
 import jax.numpy as jnp
 
 from kernels_pallas.block_sparse import block_sparse
+from kernels_pallas.block_sparse.xla import keys_per_query as block_sparse_keys_per_query
 from kernels_pallas.cross_entropy import cross_entropy
 from kernels_pallas.flash import flash
 from kernels_pallas.flash.xla import keys_per_query as flash_keys_per_query
@@ -18,6 +19,7 @@ from kernels_pallas.linear import linear as _linear
 __all__ = [
     "GroupLayout",
     "block_sparse",
+    "block_sparse_keys_per_query",
     "cross_entropy",
     "flash",
     "flash_keys_per_query",

@@ -36,7 +36,9 @@ def loss_sums(definition, params, prices, batch: shapes.Batch, weight, parts: in
     model = definition.merge(params, prices)
     hidden, aux = model(batch, train=True)
     total, nats = token_losses(model, hidden, batch)
-    loss = total / weight + aux.balance / parts
+    loss = total / weight + (aux.balance + aux.own) / parts
     market = jax.tree.map(lambda v: v / parts, aux.market)  # summed over parts: their mean
     report = {"nats": jnp.sum(nats * batch.weights), "load": aux.load, "market": market}
+    if lm.trains_own(model.config):
+        report["indexer_loss"] = aux.own / parts
     return loss, report

@@ -45,7 +45,8 @@ def make_train_step(
 
     Metrics are device scalars: `loss` nats per token, `bits_per_byte`, `grad_norm`, `lr`,
     `tokens`, and for experts `load` per layer group, `max_vio` per layer, and `market`: the price
-    of each expert and the dual objective, where the router has them.
+    of each expert and the dual objective, where the router has them; `indexer_loss` nats per token
+    over all layers, where an attention trains one.
     """
 
     def step(state: TrainState, batch: shapes.Batch):
@@ -75,6 +76,8 @@ def make_train_step(
             },
             "max_vio": jax.tree.map(prices.max_violation, report["load"]),
         }
+        if "indexer_loss" in report:
+            metrics["indexer_loss"] = report["indexer_loss"]
         game = replace.watch(state.game, report["load"])
         new = TrainState(state.step + 1, params, opt, router, game, average, state.key)
         return new, metrics

@@ -72,7 +72,7 @@ HOMES = {
 
 # Modules beside the variants that are not variants themselves.
 SHARED = {
-    "attention": {"base", "blocks", "compressor", "projections"},
+    "attention": {"base", "blocks", "compressor", "grouped"},
     "routing": {"base", "copies", "dispatch", "experts", "moe", "expert_parallel"},
 }
 MAY_BUILD_ON = {("attention.dsa", "attention.mla"), ("attention.csa", "attention.mla")}
