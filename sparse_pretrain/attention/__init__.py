@@ -1,7 +1,9 @@
 """Attention variants: one file each, one row here."""
 
-from sparse_pretrain.attention.csa import HCA
+from sparse_pretrain.attention.csa import CSA
+from sparse_pretrain.attention.dsa import DSA
 from sparse_pretrain.attention.full import Full
+from sparse_pretrain.attention.hca import HCA
 from sparse_pretrain.attention.mla import MLA
 from sparse_pretrain.attention.moba import MoBA
 from sparse_pretrain.attention.sliding import Sliding
@@ -11,5 +13,7 @@ TABLE = {
     "mla": MLA,
     "sliding": Sliding,
     "moba": MoBA,
+    "dsa": DSA,
+    "csa": CSA,
     "hca": HCA,
 }
