@@ -15,6 +15,7 @@ from kernels_pallas.grouped_matmul import aligned as group_layout
 from kernels_pallas.grouped_matmul import grouped_matmul as grouped_linear
 from kernels_pallas.grouped_matmul import rows_needed as group_rows
 from kernels_pallas.linear import linear as _linear
+from kernels_pallas.token_sparse import token_mass, token_sparse
 
 __all__ = [
     "GroupLayout",
@@ -27,6 +28,8 @@ __all__ = [
     "group_rows",
     "grouped_linear",
     "linear",
+    "token_mass",
+    "token_sparse",
 ]
 
 
