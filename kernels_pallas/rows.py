@@ -69,3 +69,17 @@ def _take_backward(kept, d):
 
 
 take.defvjp(_take_forward, _take_backward)
+
+
+def in_chunks(x_BxLxY, chunk, fill=0):
+    """Return the queries of all rows of the batch by chunks, [chunks, C, ...]."""
+    rest = x_BxLxY.shape[2:]
+    x = x_BxLxY.reshape(-1, *rest)
+    spare = -x.shape[0] % chunk
+    x = jnp.pad(x, ((0, spare), *((0, 0) for _ in rest)), constant_values=fill)
+    return x.reshape(-1, chunk, *rest)
+
+
+def out_of_chunks(x, B, L):
+    """Undo it."""
+    return x.reshape(-1, *x.shape[2:])[:B * L].reshape(B, L, *x.shape[2:])

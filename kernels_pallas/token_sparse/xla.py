@@ -52,20 +52,6 @@ def _distinct(rows_BxLxN, nothing):
     return jnp.where(again, nothing, ordered)
 
 
-def _in_chunks(plan, x_BxLxY, fill=0):
-    """[chunks, C, ...]."""
-    rest = x_BxLxY.shape[2:]
-    x = x_BxLxY.reshape(-1, *rest)
-    spare = -x.shape[0] % plan.chunk
-    x = jnp.pad(x, ((0, spare), *((0, 0) for _ in rest)), constant_values=fill)
-    return x.reshape(-1, plan.chunk, *rest)
-
-
-def _out_of_chunks(x, B, L):
-    """Undo it."""
-    return x.reshape(-1, *x.shape[2:])[:B * L].reshape(B, L, *x.shape[2:])
-
-
 # The products, in the orders that XLA:CPU runs on the matrix units (flash/pairs.py).
 
 
@@ -108,9 +94,9 @@ def _forward(plan, q, kv, at):
     """Return o [B, L, H, v_dim] and lse [B, L, H]."""
     B, L = q.shape[:2]
     table = rows.laid(kv)
-    xs = (_in_chunks(plan, q), _in_chunks(plan, at, table.shape[0] - 1))
+    xs = (rows.in_chunks(q, plan.chunk), rows.in_chunks(at, plan.chunk, table.shape[0] - 1))
     _, (o, lse) = lax.scan(functools.partial(_forward_chunk, plan, table), None, xs)
-    return _out_of_chunks(o, B, L), _out_of_chunks(lse, B, L)
+    return rows.out_of_chunks(o, B, L), rows.out_of_chunks(lse, B, L)
 
 
 def _backward_chunk(plan, kv, d_kv, x):
@@ -134,11 +120,12 @@ def _backward(plan, q, kv, at, lse, delta, do):
     lse = jnp.where(lse < EMPTY, nothing, lse)
     # Keys meet q and values do, in one product: values are keys' first dims.
     do = jnp.pad(do, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - plan.v_dim)))
-    xs = (_in_chunks(plan, jnp.concatenate([q, do], 2)), _in_chunks(plan, at, table.shape[0] - 1),
-          _in_chunks(plan, lse, -NOTHING), _in_chunks(plan, delta))
+    xs = (rows.in_chunks(jnp.concatenate([q, do], 2), plan.chunk),
+          rows.in_chunks(at, plan.chunk, table.shape[0] - 1),
+          rows.in_chunks(lse, plan.chunk, -NOTHING), rows.in_chunks(delta, plan.chunk))
     d_kv = jnp.zeros(table.shape, lse.dtype)
     d_kv, dq = lax.scan(functools.partial(_backward_chunk, plan, table), d_kv, xs)
-    return _out_of_chunks(dq, B, L), narrow(d_kv[:-1].reshape(kv.shape), kv.dtype)
+    return rows.out_of_chunks(dq, B, L), narrow(d_kv[:-1].reshape(kv.shape), kv.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -194,5 +181,6 @@ def token_mass(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, lse_BxLxH, *, scale):
 
     # A row without tokens: exp(-1e30 - 1e30) = 0.
     lse = jnp.where(lse < EMPTY, -NOTHING, lse.astype(dtype))
-    xs = (_in_chunks(plan, q), _in_chunks(plan, at, B * S), _in_chunks(plan, lse))
-    return _out_of_chunks(lax.scan(chunk, None, xs)[1], B, L)
+    xs = (rows.in_chunks(q, plan.chunk), rows.in_chunks(at, plan.chunk, B * S),
+          rows.in_chunks(lse, plan.chunk))
+    return rows.out_of_chunks(lax.scan(chunk, None, xs)[1], B, L)

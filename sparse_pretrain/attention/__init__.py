@@ -6,6 +6,7 @@ from sparse_pretrain.attention.full import Full
 from sparse_pretrain.attention.hca import HCA
 from sparse_pretrain.attention.mla import MLA
 from sparse_pretrain.attention.moba import MoBA
+from sparse_pretrain.attention.nsa import NSA
 from sparse_pretrain.attention.sliding import Sliding
 
 TABLE = {
@@ -13,6 +14,7 @@ TABLE = {
     "mla": MLA,
     "sliding": Sliding,
     "moba": MoBA,
+    "nsa": NSA,
     "dsa": DSA,
     "csa": CSA,
     "hca": HCA,
