@@ -1,4 +1,4 @@
-"""Phases: what a step trains follows from its number, and nothing that a phase leaves alone moves."""
+"""Phases: what a step trains follows from its number; what a phase leaves alone stays."""
 
 import contextlib
 import dataclasses
