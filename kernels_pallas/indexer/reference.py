@@ -41,7 +41,7 @@ def _divergence(scores, mass, seen):
 def index_select(q, k, w, *, top, segments_q=None, segments_k=None, ends_BxS=None, stride=1,
                  span=1, scale=1.0):
     """Sort every row."""
-    (B, L), S = q.shape[:2], k.shape[1]
+    L, S = q.shape[1], k.shape[1]
     q, k, w = jax.lax.stop_gradient((q, k, w))
     seen = _visible(L, S, segments_q, segments_k, ends_BxS, stride, span)
     scores = jnp.where(seen, _scores(q, k, w, scale), -jnp.inf)

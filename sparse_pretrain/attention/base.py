@@ -51,7 +51,7 @@ class Attention(nn.Module):
     """A variant: `__call__(x, context)` gives the output [B, L, D].
 
     One that trains a part of its own, an indexer, defines `attend` and `trains_own` besides, and
-    names the parameters of that part in `own`.
+    names that part's parameters, by their attributes, in `own`.
     """
 
     own: ClassVar[tuple[str, ...]] = ()

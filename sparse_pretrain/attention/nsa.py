@@ -194,7 +194,7 @@ class NSA(grouped.Grouped):
         self, q, k, v, context: base.Context, chunks: blocks.Layout, *, return_lse: bool
     ):
         """The entries that have ended; 0 before the first has."""
-        c, (B, L, H, D) = self.config, q.shape
+        c, (B, L, H) = self.config, q.shape[:3]
         if not k.shape[1]:
             o, lse = jnp.zeros_like(q), jnp.full((B, L, H), -1e30, layers.wide(q.dtype))
             return (o, lse) if return_lse else o

@@ -24,6 +24,25 @@ def test_headline_numbers_are_the_inputs(tmp_path, fake_run, report):
     assert got.title.startswith("quickstart")
 
 
+def test_phases_are_named_where_they_begin(tmp_path, fake_run, report):
+    """On the curves, as far as the run has come; a run without phases has no such line."""
+    made = fake_run.write(tmp_path / "run", steps=300, done=200)
+    plain = (report(tmp_path / "run").text["loss"], report(tmp_path / "run").text["optimisation"])
+    assert not any("sparse" in text for text in plain)
+    per_step = made["metrics"][0]["tokens"]
+    rows = [
+        {"name": name, "first_step": first + 1, "start_tokens": first * per_step}
+        for name, first in (("base", 0), ("sparse", 100), ("later", 250))
+    ]
+    derived = made["run"]["derived"] | {"phases": rows}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(made["run"] | {"derived": derived}))
+    got = report(tmp_path / "run")
+    for section in ("loss", "heldout", "optimisation"):
+        assert "sparse" in got.text[section]
+        assert "base" not in got.text[section]
+        assert "later" not in got.text[section]
+
+
 def test_tables_are_the_inputs(tmp_path, fake_run, report):
     made = fake_run.write(tmp_path / "run")
     got = report(tmp_path / "run")
