@@ -276,7 +276,8 @@ class Trainer:
             self.scores, compared = row, row
             if last and section.between:
                 compared = score(section.between)
-                row = row | {"between": {k: v for k, v in compared.items() if k != "per_domain"}}
+                parts = ("per_domain", "by_position")
+                row = row | {"between": {k: v for k, v in compared.items() if k not in parts}}
         self.writer.eval(n, {"tokens": n * self.p.run.tokens_per_step, **row})
         return compared["bits_per_byte"]
 
@@ -378,7 +379,7 @@ def _batch_balance(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def _scored(scores: dict[str, Any]) -> dict[str, Any]:
     """The evaluation's fields as they appear in eval.jsonl and summary.json."""
-    keep = ("bits_per_byte", "nats_per_token", "per_domain")
+    keep = ("bits_per_byte", "nats_per_token", "per_domain", "by_position")
     row = {k: scores[k] for k in keep} | {"heldout_tokens": scores["tokens"]}
     row |= {k: scores[k] for k in ("duality_gap",) if k in scores}
     return row | (evaluate.balance(scores["load"]) if "load" in scores else {})
