@@ -34,9 +34,7 @@ ARMS = {
     # no sinks: it differs from `full` in what it sees and in nothing else
     "sliding": dict(kind="sliding", window=512, sinks=False, **GROUPED),
     "moba": dict(kind="moba", block=64, top_k=8, **GROUPED),
-    "nsa": dict(
-        kind="nsa", span=32, stride=16, block=32, top_k=6, local=1, window=192, **GROUPED
-    ),
+    "nsa": dict(kind="nsa", span=32, stride=16, block=32, top_k=6, local=1, window=192, **GROUPED),
     "mla": dict(kind="mla", **LATENT),
     "dsa": dict(kind="dsa", top=512, index_heads=2, index_dim=32, **LATENT),
     "csa": dict(
