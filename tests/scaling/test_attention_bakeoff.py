@@ -65,16 +65,16 @@ def test_touched_is_a_count_of_keys(kind, length):
 )
 def test_touched_is_what_the_variants_see(kind, settings):
     section = attention.TABLE[kind].Config(heads=1, head_dim=4, **settings)
-    ones = jnp.ones((1, 96), jnp.int32)
-    context = base.Context(ones, jnp.arange(96, dtype=jnp.int32)[None])
+    ones = jnp.ones((1, 48), jnp.int32)
+    context = base.Context(ones, jnp.arange(48, dtype=jnp.int32)[None])
     if kind == "moba":
         variant = object.__new__(attention.TABLE[kind])
         object.__setattr__(variant, "config", section)
-        q = jnp.asarray(np.random.default_rng(0).normal(size=(1, 96, 1, 4)), jnp.float32)
+        q = jnp.asarray(np.random.default_rng(0).normal(size=(1, 48, 1, 4)), jnp.float32)
         seen = attention.TABLE[kind].seen(variant, q, q, context)[0, 0]
     else:
         seen = attention.TABLE[kind].mask(section, context)[0]
-    assert int(seen[-1].sum()) == BAKEOFF.touched(kind, settings, 96)
+    assert int(seen[-1].sum()) == BAKEOFF.touched(kind, settings, 48)
 
 
 @pytest.mark.parametrize("arm", KNOWN)
