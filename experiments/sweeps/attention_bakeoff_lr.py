@@ -17,7 +17,7 @@ RATES = (0.01, 0.016, 0.025, 0.04)
 
 def get_sweep():
     """(experiment, overrides) of every child."""
-    fixed = prod(param("seed", [100]), param("tokens", [300_000]))
+    fixed = prod(param("seed", [100]), param("tokens", [600_000]))
     trials = prod(fixed, param("optim.lr", RATES))
     return [
         child
