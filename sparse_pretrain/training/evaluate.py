@@ -1,4 +1,4 @@
-"""Held-out loss over a finite list of batches, in total and per domain, and the experts' load."""
+"""Held-out loss over a finite list of batches: in total, by domain and position; experts' load."""
 
 import math
 from collections.abc import Iterable
@@ -13,6 +13,17 @@ from sparse_pretrain import nn, shapes
 from sparse_pretrain.games import prices
 from sparse_pretrain.training import loss
 
+FIRST = 64  # tokens in the first bucket of positions
+
+
+def edges(length: int) -> tuple[int, ...]:
+    """Where the buckets of positions begin, and where the last ends: 0, 64, 128, 256 .. length."""
+    found, edge = [0], FIRST
+    while edge < length:
+        found.append(edge)
+        edge *= 2
+    return (*found, length)
+
 
 class Evaluator:
     """Scores batches of one model; compiled once and used for every evaluation of a run."""
@@ -23,7 +34,7 @@ class Evaluator:
 
         @jax.jit
         def step(params, prices, batch: shapes.Batch):
-            """Sums of nats, targets and bytes, [domains, 3]; per group experts' load, and gaps."""
+            """Sums of nats, targets and bytes by domain and by position; experts' load, gaps."""
             model = definition.merge(params, prices)
             hidden, aux = model(batch)
             _, nats = loss.token_losses(model, hidden, batch)
@@ -34,7 +45,10 @@ class Evaluator:
                 batch.domains[..., None]
                 == jnp.arange(rows, dtype=batch.domains.dtype)[None, None, :]
             )
-            sums = jnp.einsum("bld,blc->dc", mine.astype(jnp.float32), columns)
+            cuts, place = edges(batch.tokens.shape[1]), batch.positions[..., None]
+            starts, ends = (jnp.array(c, place.dtype)[None, None] for c in (cuts[:-1], cuts[1:]))
+            groups = jnp.concatenate([mine, (place >= starts) & (place < ends)], -1)
+            sums = jnp.einsum("blg,blc->gc", groups.astype(jnp.float32), columns)
             gaps = {g: told["gap"] for g, told in aux.market.items() if "gap" in told}
             return sums, aux.load, gaps
 
@@ -43,12 +57,15 @@ class Evaluator:
     def __call__(self, params: Any, prices: Any, batches: Iterable[shapes.Batch]) -> dict[str, Any]:
         """Nats per token and bits per byte, in total and per domain; `load`, pairs per expert.
 
+        `by_position`: nats per token by the place of the token that predicts, counted from where
+        its document begins in the row.
+
         Shapes: load [N, E] over the layers with experts from the bottom up, absent without any;
         `duality_gap` [] per token, mean over batches and layers with prices, absent without any.
         Sums of a batch are float32 on the device, sums over batches float64 on the host.
         Errors: ValueError when the batches hold no target.
         """
-        total, pending = np.zeros((self._rows, 3), np.float64), None
+        total, pending = np.zeros((), np.float64), None
         load: list[np.ndarray] = []
         gaps: list[float] = []
 
@@ -59,17 +76,20 @@ class Evaluator:
             total = total + np.asarray(sums, np.float64)
             gaps.extend(float(np.mean(x)) for x in gap.values())
 
+        length = 0
         for batch in batches:
+            length = batch.tokens.shape[1]
             sums = self._step(params, prices, batch)
             if pending is not None:  # read one batch late, so that the device is never idle
                 add(*pending)
             pending = sums
         if pending is not None:
             add(*pending)
-        if not total[:, 1].sum():
+        if not total.ndim or not total[: self._rows, 1].sum():
             raise ValueError("eval: the text holds no target to score")
+        total, places = np.split(total, [self._rows])
         rows = {name: _row(total[i]) for i, name in enumerate(self._domains) if total[i, 1]}
-        scores = {**_row(total.sum(0)), "per_domain": rows}
+        scores = {**_row(total.sum(0)), "per_domain": rows, "by_position": _curve(places, length)}
         scores |= {"load": np.concatenate(load)} if load else {}
         return scores | ({"duality_gap": float(np.mean(gaps))} if gaps else {})
 
@@ -81,6 +101,17 @@ def balance(load_NxE: Float[np.ndarray, "N E"]) -> dict[str, Any]:
     """
     worst = np.asarray(prices.max_violation(jnp.asarray(load_NxE, jnp.float32)))
     return {"max_vio_global": float(worst.mean()), "dead_experts": int((load_NxE == 0).sum())}
+
+
+def _curve(sums_Px3, length: int) -> list[dict[str, Any]]:
+    """A row per bucket of positions that holds a target."""
+    found = []
+    for start, end, sums in zip(edges(length)[:-1], edges(length)[1:], sums_Px3, strict=True):
+        if sums[1]:
+            row = _row(sums)
+            keep = {key: row[key] for key in ("nats_per_token", "tokens")}
+            found.append({"from": start, "to": end, **keep})
+    return found
 
 
 def _row(sums) -> dict[str, float]:

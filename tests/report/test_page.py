@@ -64,6 +64,32 @@ def test_tables_are_the_inputs(tmp_path, fake_run, report):
     assert {r[0]: r[1] for r in got.tables["environment"]}["versions.jax"] == "0.12.0"
 
 
+def test_loss_by_position_is_the_summarys(tmp_path, fake_run, report):
+    made = fake_run.write(tmp_path / "run")
+    got = report(tmp_path / "run")
+    header, *rows = got.tables["positions"]
+    assert header[0] == "tokens before it"
+    want = made["summary"]["by_position"]
+    assert [r[0] for r in rows] == ["0 to 63", "64 to 127", "128 to 255"]
+    assert [float(r[1]) for r in rows] == pytest.approx(
+        [b["nats_per_token"] for b in want], abs=5e-5
+    )
+    assert "Loss by position" in [a["aria-label"] for t, a in got.tags if t == "svg"]
+
+
+@pytest.mark.parametrize("broken", [None, 3, [], [{"from": 0}], [1], [{"from": "a", "to": 2}] * 3])
+def test_loss_by_position_that_is_no_such_thing_costs_its_section_only(
+    tmp_path, fake_run, report, broken
+):
+    made = fake_run.write(tmp_path / "run")
+    summary = made["summary"] | {"by_position": broken}
+    (tmp_path / "run/summary.json").write_text(json.dumps(summary))
+    (tmp_path / "run/eval.jsonl").write_text("")
+    got = report(tmp_path / "run")
+    assert "positions" not in got.ids
+    assert "domains" in got.ids
+
+
 def test_text_is_escaped_and_kept(tmp_path, fake_run, report):
     fake_run.write(tmp_path / "run")
     got = report(tmp_path / "run")
@@ -100,6 +126,7 @@ def test_figures_keep_their_ids_apart_and_take_the_pages_colours(tmp_path, fake_
     assert figures == [
         "Loss",
         "Held-out bits per byte",
+        "Loss by position",
         "Learning rate",
         "MaxVio",
         "Expert load",
