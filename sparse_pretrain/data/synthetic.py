@@ -64,44 +64,60 @@ def _induction(a: dict[str, int], key: tuple) -> Examples:
 def _recall(a: dict[str, int], key: tuple) -> Examples:
     """k1 v1 .. kP vP MARK, then every key again in another order, each followed by its value.
 
-    Source: Arora et al. 2023, Zoology (multi-query associative recall), without its gaps.
+    With a `length` the pairs lie at random places in that much noise, none in its last `gap`
+    tokens, so every answer lies more than `gap` tokens before its question.
+
+    Source: Arora et al. 2023, Zoology (multi-query associative recall).
+    Differs: gaps are of noise symbols of their own, and the questions follow one another.
     """
-    pairs = a["pairs"]
-    keys, values = _recall_symbols(a["vocab"])
+    pairs, n, gap = a["pairs"], a["length"], a["gap"]
+    keys, values, noise = _recall_symbols(a)
     k = FIRST_SYMBOL + _distinct(keys, pairs, *key, 0)
     v = FIRST_SYMBOL + keys + draws.below(values, *key, 1, np.arange(pairs))
     again = _distinct(pairs, pairs, *key, 2)
     start, mark = _columns(k, START, MARK)
     shown = np.stack([k, v], 2).reshape(len(k), -1)
+    if n:
+        first = FIRST_SYMBOL + keys + values
+        x = first + draws.below(noise, *key, 3, np.arange(n))
+        at = _apart(n - gap, pairs, 2, *key, 4)
+        places = np.stack([at, at + 1], 2).reshape(len(k), -1)
+        np.put_along_axis(x, places, shown, 1)
+        shown = x
     asked = np.stack([np.take_along_axis(k, again, 1), np.take_along_axis(v, again, 1)], 2)
     line = np.concatenate([start, shown, mark, asked.reshape(len(k), -1)], 1)
-    slot = np.arange(4 * pairs + 1)
-    return Examples(line, (slot > 2 * pairs + 1) & (slot % 2 == 0))
+    question = np.arange(line.shape[1] - 1) - shown.shape[1] - 2
+    return Examples(line, (question >= 0) & (question % 2 == 0))
 
 
 def _needle(a: dict[str, int], key: tuple) -> Examples:
     """Needles `MARK key value` at random places in noise; ends in MARK key, and value is scored.
 
-    The keys of an example differ, and neither keys nor values are among the noise's symbols.
+    The keys of an example differ, and neither keys nor values are among the noise's symbols. Of
+    the needles `asked` different ones are asked for, each in a question of its own.
 
     Source: the needle-in-a-haystack test; RULER (Hsieh et al. 2024) with several keys.
     """
-    n, needles = a["length"], a["needles"]
+    n, needles, m = a["length"], a["needles"], a["asked"]
     third = (a["vocab"] - FIRST_SYMBOL) // 3
     noise = a["vocab"] - FIRST_SYMBOL - 2 * third
     k = FIRST_SYMBOL + _distinct(third, needles, *key, 0)
     v = FIRST_SYMBOL + third + draws.below(third, *key, 1, np.arange(needles))
     x = FIRST_SYMBOL + 2 * third + draws.below(noise, *key, 2, np.arange(n))
-    # A needle takes three places; drawing among the places left when each counts as one, sorted,
-    # and moving number i up by 2 i gives every arrangement with the same chance.
-    gaps = np.sort(_distinct(n - 2 * needles, needles, *key, 3), 1)
-    at = gaps + 2 * np.arange(needles)
+    at = _apart(n, needles, 3, *key, 3)
     for offset, part in enumerate((np.full_like(k, MARK), k, v)):
         np.put_along_axis(x, at + offset, part, 1)
-    asked = draws.below(needles, *key, 4, np.zeros(1, np.int64))
-    start, mark = _columns(x, START, MARK)
-    question = [np.take_along_axis(k, asked, 1), np.take_along_axis(v, asked, 1)]
-    return Examples(np.concatenate([start, x, mark, *question], 1), np.arange(n + 3) == n + 2)
+    if m == 1:
+        asked = draws.below(needles, *key, 4, np.zeros(1, np.int64))
+    else:
+        asked = _distinct(needles, needles, *key, 5)[:, :m]
+    (start,) = _columns(x, START)
+    marks = np.full_like(asked, MARK)
+    keys, values = np.take_along_axis(k, asked, 1), np.take_along_axis(v, asked, 1)
+    questions = np.stack([marks, keys, values], 2).reshape(len(x), -1)
+    question = np.arange(n + 3 * m) - n - 2
+    scored = (question >= 0) & (question % 3 == 0)
+    return Examples(np.concatenate([start, x, questions], 1), scored)
 
 
 def _columns(like: np.ndarray, *ids: int) -> list[np.ndarray]:
@@ -113,10 +129,22 @@ def _distinct(size: int, count: int, *key: object) -> np.ndarray:
     return np.argsort(draws.draw(*key, np.arange(size)), axis=1, kind="stable")[:, :count]
 
 
-def _recall_symbols(vocab: int) -> tuple[int, int]:
-    """Numbers of keys and of values."""
-    keys = (vocab - FIRST_SYMBOL) // 2
-    return keys, vocab - FIRST_SYMBOL - keys
+def _apart(size: int, count: int, wide: int, *key: object) -> np.ndarray:
+    """`count` places of [0, size) per example, in order, each the first of `wide` free ones.
+
+    Drawing among the places left when each run counts as one, sorted, and moving number i up by
+    (wide - 1) i gives every arrangement with the same chance.
+    """
+    gaps = np.sort(_distinct(size - (wide - 1) * count, count, *key), 1)
+    return gaps + (wide - 1) * np.arange(count)
+
+
+def _recall_symbols(a: dict[str, int]) -> tuple[int, int, int]:
+    """Numbers of keys, of values and of noise symbols, which only a `length` needs."""
+    symbols = a["vocab"] - FIRST_SYMBOL
+    if a["length"]:
+        return symbols // 3, symbols // 3, symbols - 2 * (symbols // 3)
+    return symbols // 2, symbols - symbols // 2, 0
 
 
 class Task(NamedTuple):
@@ -143,14 +171,21 @@ TASKS = {
     ),
     "recall": Task(
         _recall,
-        {"pairs": 8, "vocab": 256},
-        lambda a: {"pairs": 1, "vocab": FIRST_SYMBOL + 2 * a["pairs"]},
+        # length 0: the pairs alone
+        {"pairs": 8, "length": 0, "gap": 0, "vocab": 256},
+        lambda a: {
+            "pairs": 1,
+            "length": 2 * a["pairs"] + a["gap"] if a["length"] or a["gap"] else 0,
+            "vocab": FIRST_SYMBOL + (3 if a["length"] else 2) * a["pairs"],
+        },
     ),
     "needle": Task(
         _needle,
-        {"length": 0, "needles": 1, "vocab": 64},  # length 0: as long as a row allows
+        # length 0: as long as a row allows
+        {"length": 0, "needles": 1, "asked": 1, "vocab": 64},
         lambda a: {
-            "needles": 1,
+            "asked": 1,
+            "needles": a["asked"],
             "length": 3 * a["needles"],
             "vocab": FIRST_SYMBOL + 3 * a["needles"],
         },
@@ -249,7 +284,8 @@ def build(config: Config, *, seed: int, share: Share | None = None) -> Synthetic
     """The dataset of a `synthetic:NAME[:key=value,...]` source.
 
     Arguments: `vocab` counts all ids; `heldout` is a number of rows; copy and induction take a
-    `length`, recall `pairs`, needle a `length` (0: the row) and `needles`.
+    `length`, recall `pairs` and perhaps a `length` and a `gap`, needle a `length` (0: the row),
+    `needles` and how many are `asked`.
     Errors: ValueError naming the task, the argument and the values it may have.
     """
     _, _, rest = config.source.partition(":")
@@ -267,7 +303,7 @@ def build(config: Config, *, seed: int, share: Share | None = None) -> Synthetic
             )
         args[key] = int(value)
     if name == "needle" and not args["length"]:
-        args["length"] = max(config.seq - 3, 0)
+        args["length"] = max(config.seq - 3 * args["asked"], 0)
     for key, least in {**task.least(args), "heldout": 1}.items():
         if args[key] < least:
             raise ValueError(
