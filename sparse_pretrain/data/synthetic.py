@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sparse_pretrain.data import Config
 
 START, MARK, FIRST_SYMBOL = 0, 1, 2
-TRAIN, HELDOUT = range(2)  # part of every draw's key, so the splits share no example's bits
+TRAIN, HELDOUT, RAMP = range(3)  # part of every draw's key, so the splits share no example's bits
 VERSION = 1  # part of the manifest hash: raise it when a task changes
 
 
@@ -158,6 +158,23 @@ class Task(NamedTuple):
     least: Callable[[dict[str, int]], dict[str, int]]
 
 
+def _shortened(a: dict[str, int]) -> dict[str, int]:
+    """The arguments of the examples that training begins with."""
+    gap = {"gap": a["gap"] * a["short"] // a["length"]} if "gap" in a else {}
+    return a | gap | {"length": a["short"]}
+
+
+def _least_short(a: dict[str, int]) -> dict[str, int]:
+    """Room for what a short example shows, where there are any."""
+    if not a["ramp"]:
+        return {}
+    if "pairs" in a:
+        gap = a["gap"] * a["short"] // max(a["length"], 1)
+        return {"short": 2 * a["pairs"] + gap, "length": a["short"]}
+    return {"short": 3 * a["needles"]}
+
+
+NO_RAMP = {"short": 0, "ramp": 0}
 TASKS = {
     "copy": Task(
         _copy,
@@ -172,9 +189,10 @@ TASKS = {
     "recall": Task(
         _recall,
         # length 0: the pairs alone
-        {"pairs": 8, "length": 0, "gap": 0, "vocab": 256},
+        {"pairs": 8, "length": 0, "gap": 0, "vocab": 256} | NO_RAMP,
         lambda a: {
             "pairs": 1,
+            **_least_short(a),
             "length": 2 * a["pairs"] + a["gap"] if a["length"] or a["gap"] else 0,
             "vocab": FIRST_SYMBOL + (3 if a["length"] else 2) * a["pairs"],
         },
@@ -182,9 +200,10 @@ TASKS = {
     "needle": Task(
         _needle,
         # length 0: as long as a row allows
-        {"length": 0, "needles": 1, "asked": 1, "vocab": 64},
+        {"length": 0, "needles": 1, "asked": 1, "vocab": 64} | NO_RAMP,
         lambda a: {
             "asked": 1,
+            **_least_short(a),
             "needles": a["asked"],
             "length": 3 * a["needles"],
             "vocab": FIRST_SYMBOL + 3 * a["needles"],
@@ -216,8 +235,20 @@ class Symbols(Tokenizer):
         return self.spans(text)[0]
 
 
+class Layout(NamedTuple):
+    """How rows are filled: arguments, tokens of an example and from one to the next, examples."""
+
+    args: dict[str, int]
+    slots: int
+    pitch: int
+    per_row: int
+
+
 class SyntheticDataset(Dataset):
     """Endless examples of one task; the held-out rows are `heldout` rows of other draws.
+
+    The first `ramp` rows of training hold examples with a length of `short`, whose starts divide a
+    row evenly, so that a phase of shorter rows need cut none of them.
 
     Units: `bytes` is 1 per scored target, so bits/byte is bits per answer token.
     """
@@ -228,14 +259,8 @@ class SyntheticDataset(Dataset):
         self.tokenizer = Symbols(args["vocab"])
         self.domains = (name,)
         self.train_tokens = ENDLESS
-        shape = self.task.make(args, (0, TRAIN, np.zeros((1, 1), np.int64)))
-        self._slots = len(shape.scored)
-        if self._slots > config.seq:
-            raise ValueError(
-                f"data.seq: {config.seq} tokens do not hold an example of {name}, "
-                f"which takes {self._slots}"
-            )
-        self._per_row = config.seq // self._slots
+        self._whole = self._layout(args, even=False)
+        self._short = self._layout(_shortened(args), even=True) if args.get("ramp") else None
         words = ",".join(f"{k}={v}" for k, v in sorted(args.items()))
         self.manifest = {
             "hash": hashlib.sha256(f"{name}:{words}:{VERSION}".encode()).hexdigest()[:16],
@@ -249,24 +274,45 @@ class SyntheticDataset(Dataset):
     def total_rows(self) -> int | None:
         return None
 
+    def _layout(self, args: dict[str, int], *, even: bool) -> Layout:
+        seq = self.config.seq
+        slots = len(self.task.make(args, (0, TRAIN, np.zeros((1, 1), np.int64))).scored)
+        if slots > seq:
+            raise ValueError(
+                f"data.seq: {seq} tokens do not hold an example of {self.domains[0]}, "
+                f"which takes {slots}"
+            )
+        per = seq // slots
+        if even:
+            per = max(n for n in range(1, per + 1) if seq % n == 0)
+        return Layout(args, slots, seq // per if even else slots, per)
+
     def train_rows(self, numbers: np.ndarray) -> Batch:
-        return self._rows(numbers, (self.seed, TRAIN))
+        rows = self._rows(numbers, (self.seed, TRAIN), self._whole)
+        early = numbers < self.args.get("ramp", 0)
+        if self._short is None or not early.any():
+            return rows
+        short = self._rows(numbers, (self.seed, RAMP), self._short)
+        return Batch(*(np.where(early[:, None], a, b) for a, b in zip(short, rows, strict=True)))
 
     def heldout(self, limit_tokens: int | None = None) -> Iterator[Batch]:
         order = limited(np.arange(self.args["heldout"]), limit_tokens, self.config.seq)
         for numbers in self._shares(order):
-            yield self._rows(numbers, (0, HELDOUT))
+            yield self._rows(numbers, (0, HELDOUT), self._whole)
 
-    def _rows(self, numbers: np.ndarray, key: tuple[int, int]) -> Batch:
-        B, L, n, per = len(numbers), self.config.seq, self._slots, self._per_row
+    def _rows(self, numbers: np.ndarray, key: tuple[int, int], layout: Layout) -> Batch:
+        B, L = len(numbers), self.config.seq
+        args, n, pitch, per = layout
         example = (numbers[:, None] * per + np.arange(per)).reshape(-1, 1)
-        made = self.task.make(self.args, (*key, example))
+        made = self.task.make(args, (*key, example))
         real = np.repeat(numbers >= 0, per)[:, None]
 
         def rows_of(values: np.ndarray, dtype: type = np.int32) -> np.ndarray:
             out: np.ndarray = np.zeros((B, L), dtype)
             values = np.where(real, np.broadcast_to(values, (B * per, n)), 0)
-            out[:, : per * n] = values.reshape(B, per * n)
+            places = out[:, : per * pitch].reshape(B * per, pitch) if B else out
+            places[:, :n] = values
+            out[:, : per * pitch] = places.reshape(B, per * pitch)
             return out
 
         return Batch(
