@@ -4,6 +4,7 @@ from sparse_pretrain.attention.csa import HCA
 from sparse_pretrain.attention.full import Full
 from sparse_pretrain.attention.mla import MLA
 from sparse_pretrain.attention.moba import MoBA
+from sparse_pretrain.attention.nsa import NSA
 from sparse_pretrain.attention.sliding import Sliding
 
 TABLE = {
@@ -11,5 +12,6 @@ TABLE = {
     "mla": MLA,
     "sliding": Sliding,
     "moba": MoBA,
+    "nsa": NSA,
     "hca": HCA,
 }

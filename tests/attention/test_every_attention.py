@@ -20,6 +20,7 @@ from sparse_pretrain.sharding import ops
 WIDTH, LENGTH = 48, 40
 
 COMPRESSED = {"q_rank": 12, "dim": 16, "rope_dim": 8, "window": 6, "group_rank": 10}
+NATIVE = {"span": 4, "stride": 2, "block": 4, "top_k": 3, "window": 5}
 
 # Settings of a variant beyond its defaults; a variant that is not named here is tested at those.
 SETTINGS = {
@@ -43,6 +44,14 @@ SETTINGS = {
         "grouped": {"heads": 4, "kv_heads": 2, "block": 5, "top_k": 3, "qk_norm": False},
         "all": {"heads": 2, "block": 4, "top_k": 20},
         "own": {"heads": 2, "kv_heads": 1, "block": 9, "top_k": 1},
+    },
+    "nsa": {
+        "default": NATIVE | {"heads": 4},
+        "grouped": NATIVE | {"heads": 4, "kv_heads": 2, "span": 6, "qk_norm": False, "top_k": 4},
+        "all": NATIVE | {"heads": 2, "span": 2, "block": 2, "top_k": 30, "local": 1, "window": 64},
+        "wide": {"heads": 3, "kv_heads": 1, "span": 8, "stride": 2, "block": 2, "local": 1,
+                 "top_k": 3, "window": 9, "hidden": 5},
+        "own": {"heads": 2, "kv_heads": 1, "span": 10, "stride": 5, "block": 50, "window": 4},
     },
     "hca": {
         "default": COMPRESSED | {"ratio": 8},
@@ -101,7 +110,7 @@ def one_document(rows, length):
 def dense(mask, calls):
     """An op like flash that attends densely, in float64, where `mask` [B, L, L] allows."""
 
-    def attend(q, k, v, *, scale, softcap=None, sinks_H=None, **ignored):
+    def attend(q, k, v, *, scale, softcap=None, sinks_H=None, return_lse=False, **ignored):
         calls.append(sorted(ignored))
         wide = [a.astype(jnp.float64) for a in (q, k, v)]
         q64, k64, v64 = (jnp.moveaxis(a, 2, 1) for a in wide)
@@ -120,9 +129,20 @@ def dense(mask, calls):
             score = jnp.concatenate([score, sink], axis=-1)
         weight = jax.nn.softmax(score, axis=-1)[..., : k64.shape[2]]
         weight = jnp.where(none, 0.0, weight)
-        return jnp.moveaxis(jnp.matmul(weight, v64), 1, 2).astype(v.dtype)
+        o = jnp.moveaxis(jnp.matmul(weight, v64), 1, 2).astype(v.dtype)
+        # a dense choice of keys needs no denominator
+        return (o, None) if return_lse else o
 
     return attend
+
+
+def densely(seen, calls):
+    """A branch's core that attends densely where the branch's own mask allows."""
+
+    def core(self, q, k, v, *where, **flags):
+        return dense(seen(self, q, k, *where), calls)(q, k, v, scale=self._scale, **flags)
+
+    return core
 
 
 def close(got, want, factor=1.0):
@@ -146,20 +166,18 @@ def test_it_equals_dense_attention_under_its_own_mask(kind, changes, rng, monkey
         return jax.jit(run)(params, x)
 
     ours = value_and_gradients()
-    calls = []
     with jax.enable_x64(True):
         mask = variant.mask(config, context)
         assert mask.shape == (*x.shape[:2], x.shape[1])
-        if hasattr(variant, "seen"):  # it chooses by what it reads: that is the mask
-
-            def core(self, q, k, v, context):
-                return dense(self.seen(q, k, context), calls)(q, k, v, scale=self._scale)
-
-            monkeypatch.setattr(variant, "core", core)
-        else:
-            monkeypatch.setattr(ops, "flash", dense(mask, calls))
+        # it chooses by what it reads, or has branches: each states its mask
+        cores = getattr(variant, "CORES", {"core": "seen"} if hasattr(variant, "seen") else {})
+        calls = {core: [] for core in cores or ("flash",)}
+        for core, seen in cores.items():
+            monkeypatch.setattr(variant, core, densely(getattr(variant, seen), calls[core]))
+        if not cores:
+            monkeypatch.setattr(ops, "flash", dense(mask, calls["flash"]))
         oracle = value_and_gradients()
-    assert calls, f"{kind} attends through no op that this law replaces"
+    assert all(calls.values()), f"{kind} attends through no op that this law replaces: {calls}"
     close(ours, oracle)
     # the law is empty where the gradient is
     assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(ours[1]))
@@ -247,7 +265,11 @@ def test_its_figures_are_its_own(kind, changes):
     assert held[0] > 0
     assert (growth > 0) == (kind != "sliding")
     # every projection is applied once to every token; a multiply-add counts as 2
-    matrices = sum(p.size for p in jax.tree.leaves(params) if p.ndim > 1)
+    matrices = 0
+    for path, p in jax.tree_util.tree_leaves_with_path(params):
+        pools = "phi" in jax.tree_util.keystr(path)  # once a stride and key head: makes entries
+        times = config.sizes(WIDTH)[1] * (64 // config.stride) / 64 if pools else 1
+        matrices += times * p.size * (p.ndim > 1)
     assert variant.work(config, WIDTH, 64).linear == 2 * matrices
     works = [variant.work(config, WIDTH, length) for length in (64, 512, 4096)]
     for work in works:
