@@ -8,12 +8,13 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sparse_pretrain
 from sparse_pretrain import attention, optim, routing, sections, spec
+from sparse_pretrain import phases as phased
 from sparse_pretrain.checkpoint import Config as CheckpointConfig
 from sparse_pretrain.data import Config as DataConfig
 from sparse_pretrain.model import ffn, lm
@@ -108,6 +109,7 @@ class Experiment(spec.Config):
     model: lm.Config
     optim: spec.Config
     schedule: schedules.Config = dataclasses.field(default_factory=schedules.Config)
+    phases: Mapping[str, phased.Phase] = dataclasses.field(default_factory=dict)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
@@ -158,7 +160,8 @@ class Experiment(spec.Config):
         return train_tokens // per_step
 
     def check_schedule(self, steps: int) -> None:
-        """ValueError with both numbers when the schedule does not fit a run of `steps`."""
+        """ValueError with both numbers when schedule or phases do not fit a run of `steps`."""
+        self.stages(steps)
         per_step = self.tokens_per_step
         try:
             schedules.make(
@@ -184,24 +187,26 @@ class Experiment(spec.Config):
                 raise ValueError(f"placement: {e} (model.blocks.{name}.ffn)") from None
 
     def _check_blocks(self) -> None:
-        for name, block in self.model.blocks.items():
-            section, path = block.attention, f"model.blocks.{name}.attention"
-            try:
-                attention.TABLE[section.KIND].kv_elements(section, self.model.width)
-            except ValueError as e:
-                raise ValueError(f"{path}.{e}") from None
-            rope = getattr(section, "rope", None)
-            if rope is None or rope.factor <= 1:
-                continue
-            reach = int(rope.original * rope.factor)
-            spec.require(
-                self.data.seq <= reach,
-                f"data.seq: {self.data.seq} tokens are more than the {reach} that {path}.rope "
-                f"reaches (original {rope.original} x factor {rope.factor:g})",
-            )
+        model, seq = self.model, self.data.seq
+        for name, block in model.blocks.items():
+            path = f"model.blocks.{name}.attention"
+            phased.check_attention(block.attention, path, model.width, seq, "data.seq")
+        phased.check(self.phases, model, seq)
+
+    def stages(self, steps: int) -> tuple[phased.Stage, ...]:
+        """What a run of `steps` trains, one phase after the other; one stage without phases."""
+        per_step = self.tokens_per_step
+        return phased.stages(
+            self.phases, self.model, self.data.seq, steps=steps, tokens_per_step=per_step
+        )
 
 
-SCHEMA = sections.Schema(
+class _Schema(sections.Schema):
+    def fill(self, values: Any) -> dict[str, Any]:
+        return super().fill(phased.inherit(self, sections.as_mapping(values, self.name)))
+
+
+SCHEMA = _Schema(
     Experiment,
     {
         "attention": attention.TABLE,

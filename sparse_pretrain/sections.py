@@ -153,14 +153,16 @@ class Schema:
                 tree = [f"{self.name}.{k}" for k in flat(full)]
                 raise ValueError(f"{path}.{key}: unknown key; {_near_key(key, path, parts, tree)}")
             path, child = f"{path}.{key}", value.get(key)
+            # the parts of a mapping are looked up in the table that goes by the mapping's name
+            field = name if _item(_section(hint)) is not None else key
             if depth + 1 < len(keys):
                 if not isinstance(given.get(key), dict):
                     # a mapping replaces its default whole, so it starts as a copy of all of it
                     whole = _item(_section(parts[key])) is not None
                     given[key] = _copy(child) if whole else {}
-                name, hint, value, given = key, parts[key], child, given[key]
+                name, hint, value, given = field, parts[key], child, given[key]
                 continue
-            below = self._parts(key, parts[key], child, path)
+            below = self._parts(field, parts[key], child, path)
             if below:
                 example = f"--{path}.{next(iter(below))}=VALUE"
                 raise ValueError(f"{path}: is a section; set one of its keys, as in {example}")

@@ -1,6 +1,6 @@
 """What every attention variant shares: its context, its cache and what it must state."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +50,11 @@ def cached_softmax(
 class Attention(nn.Module):
     """A variant: `__call__(x, context)` gives the output [B, L, D].
 
-    One that trains a part of its own, an indexer, defines `attend` and `trains_own` besides.
+    One that trains a part of its own, an indexer, defines `attend` and `trains_own` besides, and
+    names that part's parameters, by their attributes, in `own`.
     """
+
+    own: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
     def trains_own(config: Any) -> bool:

@@ -100,6 +100,9 @@ def _show(values: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
     row("tokens", numbers["tokens"], "training targets")
     row("training", numbers["train_flops_per_token"], "FLOPs per token")
     row("executed", numbers["executed_flops_per_token"], "FLOPs per token, masked work included")
+    for phase in numbers.get("phases", []):
+        unit = f"FLOPs per token from step {phase['first_step']}, rows of {phase['seq']}"
+        row(f"  {phase['name']}", phase["train_flops_per_token"], unit)
     row("whole run", numbers["flops"], "FLOPs")
     row("cache", numbers["kv_bytes_per_token"], f"bytes per token, {numbers['kv_format']}")
     for what, size in numbers["memory_bytes"].items():

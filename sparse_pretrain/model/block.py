@@ -56,8 +56,9 @@ class Block(nn.Module):
         x = x + y
         loss = jnp.zeros((), jnp.float32)
         if own is not None:
-            loss = jnp.sum(own * valid) / jnp.maximum(jnp.sum(valid), 1)
-            loss = loss.astype(jnp.float32)
+            counted = valid.astype(jnp.float32)
+            loss = jnp.sum(own.astype(jnp.float32) * counted)
+            loss = loss / jnp.maximum(jnp.sum(counted), 1.0)
         y, report = self.ffn(self.norm_ffn(x), valid, context.tokens, train=context.train)
         return x + y, report, loss
 

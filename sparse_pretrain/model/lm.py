@@ -258,6 +258,17 @@ def trains_own(config: Config) -> bool:
     return any(attention.TABLE[s.KIND].trains_own(s) for s in sections)
 
 
+def own_parameters(config: Config) -> list[tuple[str, ...]]:
+    """Where the parameters lie that the attentions train by losses of their own."""
+    found: list[tuple[str, ...]] = []
+    for group, name in layer_names(config).items():
+        section = config.blocks[name].attention
+        variant = attention.TABLE[section.KIND]
+        if variant.trains_own(section):
+            found += [(group, "attention", part) for part in variant.own]
+    return found
+
+
 def work_per_token(config: Config, length: int) -> base.Work:
     """Forward FLOPs per token of the whole model at `length`, head included."""
     works = [

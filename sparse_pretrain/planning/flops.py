@@ -56,11 +56,23 @@ def train_flops_per_token(config: lm.Config, length: int, tokens: int = 0) -> Tr
     """
     work = lm.work_per_token(config, length)
     model = 3 * (work.linear + work.core_model)
-    padding = 0.0
-    for layer in config.layer_list if tokens else ():
-        padding += ffn.TABLE[layer.ffn.KIND].padding(layer.ffn, config.width, tokens)
-    executed = 3 * (work.linear + padding) + work.core + work.core_backward
+    executed = 3 * (work.linear + _padding(config, tokens)) + work.core + work.core_backward
     return TrainFlops(model, executed + recomputed(config, length, tokens))
+
+
+def forward_flops_per_token(config: lm.Config, length: int, tokens: int = 0) -> TrainFlops:
+    """Of a step that trains the attentions' indexers alone: the backward pass does not go further.
+
+    Differs: the indexers' own backward, a few products of their width, is left out.
+    """
+    work = lm.work_per_token(config, length)
+    padding = _padding(config, tokens)
+    return TrainFlops(work.linear + work.core_model, work.linear + padding + work.core)
+
+
+def _padding(config: lm.Config, tokens: int) -> float:
+    layers = config.layer_list if tokens else ()
+    return sum(ffn.TABLE[x.ffn.KIND].padding(x.ffn, config.width, tokens) for x in layers)
 
 
 def recomputed(config: lm.Config, length: int, tokens: int = 0) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparse_pretrain.report import advice, charts, html, market, workdir
-from sparse_pretrain.report.axes import tokens_axis
+from sparse_pretrain.report.axes import mark_phases, tokens_axis
 from sparse_pretrain.report.charts import Chart, numbers
 
 MANY_LAYERS = 6  # more lines than this in one chart cannot be told apart
@@ -128,6 +128,7 @@ def _losses(run: workdir.Run) -> str:
         low = min(rest.min(), *held, math.inf)
         high = max(float(np.quantile(rest, 0.995)), *held, -math.inf)
         chart.axes[0].set_ylim(low - 0.06 * (high - low), high + 0.1 * (high - low))
+    mark_phases(chart, run, unit)
     body = chart.svg("Loss")
     bad = int((~np.isfinite(loss)).sum())
     if bad:
@@ -142,6 +143,7 @@ def _heldout(run: workdir.Run) -> str:
     x, unit = tokens_axis(run, run.eval)
     chart = Chart(x=unit, panels=["held-out bits/byte"], height=2.8)
     chart.points(x, bits, colour=1)
+    mark_phases(chart, run, unit)
     return html.section("Held-out text", chart.svg("Held-out bits per byte"), id="heldout")
 
 
@@ -190,6 +192,7 @@ def _optimisation(run: workdir.Run) -> str:
     if len(panels) == 2 and (positive := norm[np.isfinite(norm) & (norm > 0)]).size:
         if positive.max() > 30 * np.median(positive):
             chart.axes[1].set_yscale("log")
+    mark_phases(chart, run, unit)
     return html.section(
         "Learning rate and gradient norm", chart.svg("Learning rate"), id="optimisation"
     )

@@ -14,15 +14,15 @@ from rich.console import Console
 from sparse_pretrain import checkpoint, config
 from sparse_pretrain.planning import chips
 from sparse_pretrain.training import (
-    evaluate,
+    course,
     metrics,
     progress,
     record,
     recovery,
     replace,
+    rows,
     run,
     state,
-    step,
 )
 
 
@@ -92,7 +92,7 @@ class Trainer:
         self.saver = checkpoint.Checkpointer(workdir, every=c.every, keep=c.keep, best=c.best)
         self.config_dict = self.experiment.to_dict()
         self.record = record.Record(workdir, prepared, argv, began)
-        self.evaluator = evaluate.Evaluator(prepared.definition, prepared.dataset.domains)
+        self.course = course.Course(prepared, self.record)
         self.scores: dict[str, Any] | None = None  # of the last evaluation
         self.begun = False  # whether the workdir is known to be this run's, and run.json its record
 
@@ -103,6 +103,7 @@ class Trainer:
         e, p = self.experiment, self.p
         for note in run.same_run(e, self.workdir):
             _say(self.quiet, f"note: config.{note}")
+        run.check_phases(e, self.workdir, p.dataset.train_tokens)
         game = replace.start(e.model) if e.placement.every else {}
         train_state = state.create(p.definition, p.tx, e.seed, ema=e.ema > 0, game=game)
         batches = p.dataset.train()
@@ -155,49 +156,42 @@ class Trainer:
         self.begun = True
         # with it the weights can be used when the corpus that made it is gone
         self.p.dataset.tokenizer.save(self.workdir / run.TOKENIZER)
-        e, p = self.experiment, self.p
-        train_step: Any = step.make_train_step(
-            p.definition,
-            e.model,
-            p.tx,
-            schedule=p.schedule,
-            accumulate=e.accumulate,
-            ema=e.ema,
-        )
-        writer = metrics.Writer(self.workdir, e.log, self.record.content, step=start)
+        writer = metrics.Writer(self.workdir, self.experiment.log, self.record.content, step=start)
         bar = _NoBar() if self.quiet else progress.Bar(self.steps, start=start)
         with writer:
             self.writer = writer
             if start < self.steps:
                 first = next(batches)
                 with _quietly(self.quiet, "compiling the training step"):
-                    compiling = time.perf_counter()
-                    train_step = train_step.lower(train_state, first).compile()
-                    self.record.compiled(time.perf_counter() - compiling)
+                    self.course.step(start + 1, train_state, first)
                 with bar, recovery.stop_requests() as asked:
-                    train_state = self._loop(train_step, train_state, first, batches, bar, asked)
+                    train_state = self._loop(train_state, first, batches, bar, asked)
             summary = self._finish(train_state)
         return summary
 
-    def _loop(self, train_step, train_state, batch, batches, bar, asked):
+    def _loop(self, train_state, batch, batches, bar, asked):
         """Every step; a step's metrics are read after the next one was handed to the device."""
         e = self.experiment
-        peak, _ = chips.peak_flops()
-        per_token = self.p.derived["train_flops_per_token"]
+        self.peak, _ = chips.peak_flops()
         pending, first, clock = None, int(train_state.step), time.perf_counter()
-        self.peak = peak
         for n in range(first + 1, self.steps + 1):
-            train_state, out = train_step(train_state, batch)
+            if not self.course.compiled(n):  # a phase begins
+                if pending is not None:
+                    self._report(*pending, clock, bar)
+                    pending = None
+                self.course.step(n, train_state, batch)
+                clock = time.perf_counter()
+            train_state, out = self.course.step(n, train_state, batch)(train_state, batch)
             if e.placement.every and n % e.placement.every == 0:
                 train_state = replace.replace(train_state, e.placement)
             cursor = batches.get_state()
             if pending is not None:
-                clock = self._report(*pending, clock, per_token, bar)
+                clock = self._report(*pending, clock, bar)
             pending = (n, out, batch)
             save = bool(asked) or self.saver.due(n)
             score = n < self.steps and e.eval.every > 0 and n % e.eval.every == 0
             if save or score or n == self.steps:
-                clock = self._report(*pending, clock, per_token, bar)
+                clock = self._report(*pending, clock, bar)
                 pending = None
             bits = self._evaluate(train_state, n) if score else None
             if n == self.steps or save or (score and e.checkpoint.best):
@@ -219,7 +213,7 @@ class Trainer:
                 batch = next(batches)
         return train_state
 
-    def _report(self, n, out, batch, clock, per_token, bar) -> float:
+    def _report(self, n, out, batch, clock, bar) -> float:
         """Reads a step's metrics (waiting for the device), writes and shows them."""
         out = jax.device_get(out)
         now = time.perf_counter()
@@ -230,33 +224,12 @@ class Trainer:
                 f"step {n}: loss {loss} and gradient norm {float(out['grad_norm'])} are not both "
                 f"finite; the batch is saved as {path.name}, earlier checkpoints are intact"
             )
-        rate = self.p.run.tokens_per_step / seconds  # as in the summary: all positions
-        row = {
-            "step": n,
-            "tokens": n * self.p.run.tokens_per_step,
-            "loss": loss,
-            "bits_per_byte": float(out["bits_per_byte"]),
-            "lr": float(out["lr"]),
-            "grad_norm": float(out["grad_norm"]),
-            "tokens_per_second": rate,
-            "mfu": rate * per_token / self.peak,
-            "step_seconds": seconds,
-        }
-        if out["max_vio"]:
-            vio = np.concatenate([np.atleast_1d(v) for v in out["max_vio"].values()])
-            load = [np.atleast_2d(v) for v in out["load"].values()]
-            row["max_vio"] = float(vio.mean())
-            row["dead_experts"] = int(sum((x == 0).sum() for x in load))
-            if n % max(1, self.steps // 100) == 0 or n in (1, self.steps):
-                self.writer.moe(
-                    n,
-                    {
-                        "max_vio": vio.tolist(),
-                        "load": [r.tolist() for x in load for r in x],
-                        "dead_experts": row["dead_experts"],
-                        **_market(out["market"]),
-                    },
-                )
+        per_step = self.p.run.tokens_per_step
+        row = {"step": n, "tokens": n * per_step, **self.course.name(n)}
+        row |= rows.of_step(out, tokens=per_step, seconds=seconds)
+        row["mfu"] = row["tokens_per_second"] * self.course.flops_per_token(n) / self.peak
+        if out["max_vio"] and (n % max(1, self.steps // 100) == 0 or n in (1, self.steps)):
+            self.writer.moe(n, rows.of_experts(out))
         self.writer.train(n, row)
         self.record.refresh()
         bar.update(n, row)
@@ -269,7 +242,8 @@ class Trainer:
 
         def score(limit: int) -> dict[str, Any]:
             batches = self.p.dataset.heldout(limit_tokens=limit or None)
-            return _scored(self.evaluator(params, train_state.router, batches))
+            scores = self.course.evaluator(n)(params, train_state.router, batches)
+            return rows.scored(scores)
 
         with _quietly(self.quiet or not last, "scoring the held-out text"):
             row = score(section.tokens if last else section.between or section.tokens)
@@ -277,7 +251,8 @@ class Trainer:
             if last and section.between:
                 compared = score(section.between)
                 row = row | {"between": {k: v for k, v in compared.items() if k != "per_domain"}}
-        self.writer.eval(n, {"tokens": n * self.p.run.tokens_per_step, **row})
+        at = {"tokens": n * self.p.run.tokens_per_step, **self.course.name(n)}
+        self.writer.eval(n, {**at, **row})
         return compared["bits_per_byte"]
 
     def _save(self, n, train_state, cursor, bits) -> None:
@@ -297,20 +272,20 @@ class Trainer:
             self._evaluate(train_state, self.steps)
         assert self.scores is not None
         self.saver.close()
-        rows = metrics.read_rows(self.workdir / "metrics.jsonl")
-        seconds = sum(r["step_seconds"] for r in rows[1:])
-        tokens = self.p.run.tokens_per_step * max(len(rows) - 1, 0)
+        steps = metrics.read_rows(self.workdir / "metrics.jsonl")
+        seconds = sum(r["step_seconds"] for r in steps[1:])
+        tokens = self.p.run.tokens_per_step * max(len(steps) - 1, 0)
         d, sample = self.p.derived, self._sample(train_state)
-        wall, training = self.record.total("seconds"), sum(r["step_seconds"] for r in rows)
+        wall, training = self.record.total("seconds"), sum(r["step_seconds"] for r in steps)
         summary = {
             "name": self.experiment.name,
             "steps": self.steps,
             "tokens": self.p.run.tokens,
             **self.scores,
-            "train_loss": float(np.mean([r["loss"] for r in rows[-20:]])),
-            **_batch_balance(rows),
+            "train_loss": float(np.mean([r["loss"] for r in steps[-20:]])),
+            **rows.batch_balance(steps),
             "tokens_per_second": tokens / seconds if seconds else 0.0,
-            "mfu": float(np.median([r["mfu"] for r in rows])),
+            "mfu": float(np.median([r["mfu"] for r in steps])),
             "compile_seconds": self.record.total("compile_seconds"),
             "train_seconds": training,  # of steps that stayed, not of those a crash undid
             "wall_seconds": wall,
@@ -335,7 +310,7 @@ class Trainer:
             return None
         with _quietly(self.quiet, "writing a sample"):
             text = generate.generate(
-                self.p.definition,
+                self.course.definition(self.steps),
                 train_state.ema or train_state.params,
                 train_state.router,
                 self.p.dataset.tokenizer,
@@ -357,28 +332,3 @@ class _NoBar:
 
     def update(self, n, row):
         """Shows nothing."""
-
-
-def _market(told: dict[str, Any]) -> dict[str, Any]:
-    """Per layer, from the bottom up: every expert's price and the dual objective, where known."""
-    rows: dict[str, Any] = {}
-    for name, wide in (("price", True), ("objective", False)):
-        known = [np.asarray(layer[name]) for layer in told.values() if name in layer]
-        if known:
-            layers = [np.atleast_2d(a) if wide else np.atleast_1d(a) for a in known]
-            rows[name] = np.concatenate(layers).tolist()
-    return rows
-
-
-def _batch_balance(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """`max_vio_batch`: MaxVio of single batches, mean over the last tenth of training."""
-    last = [r["max_vio"] for r in rows[-(-9 * len(rows) // 10) :] if "max_vio" in r]
-    return {"max_vio_batch": float(np.mean(last))} if last else {}
-
-
-def _scored(scores: dict[str, Any]) -> dict[str, Any]:
-    """The evaluation's fields as they appear in eval.jsonl and summary.json."""
-    keep = ("bits_per_byte", "nats_per_token", "per_domain")
-    row = {k: scores[k] for k in keep} | {"heldout_tokens": scores["tokens"]}
-    row |= {k: scores[k] for k in ("duality_gap",) if k in scores}
-    return row | (evaluate.balance(scores["load"]) if "load" in scores else {})

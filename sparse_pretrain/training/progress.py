@@ -37,7 +37,7 @@ def _finite(value: Any) -> bool:
 
 def figures(row: Mapping[str, Any]) -> str:
     """The numbers of a metrics row that the line shows; what the row lacks is left out."""
-    parts = []
+    parts = [f"phase {row['phase']}"] if "phase" in row else []
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4f}" if _finite(row["loss"]) else "loss not finite")
     if _finite(row.get("bits_per_byte")):

@@ -75,8 +75,8 @@ class Record:
         return sum(launch.get(what) or 0.0 for launch in self.launches)
 
     def compiled(self, seconds: float) -> None:
-        """Notes how long this process compiled the training step."""
-        self.launches[-1]["compile_seconds"] = seconds
+        """Adds to how long this process compiled training steps."""
+        self.launches[-1]["compile_seconds"] += seconds
 
     def write(self, **changes: Any) -> None:
         """The file anew, with changed fields and the time so far."""

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from kernels_pallas import device
-from sparse_pretrain import checkpoint, data, nn, optim
+from sparse_pretrain import checkpoint, data, nn, optim, phases, spec
 from sparse_pretrain import config as configs
 from sparse_pretrain.model import lm
 from sparse_pretrain.optim import schedules
@@ -28,6 +28,7 @@ class Prepared:
     schedule: Any
     tx: Any
     derived: dict[str, Any]
+    stages: tuple[phases.Stage, ...]
 
 
 def prepare(experiment: configs.Experiment, workdir: Path | None = None) -> Prepared:
@@ -44,16 +45,18 @@ def prepare(experiment: configs.Experiment, workdir: Path | None = None) -> Prep
         experiment, vocab=dataset.vocab, train_tokens=dataset.train_tokens
     )
     definition = lm.define(experiment.model)
+    stages = experiment.stages(run.steps)
     schedule = schedules.make(
         experiment.schedule,
         peak=experiment.optim.lr,
         total_tokens=run.tokens,
         tokens_per_step=run.tokens_per_step,
     )
+    schedule = phases.scaled(schedule, stages)
     # the optimizer multiplies by the schedule and each group's share of the peak
     tx = optim.TABLE[experiment.optim.KIND].build(experiment.optim, definition.dims, schedule)
     derived = derive(experiment, run) | {"train_tokens": dataset.train_tokens}
-    return Prepared(experiment, dataset, definition, run, schedule, tx, derived)
+    return Prepared(experiment, dataset, definition, run, schedule, tx, derived, stages)
 
 
 def start_from(experiment: configs.Experiment) -> tuple[Path, int]:
@@ -83,25 +86,65 @@ def check_tokenizer(source: Path, manifest: dict[str, Any]) -> None:
 
 
 def derive(experiment: configs.Experiment, run: configs.Run) -> dict[str, Any]:
-    """Numbers that follow from a complete configuration, computed once and printed."""
-    model, length = experiment.model, experiment.data.seq
+    """Numbers that follow from a complete configuration, computed once and printed.
+
+    With phases, FLOPs per token are means over the run, memory is that of the largest phase, the
+    cache that of the last, and `phases` has a row for each.
+    """
+    model = experiment.model
     counts = flops.parameters(model)
     micro = run.tokens_per_step // experiment.accumulate
-    per_token = flops.train_flops_per_token(model, length, micro)
-    return {
+    plain = phases.Stage(phases.BASE, 0, run.steps, model, experiment.data.seq, "all", 1.0)
+    stages = experiment.stages(run.steps) if run.steps else (plain,)
+    works = [_flops(stage, micro) for stage in stages]
+    shares = [stage.steps / run.steps if run.steps else 1.0 for stage in stages]
+    total, executed = (
+        sum(share * work[i] for share, work in zip(shares, works, strict=True)) for i in (0, 1)
+    )
+    bytes_held = [
+        memory.training_bytes(
+            stage.model, micro, optimizer=experiment.optim, ema=experiment.ema > 0
+        )
+        for i, stage in enumerate(stages)
+        if stage.model not in [earlier.model for earlier in stages[:i]]
+    ]
+    derived = {
         "steps": run.steps,
         "tokens": run.tokens,
         "tokens_per_step": run.tokens_per_step,
         "total_params": counts.total,
         "active_params": counts.active,
         "active_params_with_embedding": counts.active_with_embedding,
-        "train_flops_per_token": per_token.model,
-        "executed_flops_per_token": per_token.executed,
-        "flops": per_token.model * run.tokens,
-        "kv_bytes_per_token": flops.kv_bytes_per_token(model),
-        "memory_bytes": memory.training_bytes(
-            model, micro, optimizer=experiment.optim, ema=experiment.ema > 0
-        ),
+        "train_flops_per_token": total,
+        "executed_flops_per_token": executed,
+        "flops": total * run.tokens,
+        "kv_bytes_per_token": flops.kv_bytes_per_token(stages[-1].model),
+        "memory_bytes": max(bytes_held, key=lambda held: held["total"]),
+    }
+    if experiment.phases and run.steps:
+        rows = zip(stages, works, strict=True)
+        derived["phases"] = [_phase_row(stage, work, run.tokens_per_step) for stage, work in rows]
+    return derived
+
+
+def _flops(stage: phases.Stage, micro: int) -> flops.TrainFlops:
+    count = flops.train_flops_per_token if stage.train == "all" else flops.forward_flops_per_token
+    return count(stage.model, stage.seq, micro)
+
+
+def _phase_row(stage: phases.Stage, work: flops.TrainFlops, per_step: int) -> dict[str, Any]:
+    """What run.json says of a phase: its first step, the tokens before it, and what it trains."""
+    return {
+        "name": stage.name,
+        "first_step": stage.first + 1,
+        "steps": stage.steps,
+        "start_tokens": stage.first * per_step,
+        "attention": sorted({layer.attention.KIND for layer in stage.model.layer_list}),
+        "train": stage.train,
+        "seq": stage.seq,
+        "lr": stage.lr,
+        "train_flops_per_token": work.model,
+        "executed_flops_per_token": work.executed,
     }
 
 
@@ -137,6 +180,25 @@ def same_run(experiment: configs.Experiment, workdir: Path) -> list[str]:
     if saved is None:
         return []
     return checkpoint.check_compatible(saved, experiment.to_dict(), workdir)
+
+
+def check_phases(experiment: configs.Experiment, workdir: Path, train_tokens: int) -> None:
+    """Errors: ValueError when a longer run moves the start of a phase that training is past."""
+    if not experiment.phases or not checkpoint.steps(workdir):
+        return
+    done = checkpoint.steps(workdir)[-1]
+    before = configs.from_config_dict(checkpoint.Checkpointer(workdir).meta()["config"])
+    then, now = (
+        {stage.name: stage.first for stage in e.stages(e.steps_of(train_tokens))}
+        for e in (before, experiment)
+    )
+    for name, first in now.items():
+        spec.require(
+            first == then[name] or min(first, then[name]) >= done,
+            f"config.phases.{name}.start: is after step {then[name]} of the run in {workdir}, "
+            f"which is at step {done}; in a run of {experiment.steps_of(train_tokens)} steps it "
+            f"would be after step {first}; give its start in tokens",
+        )
 
 
 def headline(experiment: configs.Experiment, derived: dict[str, Any]) -> str:

@@ -10,18 +10,45 @@ import optax
 from sparse_pretrain import nn, optim, shapes
 from sparse_pretrain.games import prices
 from sparse_pretrain.model import lm
-from sparse_pretrain.training import loss, replace
+from sparse_pretrain.training import loss, partial, replace
 from sparse_pretrain.training.state import TrainState
 
 Step = Callable[[TrainState, shapes.Batch], tuple[TrainState, dict[str, Any]]]
 
 
-def gradients(definition: nn.Definition, state: TrainState, batch: shapes.Batch, accumulate: int):
-    """(gradients of the batch's loss, report of sums); equal to one large batch to rounding."""
+def cut(batch: shapes.Batch, length: int) -> shapes.Batch:
+    """The batch in rows of `length` tokens, the pieces of a row one after the other.
+
+    A document that goes on past a cut is a document of its own there, with positions from 0, as
+    where data/pack.py cuts rows.
+    Shapes: [B, L] to [B * L / length, length].
+    """
+    new = shapes.Batch(*(jnp.asarray(field).reshape(-1, length) for field in batch))
+    segments, positions = new.segments, new.positions
+    first = segments[:, :1]
+    goes_on = segments == first
+    return new._replace(
+        segments=jnp.where(segments != 0, segments - first + 1, 0),
+        positions=positions - jnp.where(goes_on, positions[:, :1], 0),
+    )
+
+
+def gradients(
+    definition: nn.Definition,
+    state: TrainState,
+    batch: shapes.Batch,
+    accumulate: int,
+    mask: Any = None,
+):
+    """(gradients of the batch's loss, report of sums); equal to one large batch to rounding.
+
+    They are zero outside the `mask`, if there is one.
+    """
     weight = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
     def sums(params, part):
         def share(p):
+            p = p if mask is None else partial.only(mask, p)
             return loss.loss_sums(definition, p, state.router, part, weight, accumulate)
 
         (_, report), grads = jax.value_and_grad(share, has_aux=True)(params)
@@ -40,8 +67,13 @@ def make_train_step(
     schedule: Callable,
     accumulate: int = 1,
     ema: float = 0.0,
+    seq: int = 0,
+    train: str = "all",
 ) -> Step:
     """The jitted step `(state, batch) -> (state, metrics)`; the state it is given is consumed.
+
+    The rows of a batch are cut to `seq` tokens first, if that is not 0. With `train="indexer"` only
+    what the attentions train by losses of their own moves, and prices do not.
 
     Metrics are device scalars: `loss` nats per token, `bits_per_byte`, `grad_norm`, `lr`,
     `tokens`, and for experts `load` per layer group, `max_vio` per layer, and `market`: the price
@@ -50,7 +82,9 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: shapes.Batch):
-        grads, report = gradients(definition, state, batch, accumulate)
+        batch = cut(batch, seq) if seq else batch
+        mask = partial.own_mask(config, state.params) if train == "indexer" else None
+        grads, report = gradients(definition, state, batch, accumulate, mask)
         norm = replace.gradient_norm(grads, state.router)
         updates, opt = tx.update(grads, state.opt, state.params, norm=norm)
         params = optax.apply_updates(state.params, updates)
@@ -80,6 +114,7 @@ def make_train_step(
             metrics["indexer_loss"] = report["indexer_loss"]
         game = replace.watch(state.game, report["load"])
         new = TrainState(state.step + 1, params, opt, router, game, average, state.key)
+        new = new if mask is None else partial.stand_still(mask, state, new)
         return new, metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparse_pretrain import checkpoint, config, data, nn
+from sparse_pretrain import checkpoint, config, data, nn, phases
 from sparse_pretrain.data import tokenize
 from sparse_pretrain.model import lm
 from sparse_pretrain.shapes import Batch
@@ -41,7 +41,9 @@ def open_run(workdir: Path, which: str = "last") -> Trained:
         step = checkpoint.Checkpointer(workdir).find(which)
     except checkpoint.CheckpointError as e:
         raise ValueError(f"--checkpoint: {e}") from None
-    definition = lm.define(experiment.model)
+    steps = record["derived"].get("steps", 0)
+    # with the attention of the phase that the step belongs to: for the last, the last phase's
+    definition = lm.define(phases.at(experiment.stages(steps), step).model)
     params, prices = checkpoint.init_from(
         workdir, definition.shapes, definition.price_shapes, step, averaged=experiment.ema > 0
     )

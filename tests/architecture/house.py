@@ -35,6 +35,7 @@ FLOORS = {
     "sparse_pretrain.data": 4,
     "sparse_pretrain.optim": 4,
     "sparse_pretrain.checkpoint": 4,
+    "sparse_pretrain.phases": 5,
     "sparse_pretrain.config": 5,
     "sparse_pretrain.planning": 5,
     "sparse_pretrain.scaling.fit": 5,

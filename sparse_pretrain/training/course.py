@@ -1,0 +1,91 @@
+"""What a run's phases run: the compiled step and the evaluation of each, made when it begins."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sparse_pretrain import nn, phases
+from sparse_pretrain.model import lm
+from sparse_pretrain.training import evaluate, record, run, step
+
+
+class Course:
+    """The stage of every step, and what is built for it; equal stages share what they can.
+
+    A step's stage follows from its number alone, so a resumed run takes the same ones.
+    """
+
+    def __init__(self, prepared: run.Prepared, record: record.Record):
+        self._p, self._record = prepared, record
+        self._definitions: list[tuple[Any, nn.Definition]] = [
+            (prepared.experiment.model, prepared.definition)
+        ]
+        self._steps: list[tuple[Any, Any]] = []
+        self._evaluators: list[tuple[Any, evaluate.Evaluator]] = []
+        self._flops = [row["train_flops_per_token"] for row in prepared.derived.get("phases", [])]
+
+    def stage(self, n: int) -> phases.Stage:
+        """The stage of step `n`, of which 1 is the first."""
+        return phases.at(self._p.stages, n)
+
+    def name(self, n: int) -> dict[str, str]:
+        """`phase`: the name of the stage of step `n`, where the run has phases."""
+        return {"phase": self.stage(n).name} if self._p.experiment.phases else {}
+
+    def flops_per_token(self, n: int) -> float:
+        """Training FLOPs per token of step `n`."""
+        if not self._flops:
+            return self._p.derived["train_flops_per_token"]
+        return self._flops[self._p.stages.index(self.stage(n))]
+
+    def definition(self, n: int) -> nn.Definition:
+        """The model of step `n`."""
+        model = self.stage(n).model
+        return _once(self._definitions, model, lambda: lm.define(model))
+
+    def evaluator(self, n: int) -> evaluate.Evaluator:
+        """Scores text with the attention of step `n`."""
+        domains = self._p.dataset.domains
+        return _once(
+            self._evaluators,
+            self.stage(n).model,
+            lambda: evaluate.Evaluator(self.definition(n), domains),
+        )
+
+    def compiled(self, n: int) -> bool:
+        """Whether the function of step `n` is there."""
+        return any(key == self._key(n) for key, _ in self._steps)
+
+    def step(self, n: int, state: Any, batch: Any) -> Any:
+        """The function of step `n`, compiled for these arguments where it is not there yet."""
+        return _once(self._steps, self._key(n), lambda: self._compile(n, state, batch))
+
+    def _key(self, n: int) -> tuple[Any, ...]:
+        stage = self.stage(n)
+        return stage.model, stage.seq, stage.train
+
+    def _compile(self, n: int, state: Any, batch: Any) -> Any:
+        began = time.perf_counter()
+        e, stage = self._p.experiment, self.stage(n)
+        made: Any = step.make_train_step(
+            self.definition(n),
+            stage.model,
+            self._p.tx,
+            schedule=self._p.schedule,
+            accumulate=e.accumulate,
+            ema=e.ema,
+            seq=stage.seq if stage.seq != e.data.seq else 0,
+            train=stage.train,
+        )
+        made = made.lower(state, batch).compile()
+        self._record.compiled(time.perf_counter() - began)
+        return made
+
+
+def _once(known: list[tuple[Any, Any]], key: Any, make: Callable[[], Any]) -> Any:
+    """What was made for an equal key (a model's sections cannot be hashed), else a new one."""
+    for other, value in known:
+        if other == key:
+            return value
+    known.append((key, make()))
+    return known[-1][1]
