@@ -129,6 +129,8 @@ def _show(found: Mapping[str, Any]) -> None:
             table.add_row(Text(name), bits, nats, si(row["tokens"]))
         console.print(table)
         _positions(console, found["by_position"])
+    if "accuracy" in found:
+        console.print(f"accuracy: {100 * found['accuracy']:.1f} %", highlight=False)
     if "max_vio_global" in found:
         vio, dead = found["max_vio_global"], found["dead_experts"]
         console.print(f"experts: MaxVio {vio:.3f}, {dead} unused", highlight=False)

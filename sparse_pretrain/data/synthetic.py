@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sparse_pretrain.data import Config
 
 START, MARK, FIRST_SYMBOL = 0, 1, 2
-TRAIN, HELDOUT = range(2)  # part of every draw's key, so the splits share no example's bits
+TRAIN, HELDOUT, RAMP = range(3)  # part of every draw's key, so the splits share no example's bits
 VERSION = 1  # part of the manifest hash: raise it when a task changes
 
 
@@ -64,44 +64,60 @@ def _induction(a: dict[str, int], key: tuple) -> Examples:
 def _recall(a: dict[str, int], key: tuple) -> Examples:
     """k1 v1 .. kP vP MARK, then every key again in another order, each followed by its value.
 
-    Source: Arora et al. 2023, Zoology (multi-query associative recall), without its gaps.
+    With a `length` the pairs lie at random places in that much noise, none in its last `gap`
+    tokens, so every answer lies more than `gap` tokens before its question.
+
+    Source: Arora et al. 2023, Zoology (multi-query associative recall).
+    Differs: gaps are of noise symbols of their own, and the questions follow one another.
     """
-    pairs = a["pairs"]
-    keys, values = _recall_symbols(a["vocab"])
+    pairs, n, gap = a["pairs"], a["length"], a["gap"]
+    keys, values, noise = _recall_symbols(a)
     k = FIRST_SYMBOL + _distinct(keys, pairs, *key, 0)
     v = FIRST_SYMBOL + keys + draws.below(values, *key, 1, np.arange(pairs))
     again = _distinct(pairs, pairs, *key, 2)
     start, mark = _columns(k, START, MARK)
     shown = np.stack([k, v], 2).reshape(len(k), -1)
+    if n:
+        first = FIRST_SYMBOL + keys + values
+        x = first + draws.below(noise, *key, 3, np.arange(n))
+        at = _apart(n - gap, pairs, 2, *key, 4)
+        places = np.stack([at, at + 1], 2).reshape(len(k), -1)
+        np.put_along_axis(x, places, shown, 1)
+        shown = x
     asked = np.stack([np.take_along_axis(k, again, 1), np.take_along_axis(v, again, 1)], 2)
     line = np.concatenate([start, shown, mark, asked.reshape(len(k), -1)], 1)
-    slot = np.arange(4 * pairs + 1)
-    return Examples(line, (slot > 2 * pairs + 1) & (slot % 2 == 0))
+    question = np.arange(line.shape[1] - 1) - shown.shape[1] - 2
+    return Examples(line, (question >= 0) & (question % 2 == 0))
 
 
 def _needle(a: dict[str, int], key: tuple) -> Examples:
     """Needles `MARK key value` at random places in noise; ends in MARK key, and value is scored.
 
-    The keys of an example differ, and neither keys nor values are among the noise's symbols.
+    The keys of an example differ, and neither keys nor values are among the noise's symbols. Of
+    the needles `asked` different ones are asked for, each in a question of its own.
 
     Source: the needle-in-a-haystack test; RULER (Hsieh et al. 2024) with several keys.
     """
-    n, needles = a["length"], a["needles"]
+    n, needles, m = a["length"], a["needles"], a["asked"]
     third = (a["vocab"] - FIRST_SYMBOL) // 3
     noise = a["vocab"] - FIRST_SYMBOL - 2 * third
     k = FIRST_SYMBOL + _distinct(third, needles, *key, 0)
     v = FIRST_SYMBOL + third + draws.below(third, *key, 1, np.arange(needles))
     x = FIRST_SYMBOL + 2 * third + draws.below(noise, *key, 2, np.arange(n))
-    # A needle takes three places; drawing among the places left when each counts as one, sorted,
-    # and moving number i up by 2 i gives every arrangement with the same chance.
-    gaps = np.sort(_distinct(n - 2 * needles, needles, *key, 3), 1)
-    at = gaps + 2 * np.arange(needles)
+    at = _apart(n, needles, 3, *key, 3)
     for offset, part in enumerate((np.full_like(k, MARK), k, v)):
         np.put_along_axis(x, at + offset, part, 1)
-    asked = draws.below(needles, *key, 4, np.zeros(1, np.int64))
-    start, mark = _columns(x, START, MARK)
-    question = [np.take_along_axis(k, asked, 1), np.take_along_axis(v, asked, 1)]
-    return Examples(np.concatenate([start, x, mark, *question], 1), np.arange(n + 3) == n + 2)
+    if m == 1:
+        asked = draws.below(needles, *key, 4, np.zeros(1, np.int64))
+    else:
+        asked = _distinct(needles, needles, *key, 5)[:, :m]
+    (start,) = _columns(x, START)
+    marks = np.full_like(asked, MARK)
+    keys, values = np.take_along_axis(k, asked, 1), np.take_along_axis(v, asked, 1)
+    questions = np.stack([marks, keys, values], 2).reshape(len(x), -1)
+    question = np.arange(n + 3 * m) - n - 2
+    scored = (question >= 0) & (question % 3 == 0)
+    return Examples(np.concatenate([start, x, questions], 1), scored)
 
 
 def _columns(like: np.ndarray, *ids: int) -> list[np.ndarray]:
@@ -113,10 +129,22 @@ def _distinct(size: int, count: int, *key: object) -> np.ndarray:
     return np.argsort(draws.draw(*key, np.arange(size)), axis=1, kind="stable")[:, :count]
 
 
-def _recall_symbols(vocab: int) -> tuple[int, int]:
-    """Numbers of keys and of values."""
-    keys = (vocab - FIRST_SYMBOL) // 2
-    return keys, vocab - FIRST_SYMBOL - keys
+def _apart(size: int, count: int, wide: int, *key: object) -> np.ndarray:
+    """`count` places of [0, size) per example, in order, each the first of `wide` free ones.
+
+    Drawing among the places left when each run counts as one, sorted, and moving number i up by
+    (wide - 1) i gives every arrangement with the same chance.
+    """
+    gaps = np.sort(_distinct(size - (wide - 1) * count, count, *key), 1)
+    return gaps + (wide - 1) * np.arange(count)
+
+
+def _recall_symbols(a: dict[str, int]) -> tuple[int, int, int]:
+    """Numbers of keys, of values and of noise symbols, which only a `length` needs."""
+    symbols = a["vocab"] - FIRST_SYMBOL
+    if a["length"]:
+        return symbols // 3, symbols // 3, symbols - 2 * (symbols // 3)
+    return symbols // 2, symbols - symbols // 2, 0
 
 
 class Task(NamedTuple):
@@ -130,6 +158,23 @@ class Task(NamedTuple):
     least: Callable[[dict[str, int]], dict[str, int]]
 
 
+def _shortened(a: dict[str, int]) -> dict[str, int]:
+    """The arguments of the examples that training begins with."""
+    gap = {"gap": a["gap"] * a["short"] // a["length"]} if "gap" in a else {}
+    return a | gap | {"length": a["short"]}
+
+
+def _least_short(a: dict[str, int]) -> dict[str, int]:
+    """Room for what a short example shows, where there are any."""
+    if not a["ramp"]:
+        return {}
+    if "pairs" in a:
+        gap = a["gap"] * a["short"] // max(a["length"], 1)
+        return {"short": 2 * a["pairs"] + gap, "length": a["short"]}
+    return {"short": 3 * a["needles"]}
+
+
+NO_RAMP = {"short": 0, "ramp": 0}
 TASKS = {
     "copy": Task(
         _copy,
@@ -143,14 +188,23 @@ TASKS = {
     ),
     "recall": Task(
         _recall,
-        {"pairs": 8, "vocab": 256},
-        lambda a: {"pairs": 1, "vocab": FIRST_SYMBOL + 2 * a["pairs"]},
+        # length 0: the pairs alone
+        {"pairs": 8, "length": 0, "gap": 0, "vocab": 256} | NO_RAMP,
+        lambda a: {
+            "pairs": 1,
+            **_least_short(a),
+            "length": 2 * a["pairs"] + a["gap"] if a["length"] or a["gap"] else 0,
+            "vocab": FIRST_SYMBOL + (3 if a["length"] else 2) * a["pairs"],
+        },
     ),
     "needle": Task(
         _needle,
-        {"length": 0, "needles": 1, "vocab": 64},  # length 0: as long as a row allows
+        # length 0: as long as a row allows
+        {"length": 0, "needles": 1, "asked": 1, "vocab": 64} | NO_RAMP,
         lambda a: {
-            "needles": 1,
+            "asked": 1,
+            **_least_short(a),
+            "needles": a["asked"],
             "length": 3 * a["needles"],
             "vocab": FIRST_SYMBOL + 3 * a["needles"],
         },
@@ -181,8 +235,20 @@ class Symbols(Tokenizer):
         return self.spans(text)[0]
 
 
+class Layout(NamedTuple):
+    """How rows are filled: arguments, tokens of an example and from one to the next, examples."""
+
+    args: dict[str, int]
+    slots: int
+    pitch: int
+    per_row: int
+
+
 class SyntheticDataset(Dataset):
     """Endless examples of one task; the held-out rows are `heldout` rows of other draws.
+
+    The first `ramp` rows of training hold examples with a length of `short`, whose starts divide a
+    row evenly, so that a phase of shorter rows need cut none of them.
 
     Units: `bytes` is 1 per scored target, so bits/byte is bits per answer token.
     """
@@ -193,14 +259,8 @@ class SyntheticDataset(Dataset):
         self.tokenizer = Symbols(args["vocab"])
         self.domains = (name,)
         self.train_tokens = ENDLESS
-        shape = self.task.make(args, (0, TRAIN, np.zeros((1, 1), np.int64)))
-        self._slots = len(shape.scored)
-        if self._slots > config.seq:
-            raise ValueError(
-                f"data.seq: {config.seq} tokens do not hold an example of {name}, "
-                f"which takes {self._slots}"
-            )
-        self._per_row = config.seq // self._slots
+        self._whole = self._layout(args, even=False)
+        self._short = self._layout(_shortened(args), even=True) if args.get("ramp") else None
         words = ",".join(f"{k}={v}" for k, v in sorted(args.items()))
         self.manifest = {
             "hash": hashlib.sha256(f"{name}:{words}:{VERSION}".encode()).hexdigest()[:16],
@@ -214,24 +274,45 @@ class SyntheticDataset(Dataset):
     def total_rows(self) -> int | None:
         return None
 
+    def _layout(self, args: dict[str, int], *, even: bool) -> Layout:
+        seq = self.config.seq
+        slots = len(self.task.make(args, (0, TRAIN, np.zeros((1, 1), np.int64))).scored)
+        if slots > seq:
+            raise ValueError(
+                f"data.seq: {seq} tokens do not hold an example of {self.domains[0]}, "
+                f"which takes {slots}"
+            )
+        per = seq // slots
+        if even:
+            per = max(n for n in range(1, per + 1) if seq % n == 0)
+        return Layout(args, slots, seq // per if even else slots, per)
+
     def train_rows(self, numbers: np.ndarray) -> Batch:
-        return self._rows(numbers, (self.seed, TRAIN))
+        rows = self._rows(numbers, (self.seed, TRAIN), self._whole)
+        early = numbers < self.args.get("ramp", 0)
+        if self._short is None or not early.any():
+            return rows
+        short = self._rows(numbers, (self.seed, RAMP), self._short)
+        return Batch(*(np.where(early[:, None], a, b) for a, b in zip(short, rows, strict=True)))
 
     def heldout(self, limit_tokens: int | None = None) -> Iterator[Batch]:
         order = limited(np.arange(self.args["heldout"]), limit_tokens, self.config.seq)
         for numbers in self._shares(order):
-            yield self._rows(numbers, (0, HELDOUT))
+            yield self._rows(numbers, (0, HELDOUT), self._whole)
 
-    def _rows(self, numbers: np.ndarray, key: tuple[int, int]) -> Batch:
-        B, L, n, per = len(numbers), self.config.seq, self._slots, self._per_row
+    def _rows(self, numbers: np.ndarray, key: tuple[int, int], layout: Layout) -> Batch:
+        B, L = len(numbers), self.config.seq
+        args, n, pitch, per = layout
         example = (numbers[:, None] * per + np.arange(per)).reshape(-1, 1)
-        made = self.task.make(self.args, (*key, example))
+        made = self.task.make(args, (*key, example))
         real = np.repeat(numbers >= 0, per)[:, None]
 
         def rows_of(values: np.ndarray, dtype: type = np.int32) -> np.ndarray:
             out: np.ndarray = np.zeros((B, L), dtype)
             values = np.where(real, np.broadcast_to(values, (B * per, n)), 0)
-            out[:, : per * n] = values.reshape(B, per * n)
+            places = out[:, : per * pitch].reshape(B * per, pitch) if B else out
+            places[:, :n] = values
+            out[:, : per * pitch] = places.reshape(B, per * pitch)
             return out
 
         return Batch(
@@ -249,7 +330,8 @@ def build(config: Config, *, seed: int, share: Share | None = None) -> Synthetic
     """The dataset of a `synthetic:NAME[:key=value,...]` source.
 
     Arguments: `vocab` counts all ids; `heldout` is a number of rows; copy and induction take a
-    `length`, recall `pairs`, needle a `length` (0: the row) and `needles`.
+    `length`, recall `pairs` and perhaps a `length` and a `gap`, needle a `length` (0: the row),
+    `needles` and how many are `asked`.
     Errors: ValueError naming the task, the argument and the values it may have.
     """
     _, _, rest = config.source.partition(":")
@@ -267,7 +349,7 @@ def build(config: Config, *, seed: int, share: Share | None = None) -> Synthetic
             )
         args[key] = int(value)
     if name == "needle" and not args["length"]:
-        args["length"] = max(config.seq - 3, 0)
+        args["length"] = max(config.seq - 3 * args["asked"], 0)
     for key, least in {**task.least(args), "heldout": 1}.items():
         if args[key] < least:
             raise ValueError(

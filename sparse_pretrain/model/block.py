@@ -14,14 +14,22 @@ from sparse_pretrain.shapes import AnyArray, Position
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(spec.Config):
-    """An attention section and a feed-forward section, each chosen by its `kind`."""
+    """An attention section and a feed-forward section, each chosen by its `kind`.
+
+    `conv` tokens, the query's own among them, that a short convolution mixes before attention;
+    0 for none.
+    """
 
     attention: spec.Config = full.Config()
     ffn: spec.Config = ffn.DenseConfig()
+    conv: int = 0
+
+    def __post_init__(self):
+        spec.require(0 <= self.conv <= 64, f"conv: must be 0 to 64, got {self.conv}")
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)).
+    """x + attention(norm(x)), then x + ffn(norm(x)); attention may see conv(norm(x)) instead.
 
     Shapes: x [B, L, D] -> (x [B, L, D], the feed-forward layer's Report, the attention's own loss
         [], a mean over tokens that are not padding).
@@ -29,6 +37,9 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, width: int, keys: nn.Keys, *, eps: float, out_gain: float):
         self.norm_attention = layers.RMSNorm(width, keys, eps=eps)
+        if config.conv:
+            self.conv = layers.ShortConv(config.conv, width, keys)
+        self.convolves = config.conv > 0
         mixer = attention.TABLE[config.attention.KIND]
         self.attention = mixer(config.attention, width, keys, out_gain=out_gain)
         self.norm_ffn = layers.RMSNorm(width, keys, eps=eps)
@@ -38,7 +49,10 @@ class Block(nn.Module):
         self, x: Float[Array, "B L D"], context: base.Context
     ) -> tuple[Float[Array, "B L D"], Report, Float[Array, ""]]:
         valid = context.segments != 0
-        y, own = self.attention.attend(self.norm_attention(x), context)
+        y = self.norm_attention(x)
+        if self.convolves:
+            y = self.conv(y, context.segments)
+        y, own = self.attention.attend(y, context)
         x = x + y
         loss = jnp.zeros((), jnp.float32)
         if own is not None:
@@ -56,7 +70,18 @@ class Block(nn.Module):
         tokens: Int[AnyArray, "B 1"],
     ) -> tuple[Float[Array, "B 1 D"], base.Cache]:
         """One token [B, 1, D] against the layer's cache."""
-        y, cache = self.attention.decode(self.norm_attention(x), cache, position)
+        y, past = self.norm_attention(x), {}
+        if self.convolves:
+            y, past["conv"] = self.conv.decode(y, cache["conv"])
+        cache = {name: held for name, held in cache.items() if name != "conv"}
+        y, cache = self.attention.decode(y, cache, position)
         x = x + y
         y, _ = self.ffn(self.norm_ffn(x), tokens == tokens, tokens)
-        return x + y, cache
+        return x + y, cache | past
+
+
+def cache_shapes(config: Config, width: int, batch: int, length: int) -> dict[str, tuple]:
+    """What the layer's cache of `length` tokens holds."""
+    mixer = attention.TABLE[config.attention.KIND]
+    shapes = mixer.cache_shapes(config.attention, width, batch, length)
+    return shapes | ({"conv": (batch, config.conv - 1, width)} if config.conv else {})

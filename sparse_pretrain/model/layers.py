@@ -224,3 +224,39 @@ class SwiGLU(nn.Module):
         gate = ops.linear(x, nn.read(self.w_gate))
         up = ops.linear(x, nn.read(self.w_up))
         return ops.linear(swiglu(gate, up), nn.read(self.w_down))
+
+
+class ShortConv(nn.Module):
+    """x plus a causal depthwise convolution of it over the last `taps` tokens of the document.
+
+    Shapes: x [B, L, D], segments [B, L] -> [B, L, D].
+    Source: the shift of H3 (2212.14052); before attention as in Zoology (2312.04927).
+    Differs: added to its input, so that taps of zero change nothing; no bias, no activation.
+    """
+
+    def __init__(self, taps: int, width: int, keys: nn.Keys):
+        self.taps = nn.param(keys, (taps, width), ("W", "D"), std=taps**-0.5)
+
+    def __call__(
+        self, x: Float[Array, "B L D"], segments: Int[AnyArray, "B L"]
+    ) -> Float[Array, "B L D"]:
+        L = x.shape[1]
+        taps = nn.read(self.taps)
+        x32 = x.astype(wide(x.dtype))
+        total = x32
+        for back in range(min(len(taps), L)):
+            lead = ((0, 0), (back, 0))
+            same = jnp.pad(segments, lead)[:, :L] == segments
+            earlier = jnp.pad(x32, (*lead, (0, 0)))[:, :L]
+            total = total + _along_last(taps[back], x32) * jnp.where(same[..., None], earlier, 0.0)
+        return materialise(narrow(total, x.dtype))
+
+    def decode(
+        self, x_Bx1xD: Float[Array, "B 1 D"], past_BxWxD: Float[Array, "B W D"]
+    ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B W D"]]:
+        """One token after the `taps - 1` inputs before it, zero before the first; and the next."""
+        window = jnp.concatenate([past_BxWxD.astype(x_Bx1xD.dtype), x_Bx1xD], axis=1)
+        taps = nn.read(self.taps)
+        x32 = window.astype(wide(x_Bx1xD.dtype))
+        y = x32[:, -1:] + jnp.einsum("bwd,wd->bd", x32, taps[::-1].astype(x32.dtype))[:, None]
+        return narrow(y, x_Bx1xD.dtype), window[:, 1:].astype(past_BxWxD.dtype)

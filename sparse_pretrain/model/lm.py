@@ -171,8 +171,7 @@ def init_cache(model: LM, batch: int, length: int) -> dict[str, Any]:
     c, dtype = model.config, DTYPES[model.config.dtype]
     cache = {}
     for group, name in layer_names(c).items():
-        section = c.blocks[name].attention
-        sizes = attention.TABLE[section.KIND].cache_shapes(section, c.width, batch, length)
+        sizes = block.cache_shapes(c.blocks[name], c.width, batch, length)
         lead = (c.repeats,) if group.startswith("stack_") else ()
         cache[group] = {k: jnp.zeros((*lead, *size), dtype) for k, size in sizes.items()}
     return cache
@@ -277,7 +276,8 @@ def work_per_token(config: Config, length: int) -> base.Work:
         for x in config.layer_list
     ]
     linear = 2.0 * config.width * config.vocab + sum(
-        ffn.TABLE[x.ffn.KIND].work(x.ffn, config.width) for x in config.layer_list
+        ffn.TABLE[x.ffn.KIND].work(x.ffn, config.width) + 2 * x.conv * config.width
+        for x in config.layer_list
     )
     total = base.Work(*(sum(values) for values in zip(*works, strict=True)))
     return total._replace(linear=total.linear + linear)

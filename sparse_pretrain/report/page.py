@@ -37,6 +37,7 @@ def render(run: workdir.Run) -> str:
     boxes = [
         _losses(run),
         _heldout(run),
+        _accuracy(run),
         _domains(run),
         positions.section(run),
         _optimisation(run),
@@ -95,6 +96,7 @@ def _headline(run: workdir.Run) -> str:
     cards = [
         ("bits_per_byte", "held-out bits/byte", html.number(result("bits_per_byte"))),
         ("nats_per_token", "held-out nats/token", html.number(result("nats_per_token"))),
+        ("accuracy", "held-out accuracy", html.number(result("accuracy"), 3)),
         ("tokens_per_second", "tokens/s", html.count(result("tokens_per_second"))),
         ("tokens", "tokens", html.count(result("tokens"))),
         ("steps", "steps", html.count(steps)),
@@ -146,6 +148,18 @@ def _heldout(run: workdir.Run) -> str:
     chart.points(x, bits, colour=1)
     mark_phases(chart, run, unit)
     return html.section("Held-out text", chart.svg("Held-out bits per byte"), id="heldout")
+
+
+def _accuracy(run: workdir.Run) -> str:
+    right = numbers(run.curve, "accuracy")
+    if not np.isfinite(right).any():
+        return ""
+    x, unit = tokens_axis(run, run.eval)
+    chart = Chart(x=unit, panels=["held-out accuracy"], height=2.8)
+    chart.points(x, right, colour=1)
+    chart.axes[0].set_ylim(-0.03, 1.03)
+    mark_phases(chart, run, unit)
+    return html.section("Held-out answers", chart.svg("Held-out accuracy"), id="accuracy")
 
 
 def _domains(run: workdir.Run) -> str:

@@ -233,6 +233,8 @@ def _write(
         if status == "finished":
             keys = ("bits_per_byte", "nats_per_token", "steps", "tokens", "flops", "wall_seconds")
             row |= {key: run.result(key) for key in (*keys, "tokens_per_second")}
+            if run.result("accuracy") is not None:
+                row["accuracy"] = run.result("accuracy")
             row["manifest_hash"] = run.manifest_hash
         rows.append(row)
     arms = gather(todo, rows=False)

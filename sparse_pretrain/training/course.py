@@ -45,11 +45,12 @@ class Course:
 
     def evaluator(self, n: int) -> evaluate.Evaluator:
         """Scores text with the attention of step `n`."""
-        domains = self._p.dataset.domains
+        data = self._p.dataset
+        task = not data.tokenizer.is_text
         return _once(
             self._evaluators,
             self.stage(n).model,
-            lambda: evaluate.Evaluator(self.definition(n), domains),
+            lambda: evaluate.Evaluator(self.definition(n), data.domains, accuracy=task),
         )
 
     def compiled(self, n: int) -> bool:

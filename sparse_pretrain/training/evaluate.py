@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 
 from sparse_pretrain import nn, shapes
 from sparse_pretrain.games import prices
+from sparse_pretrain.model import lm
+from sparse_pretrain.shapes import AnyArray
 from sparse_pretrain.training import loss
 
 FIRST = 64  # tokens in the first bucket of positions
@@ -26,21 +28,30 @@ def edges(length: int) -> tuple[int, ...]:
 
 
 class Evaluator:
-    """Scores batches of one model; compiled once and used for every evaluation of a run."""
+    """Scores batches of one model; compiled once and used for every evaluation of a run.
 
-    def __init__(self, definition: nn.Definition, domains: tuple[str, ...]):
+    With `accuracy` also whether each target is the likeliest token, which needs the logits of a
+    row: for tasks with an answer, and not for text.
+    """
+
+    def __init__(
+        self, definition: nn.Definition, domains: tuple[str, ...], *, accuracy: bool = False
+    ):
         self._domains = domains
         self._rows = rows = max(len(domains), 1)
 
         @jax.jit
         def step(params, prices, batch: shapes.Batch):
-            """Sums of nats, targets and bytes by domain and by position; experts' load, gaps."""
+            """Sums of nats, targets, bytes, perhaps hits, by domain and position; loads, gaps."""
             model = definition.merge(params, prices)
             hidden, aux = model(batch)
             _, nats = loss.token_losses(model, hidden, batch)
             counted = (batch.weights > 0).astype(jnp.float32)
             size = batch.bytes.astype(jnp.float32) * counted
-            columns = jnp.stack([nats * batch.weights, batch.weights, size], -1)
+            told = [nats * batch.weights, batch.weights, size]
+            if accuracy:
+                told.append(hits(model, hidden, batch.targets) * batch.weights)
+            columns = jnp.stack(told, -1)
             mine = (
                 batch.domains[..., None]
                 == jnp.arange(rows, dtype=batch.domains.dtype)[None, None, :]
@@ -59,6 +70,7 @@ class Evaluator:
 
         `by_position`: nats per token by the place of the token that predicts, counted from where
         its document begins in the row.
+        `accuracy`, where it was asked for, is the weighted share of targets that are likeliest.
 
         Shapes: load [N, E] over the layers with experts from the bottom up, absent without any;
         `duality_gap` [] per token, mean over batches and layers with prices, absent without any.
@@ -94,6 +106,25 @@ class Evaluator:
         return scores | ({"duality_gap": float(np.mean(gaps))} if gaps else {})
 
 
+def hits(
+    model: lm.LM, hidden: Float[Array, "B L D"], targets: Int[AnyArray, "B L"]
+) -> Float[Array, "B L"]:
+    """1 where the target is the likeliest token, the first of equals; one row's logits at a time.
+
+    A softcap keeps the order, so it is left out.
+    """
+    head, layout = model.head_weight()
+    head = head.astype(hidden.dtype)
+
+    def row(part):
+        x_LxD, target_L = part
+        letters = "ld,dv->lv" if layout == "DV" else "ld,vd->lv"
+        logits = jnp.einsum(letters, x_LxD, head, preferred_element_type=jnp.float32)
+        return (jnp.argmax(logits, axis=-1) == target_L).astype(jnp.float32)
+
+    return jax.lax.map(row, (hidden, jnp.asarray(targets)))
+
+
 def balance(load_NxE: Float[np.ndarray, "N E"]) -> dict[str, Any]:
     """How evenly experts are used: `max_vio_global` mean over layers, `dead_experts` in all layers.
 
@@ -115,9 +146,10 @@ def _curve(sums_Px3, length: int) -> list[dict[str, Any]]:
 
 
 def _row(sums) -> dict[str, float]:
-    nats, tokens, size = (float(x) for x in sums)
+    nats, tokens, size, *right = (float(x) for x in sums)
     return {
         "bits_per_byte": nats / math.log(2) / max(size, 1.0),
         "nats_per_token": nats / tokens,
         "tokens": int(tokens),
+        **{"accuracy": x / tokens for x in right},
     }

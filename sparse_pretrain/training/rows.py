@@ -64,5 +64,5 @@ def scored(scores: dict[str, Any]) -> dict[str, Any]:
     """The evaluation's fields as they appear in eval.jsonl and summary.json."""
     keep = ("bits_per_byte", "nats_per_token", "per_domain", "by_position")
     row = {k: scores[k] for k in keep} | {"heldout_tokens": scores["tokens"]}
-    row |= {k: scores[k] for k in ("duality_gap",) if k in scores}
+    row |= {k: scores[k] for k in ("accuracy", "duality_gap") if k in scores}
     return row | (evaluate.balance(scores["load"]) if "load" in scores else {})

@@ -127,7 +127,8 @@ def scores(
 
         found = pipeline.OnlyText(opened.experiment.data, tokenizer(opened))
         batches = found.text(text)
-    score = evaluate.Evaluator(opened.definition, found.domains)
+    task = not found.tokenizer.is_text
+    score = evaluate.Evaluator(opened.definition, found.domains, accuracy=task)
     result = score(opened.params, opened.prices, batches)
     if "load" in result:
         result |= evaluate.balance(result["load"]) | {"load": result["load"].tolist()}
