@@ -147,9 +147,9 @@ def _curve(sums_Px3, length: int) -> list[dict[str, Any]]:
 
 def _row(sums) -> dict[str, float]:
     nats, tokens, size, *right = (float(x) for x in sums)
-    return {
+    row = {
         "bits_per_byte": nats / math.log(2) / max(size, 1.0),
         "nats_per_token": nats / tokens,
         "tokens": int(tokens),
-        **{"accuracy": x / tokens for x in right},
     }
+    return row | ({"accuracy": right[0] / tokens} if right else {})
