@@ -336,7 +336,7 @@ class NSA(grouped.Grouped):
 
     def _blocks_read(self, q_BxKxGxD, cache: base.Cache, score_BxKxM, position) -> jax.Array:
         """What the chosen blocks give, [B, K, G, D]."""
-        c, (B, K), M = self.config, q_BxKxGxD.shape[:2], score_BxKxM.shape[2]
+        c, (B, K, M) = self.config, score_BxKxM.shape
         behind = (position // c.block - jnp.arange(M))[None, None]
         forced = (behind < c.local) | (jnp.arange(M) == 0)[None, None]
         score = jnp.where(forced, jnp.inf, score_BxKxM)
