@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +42,7 @@ class Spec:
                   (self.B, self.L, self.J))
         index = tuple(numerics.normal(s, dtype, seed=seed + i) for i, s in enumerate(shapes))
         rng = np.random.default_rng(seed + 3)
-        where = {"stride": self.stride, "span": self.span}
+        where: dict[str, Any] = {"stride": self.stride, "span": self.span}
         ends = np.arange(self.keys) * self.stride + self.span - 1
         ends = np.broadcast_to(ends, (self.B, self.keys))
         if self.late:

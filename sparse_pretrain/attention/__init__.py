@@ -1,5 +1,7 @@
 """Attention variants: one file each, one row here."""
 
+from typing import Any
+
 from sparse_pretrain.attention.csa import CSA
 from sparse_pretrain.attention.dsa import DSA
 from sparse_pretrain.attention.full import Full
@@ -9,7 +11,7 @@ from sparse_pretrain.attention.moba import MoBA
 from sparse_pretrain.attention.nsa import NSA
 from sparse_pretrain.attention.sliding import Sliding
 
-TABLE = {
+TABLE: dict[str, Any] = {
     "full": Full,
     "mla": MLA,
     "sliding": Sliding,

@@ -167,7 +167,8 @@ class DSA(mla.MLA):
         positions = jnp.full((x_Bx1xD.shape[0], 1), position, jnp.int32)
         index = self.index(x_Bx1xD, positions)
         keys = jax.lax.dynamic_update_slice_in_dim(cache["k_index"], index.k, position, 1)
-        o, rest = super().decode(x_Bx1xD, cache, position, self._chosen(index, keys, position))
+        chosen = self._chosen(index, keys, position)
+        o, rest = self.decode_chosen(x_Bx1xD, cache, position, chosen)
         return o, rest | {"k_index": keys}
 
     def _chosen(self, index: Index, keys_BxSxD, position):

@@ -121,13 +121,14 @@ class MLA(base.Attention):
         )
         return ops.linear(o, nn.read(self.w_o), contract=2)
 
-    def decode(
-        self, x_Bx1xD, cache: base.Cache, position, chosen_BxS=None
-    ) -> tuple[jax.Array, base.Cache]:
-        """One token at `position` [] with absorbed projections: heads share the latent as key.
+    def decode(self, x_Bx1xD, cache: base.Cache, position) -> tuple[jax.Array, base.Cache]:
+        """One token at `position` [] with absorbed projections: heads share the latent as key."""
+        return self.decode_chosen(x_Bx1xD, cache, position, None)
 
-        Of the cached tokens only those `chosen` are read, all where that is None.
-        """
+    def decode_chosen(
+        self, x_Bx1xD, cache: base.Cache, position, chosen_BxS
+    ) -> tuple[jax.Array, base.Cache]:
+        """As `decode`; of the cached tokens only those chosen are read, all where that is None."""
         B, f32 = x_Bx1xD.shape[0], jnp.float32
         positions = jnp.full((B, 1), position, jnp.int32)
         q = self.queries(x_Bx1xD, positions)

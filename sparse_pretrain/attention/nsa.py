@@ -167,7 +167,8 @@ class NSA(grouped.Grouped):
     def __call__(self, x: Float[Array, "B L D"], context: base.Context) -> Float[Array, "B L D"]:
         c, positions = self.config, context.positions
         q, k, v = self._project(x, positions)
-        window = self.window(q, *self._window_keys(x, positions), context)
+        k_window, v_window = self._window_keys(x, positions)
+        window = self.window(q, k_window, v_window, context)
         chunks = blocks.layout(context.segments, positions, span=c.stride, stride=c.stride)
         raw = (ops.linear(x, nn.read(w)) for w in (self.w_k_compress, self.w_v_compress))
         k_entry, v_entry = (
