@@ -6,7 +6,8 @@ Command:  sparse-pretrain train --config=experiments/dsa_warmup.py --workdir=run
 Then:     python3 experiments/benchmarks/indexer_mass.py --workdir=runs/dsa_warmup
 All arms: sparse-pretrain sweep --sweep=experiments/sweeps/dsa_warmup.py
 Arms:     `sparse` as above; `dense` goes on with dense attention after the same warm-up, on the
-          same tokens in the same order.
+          same tokens in the same order; `warmup` ends with the warm-up.
+Measured: not yet.
 """
 
 from ml_collections import ConfigDict
@@ -20,6 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
     `warmup` stops after the warm-up, for the indexer to be looked at before anything adapts to it.
     Errors: ValueError naming the arms.
     """
+    name = f"dsa_warmup_{arg}" if arg else "dsa_warmup"
     arg = arg or "sparse"
     if arg not in ARMS:
         raise ValueError(f"dsa_warmup: {arg!r} is not one of {', '.join(ARMS)}")
@@ -37,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
         phases["then"] = dict(start=1_572_864, attention=dict(block=dict(mode=end)))
     return ConfigDict(
         dict(
-            name=f"dsa_{arg}",
+            name=name,
             tokens=1_572_864 if end == "warmup" else 2_097_152,
             data=dict(source="python_stdlib", tokenizer="bpe:4096", seq=2048, batch=8),
             model=dict(

@@ -1,8 +1,8 @@
-"""DSA's sparse stage against going on with dense attention: three paired seeds.
+"""DSA's sparse stage against going on with dense attention: five paired seeds.
 
 Question: what does reading an eighth of the row cost in bits/byte?
 Command:  sparse-pretrain sweep --sweep=experiments/sweeps/dsa_warmup.py
-Measured: see experiments/dsa_warmup.py.
+Measured: not yet.
 """
 
 from sparse_pretrain.scaling.combinators import runs

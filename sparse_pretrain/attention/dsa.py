@@ -116,6 +116,7 @@ class DSA(mla.MLA):
         return config.mode != "dense"
 
     def index(self, x, positions) -> Index:
+        """What the indexer makes of what the layer reads; no gradient passes to either."""
         x = jax.lax.stop_gradient(x)
         return self.indexer(x, jax.lax.stop_gradient(self._latent_queries(x)), positions)
 
