@@ -81,11 +81,14 @@ class MLA(base.Attention):
         halves = dataclasses.replace(self.config.rope, interleaved=False)
         return layers.rope(x, positions, halves, start=start)
 
+    def _latent_queries(self, x):
+        """[B, L, Dc]; x itself where queries have no latent."""
+        return self.q_norm(ops.linear(x, nn.read(self.w_dq))) if self.config.q_rank else x
+
     def queries(self, x, positions):
         """[B, L, H, nope + rope], rotated from dim nope on."""
         c = self.config
-        if c.q_rank:
-            x = self.q_norm(ops.linear(x, nn.read(self.w_dq)))
+        x = self._latent_queries(x)
         w = nn.read(self.w_uq if c.q_rank else self.w_q)
         return self._rope(ops.linear(x, self._halves(w, c.nope_dim)), positions, c.nope_dim)
 
@@ -96,15 +99,20 @@ class MLA(base.Attention):
         k_rope = self._rope(both[..., None, c.kv_rank :], positions)
         return self.kv_norm(both[..., : c.kv_rank]), k_rope[..., 0, :]
 
-    def __call__(self, x: Float[Array, "B L D"], context: base.Context) -> Float[Array, "B L D"]:
+    def expanded(self, x, context: base.Context):
+        """(q, k, v) of every head, [B, L, H, each its width]."""
         q = self.queries(x, context.positions)
         c_kv, k_rope = self.latents(x, context.positions)
         k_nope = ops.linear(c_kv, nn.read(self.w_uk))
         v = ops.linear(c_kv, nn.read(self.w_uv))
         k_rope = jnp.broadcast_to(k_rope[:, :, None, :], (*k_nope.shape[:3], k_rope.shape[-1]))
+        return q, jnp.concatenate([k_nope, k_rope], axis=-1), v
+
+    def __call__(self, x: Float[Array, "B L D"], context: base.Context) -> Float[Array, "B L D"]:
+        q, k, v = self.expanded(x, context)
         o = ops.flash(
             q,
-            jnp.concatenate([k_nope, k_rope], axis=-1),
+            k,
             v,
             segments_q=context.segments,
             segments_k=context.segments,
@@ -115,6 +123,12 @@ class MLA(base.Attention):
 
     def decode(self, x_Bx1xD, cache: base.Cache, position) -> tuple[jax.Array, base.Cache]:
         """One token at `position` [] with absorbed projections: heads share the latent as key."""
+        return self.decode_chosen(x_Bx1xD, cache, position, None)
+
+    def decode_chosen(
+        self, x_Bx1xD, cache: base.Cache, position, chosen_BxS
+    ) -> tuple[jax.Array, base.Cache]:
+        """As `decode`; of the cached tokens only those chosen are read, all where that is None."""
         B, f32 = x_Bx1xD.shape[0], jnp.float32
         positions = jnp.full((B, 1), position, jnp.int32)
         q = self.queries(x_Bx1xD, positions)
@@ -131,6 +145,8 @@ class MLA(base.Attention):
         score = score * self._scale
         if self.config.softcap:
             score = self.config.softcap * jnp.tanh(score / self.config.softcap)
+        if chosen_BxS is not None:
+            score = jnp.where(chosen_BxS[:, None], score, -jnp.inf)
         p = base.cached_softmax(score, position)
         o = jnp.einsum("bhs,bsc->bhc", p, latent)
         o = jnp.einsum("bhc,chv->bhv", o, nn.read(self.w_uv))[:, None].astype(x_Bx1xD.dtype)

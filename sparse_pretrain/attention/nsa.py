@@ -167,7 +167,8 @@ class NSA(grouped.Grouped):
     def __call__(self, x: Float[Array, "B L D"], context: base.Context) -> Float[Array, "B L D"]:
         c, positions = self.config, context.positions
         q, k, v = self._project(x, positions)
-        window = self.window(q, *self._window_keys(x, positions), context)
+        k_window, v_window = self._window_keys(x, positions)
+        window = self.window(q, k_window, v_window, context)
         chunks = blocks.layout(context.segments, positions, span=c.stride, stride=c.stride)
         raw = (ops.linear(x, nn.read(w)) for w in (self.w_k_compress, self.w_v_compress))
         k_entry, v_entry = (
@@ -194,7 +195,7 @@ class NSA(grouped.Grouped):
         self, q, k, v, context: base.Context, chunks: blocks.Layout, *, return_lse: bool
     ):
         """The entries that have ended; 0 before the first has."""
-        c, (B, L, H, D) = self.config, q.shape
+        c, (B, L, H) = self.config, q.shape[:3]
         if not k.shape[1]:
             o, lse = jnp.zeros_like(q), jnp.full((B, L, H), -1e30, layers.wide(q.dtype))
             return (o, lse) if return_lse else o
@@ -336,7 +337,7 @@ class NSA(grouped.Grouped):
 
     def _blocks_read(self, q_BxKxGxD, cache: base.Cache, score_BxKxM, position) -> jax.Array:
         """What the chosen blocks give, [B, K, G, D]."""
-        c, (B, K, G, D), M = self.config, q_BxKxGxD.shape, score_BxKxM.shape[2]
+        c, (B, K, M) = self.config, score_BxKxM.shape
         behind = (position // c.block - jnp.arange(M))[None, None]
         forced = (behind < c.local) | (jnp.arange(M) == 0)[None, None]
         score = jnp.where(forced, jnp.inf, score_BxKxM)

@@ -10,7 +10,9 @@ from jaxtyping import Array, Float, Int
 from sparse_pretrain.attention import base, blocks
 
 SCORES = 1 << 20  # scores held at once
-PIECES = 4  # of a row; the queries of each are scored against the blocks up to its end
+# Of a row; the queries of each are scored against the blocks up to its end. Short rows are not
+# cut: compiling a piece costs more than it saves.
+PIECES, SHORTEST = 4, 256
 
 
 class Sizes(NamedTuple):
@@ -136,7 +138,7 @@ def choose(
 
 def spans(length: int, block: int) -> list[tuple[int, int]]:
     """The pieces of a row, whole blocks each but the last."""
-    size = max(-(-length // (PIECES * block)), 2) * block
+    size = max(-(-length // (PIECES * block)), -(-SHORTEST // block)) * block
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -201,12 +203,14 @@ def _best(score_BxKxmxQ, first_BxQ, own_BxQ, count: int, local: int) -> Int[Arra
     free = (block > first_BxQ[:, None]) & (block <= own_BxQ[:, None] - local)
     bits = jax.lax.bitcast_convert_type(score_BxKxmxQ.astype(jnp.float32), jnp.int32)
     keys = jnp.where(free[:, None], (bits & ~low) | (low - block)[None], -1)
-    keys = jax.lax.optimization_barrier(keys)
-    top, chosen = jnp.max(keys, axis=2), []
-    for _ in range(count):
-        chosen.append(jnp.where(top < 0, -1, low - (top & low)))
+
+    def next_best(top, _):
         top = jnp.max(jnp.where(keys < top[:, :, None], keys, -1), axis=2)
-    return jnp.stack(chosen, axis=-1).transpose(0, 2, 1, 3)
+        return top, top
+
+    above = jnp.full_like(keys[:, :, 0], jnp.iinfo(jnp.int32).max)
+    top = jax.lax.scan(next_best, above, None, length=count)[1]
+    return jnp.where(top < 0, -1, low - (top & low)).transpose(1, 3, 2, 0)
 
 
 def scored(sizes: Sizes, length: int) -> float:

@@ -19,6 +19,7 @@ EXAMPLES = """examples:
 A line of the tasks is {"prompt": "2 + 2 =", "choices": ["3", "4"], "answer": 1}.
 """
 DEFAULT = "runs/quickstart"
+LONG = 1024  # rows from which the loss by position is printed
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -127,6 +128,7 @@ def _show(found: Mapping[str, Any]) -> None:
             bits, nats = f"{row['bits_per_byte']:.4f}", f"{row['nats_per_token']:.4f}"
             table.add_row(Text(name), bits, nats, si(row["tokens"]))
         console.print(table)
+        _positions(console, found["by_position"])
     if "accuracy" in found:
         console.print(f"accuracy: {100 * found['accuracy']:.1f} %", highlight=False)
     if "max_vio_global" in found:
@@ -143,3 +145,11 @@ def _show(found: Mapping[str, Any]) -> None:
             shares[0] += f" ± {196 * row['standard_error']:.1f}"
             table.add_row(Text(name), *shares, str(row["count"]))
         console.print(table)
+
+
+def _positions(console: Any, rows: list[dict[str, Any]]) -> None:
+    """Loss by position, where rows are long enough for it to say something."""
+    if not rows or rows[-1]["to"] < LONG:
+        return
+    parts = (f"{row['from']}-{row['to']} {row['nats_per_token']:.3f}" for row in rows)
+    console.print("nats/token by position: " + ", ".join(parts), highlight=False)

@@ -23,8 +23,9 @@ def group(dims: tuple[str, ...]) -> str:
     """One of GROUPS for a parameter of these dims.
 
     `embed` reads the vocabulary (V, D), `head` writes it (D, V), `router` scores experts (D, E),
-    `vector` is every norm scale, bias and tap (W, D) of a short convolution, `matrix` every linear map; a parameter whose copies have
-    three or more dims that say nothing of what is reduced is `unknown`.
+    `vector` is every norm scale, bias and tap (W, D) of a short convolution, `matrix` every linear
+    map; a parameter whose copies have three or more dims that say nothing of what is reduced is
+    `unknown`.
     """
     one = core(dims)
     if len(one) <= 1 or one[0] == "W":

@@ -103,11 +103,14 @@ class Chart:
 
     def mark(self, x: float, name: str) -> None:
         """A vertical line through all panels with a name at its top."""
+        import matplotlib
+
         for axes in self.axes:
             axes.axvline(x, color=FAINT, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
-        top = self.axes[0]
-        place = {"transform": top.get_xaxis_transform(), "va": "top"}
-        top.text(x, 0.98, f" {name}", fontsize=8, color=INK, **place)
+        with matplotlib.rc_context(self._style):
+            top = self.axes[0]
+            place = {"transform": top.get_xaxis_transform(), "va": "top"}
+            top.text(x, 0.98, f" {name}", fontsize=8, color=INK, **place)
 
     def svg(self, title: str, *, right: float = 0.965) -> str:
         """The figure as an `<svg>` element with `title` as its accessible name."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_pretrain.report import html, stats, workdir
+from sparse_pretrain.report import html, positions, stats, workdir
 from sparse_pretrain.report.axes import tokens_axis
 from sparse_pretrain.report.charts import SERIES, Chart, numbers, smooth
 
@@ -106,7 +106,9 @@ def write_comparison(arms: Sequence[Arm], path: Path | str, title: str = "Compar
         + _warning(arms)
         + html.section("Ranked by held-out bits/byte", _ranking(ranked), id="ranking")
         + html.section("Paired differences", _paired(arms), id="paired")
-        + f'<div class="columns">{_curves(ranked)}{_balance(ranked)}</div>'
+        + f'<div class="columns">{_curves(ranked)}'
+        + positions.compared([list(a.runs.values()) for a in ranked[:SHOWN]])
+        + f"{_balance(ranked)}</div>"
         + html.section("By domain, bits/byte", _domains(ranked), id="domains")
         + html.section("What differs", _settings(ranked), id="settings")
         + html.section("Runs", _runs(ranked), id="runs")

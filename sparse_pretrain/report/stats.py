@@ -54,3 +54,30 @@ def paired(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> 
     mean, low, high = interval([x - y for x, y in zip(a, b, strict=True)], confidence)
     verdict = "lower" if high < 0 else "higher" if low > 0 else "tie"
     return Paired(mean=mean, low=low, high=high, pairs=len(a), verdict=verdict)
+
+
+def ratio(
+    a: Sequence[float], b: Sequence[float], confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean of `a` over mean of `b`, values that come in pairs: (ratio, low, high).
+
+    A ratio r is inside when the mean of a - r b is not told from zero at this confidence. Where the
+    mean of `b` is not told from zero itself, no ratio is ruled out and both ends are infinite.
+
+    Errors: ValueError when the lengths differ or the mean of `b` is zero, or as `interval`.
+    Source: Fieller, "Some problems in interval estimation", J. R. Stat. Soc. B 16 (1954).
+    """
+    if len(a) != len(b):
+        raise ValueError(f"pairs: the arms have {len(a)} and {len(b)} values")
+    (over, low_over, _), (under, low_under, _) = (interval(x, confidence) for x in (a, b))
+    if not under:
+        raise ValueError("ratio: the mean below the line is zero")
+    total, *ends = interval([x + y for x, y in zip(a, b, strict=True)], confidence)
+    # of the squared half widths: that of the sum holds the covariance twice
+    own, other, both = (over - low_over) ** 2, (under - low_under) ** 2, (total - ends[0]) ** 2
+    shared = (both - own - other) / 2
+    square, middle = under**2 - other, over * under - shared
+    if square <= 0:
+        return over / under, -math.inf, math.inf
+    root = math.sqrt(max(middle**2 - square * (over**2 - own), 0.0))
+    return over / under, (middle - root) / square, (middle + root) / square

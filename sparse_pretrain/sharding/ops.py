@@ -14,7 +14,10 @@ from kernels_pallas.grouped_matmul import Layout as GroupLayout
 from kernels_pallas.grouped_matmul import aligned as group_layout
 from kernels_pallas.grouped_matmul import grouped_matmul as grouped_linear
 from kernels_pallas.grouped_matmul import rows_needed as group_rows
+from kernels_pallas.indexer import index_kl_dense, index_kl_listed, index_select
+from kernels_pallas.indexer.xla import keys_per_query as index_keys_per_query
 from kernels_pallas.linear import linear as _linear
+from kernels_pallas.token_sparse import token_mass, token_sparse
 
 __all__ = [
     "GroupLayout",
@@ -26,7 +29,13 @@ __all__ = [
     "group_layout",
     "group_rows",
     "grouped_linear",
+    "index_keys_per_query",
+    "index_kl_dense",
+    "index_kl_listed",
+    "index_select",
     "linear",
+    "token_mass",
+    "token_sparse",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Held-out loss over a finite list of batches, in total and per domain, and the experts' load."""
+"""Held-out loss over a finite list of batches: in total, by domain and position; experts' load."""
 
 import math
 from collections.abc import Iterable
@@ -15,6 +15,17 @@ from sparse_pretrain.model import lm
 from sparse_pretrain.shapes import AnyArray
 from sparse_pretrain.training import loss
 
+FIRST = 64  # tokens in the first bucket of positions
+
+
+def edges(length: int) -> tuple[int, ...]:
+    """Where the buckets of positions begin, and where the last ends: 0, 64, 128, 256 .. length."""
+    found, edge = [0], FIRST
+    while edge < length:
+        found.append(edge)
+        edge *= 2
+    return (*found, length)
+
 
 class Evaluator:
     """Scores batches of one model; compiled once and used for every evaluation of a run.
@@ -28,11 +39,10 @@ class Evaluator:
     ):
         self._domains = domains
         self._rows = rows = max(len(domains), 1)
-        self._columns = 4 if accuracy else 3
 
         @jax.jit
         def step(params, prices, batch: shapes.Batch):
-            """Sums of nats, targets, bytes and perhaps hits, [domains, 3 or 4]; loads, gaps."""
+            """Sums of nats, targets, bytes, perhaps hits, by domain and position; loads, gaps."""
             model = definition.merge(params, prices)
             hidden, aux = model(batch)
             _, nats = loss.token_losses(model, hidden, batch)
@@ -46,7 +56,10 @@ class Evaluator:
                 batch.domains[..., None]
                 == jnp.arange(rows, dtype=batch.domains.dtype)[None, None, :]
             )
-            sums = jnp.einsum("bld,blc->dc", mine.astype(jnp.float32), columns)
+            cuts, place = edges(batch.tokens.shape[1]), batch.positions[..., None]
+            starts, ends = (jnp.array(c, place.dtype)[None, None] for c in (cuts[:-1], cuts[1:]))
+            groups = jnp.concatenate([mine, (place >= starts) & (place < ends)], -1)
+            sums = jnp.einsum("blg,blc->gc", groups.astype(jnp.float32), columns)
             gaps = {g: told["gap"] for g, told in aux.market.items() if "gap" in told}
             return sums, aux.load, gaps
 
@@ -55,6 +68,8 @@ class Evaluator:
     def __call__(self, params: Any, prices: Any, batches: Iterable[shapes.Batch]) -> dict[str, Any]:
         """Nats per token and bits per byte, in total and per domain; `load`, pairs per expert.
 
+        `by_position`: nats per token by the place of the token that predicts, counted from where
+        its document begins in the row.
         `accuracy`, where it was asked for, is the weighted share of targets that are likeliest.
 
         Shapes: load [N, E] over the layers with experts from the bottom up, absent without any;
@@ -62,7 +77,7 @@ class Evaluator:
         Sums of a batch are float32 on the device, sums over batches float64 on the host.
         Errors: ValueError when the batches hold no target.
         """
-        total, pending = np.zeros((self._rows, self._columns), np.float64), None
+        total, pending = np.zeros((), np.float64), None
         load: list[np.ndarray] = []
         gaps: list[float] = []
 
@@ -73,17 +88,20 @@ class Evaluator:
             total = total + np.asarray(sums, np.float64)
             gaps.extend(float(np.mean(x)) for x in gap.values())
 
+        length = 0
         for batch in batches:
+            length = batch.tokens.shape[1]
             sums = self._step(params, prices, batch)
             if pending is not None:  # read one batch late, so that the device is never idle
                 add(*pending)
             pending = sums
         if pending is not None:
             add(*pending)
-        if not total[:, 1].sum():
+        if not total.ndim or not total[: self._rows, 1].sum():
             raise ValueError("eval: the text holds no target to score")
+        total, places = np.split(total, [self._rows])
         rows = {name: _row(total[i]) for i, name in enumerate(self._domains) if total[i, 1]}
-        scores = {**_row(total.sum(0)), "per_domain": rows}
+        scores = {**_row(total.sum(0)), "per_domain": rows, "by_position": _curve(places, length)}
         scores |= {"load": np.concatenate(load)} if load else {}
         return scores | ({"duality_gap": float(np.mean(gaps))} if gaps else {})
 
@@ -116,11 +134,22 @@ def balance(load_NxE: Float[np.ndarray, "N E"]) -> dict[str, Any]:
     return {"max_vio_global": float(worst.mean()), "dead_experts": int((load_NxE == 0).sum())}
 
 
+def _curve(sums_Px3, length: int) -> list[dict[str, Any]]:
+    """A row per bucket of positions that holds a target."""
+    found = []
+    for start, end, sums in zip(edges(length)[:-1], edges(length)[1:], sums_Px3, strict=True):
+        if sums[1]:
+            row = _row(sums)
+            keep = {key: row[key] for key in ("nats_per_token", "tokens")}
+            found.append({"from": start, "to": end, **keep})
+    return found
+
+
 def _row(sums) -> dict[str, float]:
     nats, tokens, size, *right = (float(x) for x in sums)
-    return {
+    row = {
         "bits_per_byte": nats / math.log(2) / max(size, 1.0),
         "nats_per_token": nats / tokens,
         "tokens": int(tokens),
-        **{"accuracy": x / tokens for x in right},
     }
+    return row | ({"accuracy": right[0] / tokens} if right else {})

@@ -250,7 +250,8 @@ class Trainer:
             self.scores, compared = row, row
             if last and section.between:
                 compared = score(section.between)
-                row = row | {"between": {k: v for k, v in compared.items() if k != "per_domain"}}
+                parts = ("per_domain", "by_position")
+                row = row | {"between": {k: v for k, v in compared.items() if k not in parts}}
         at = {"tokens": n * self.p.run.tokens_per_step, **self.course.name(n)}
         self.writer.eval(n, {**at, **row})
         return compared["bits_per_byte"]

@@ -62,7 +62,7 @@ def batch_balance(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def scored(scores: dict[str, Any]) -> dict[str, Any]:
     """The evaluation's fields as they appear in eval.jsonl and summary.json."""
-    keep = ("bits_per_byte", "nats_per_token", "per_domain")
+    keep = ("bits_per_byte", "nats_per_token", "per_domain", "by_position")
     row = {k: scores[k] for k in keep} | {"heldout_tokens": scores["tokens"]}
     row |= {k: scores[k] for k in ("accuracy", "duality_gap") if k in scores}
     return row | (evaluate.balance(scores["load"]) if "load" in scores else {})

@@ -108,7 +108,7 @@ def derive(experiment: configs.Experiment, run: configs.Run) -> dict[str, Any]:
         for i, stage in enumerate(stages)
         if stage.model not in [earlier.model for earlier in stages[:i]]
     ]
-    derived = {
+    derived: dict[str, Any] = {
         "steps": run.steps,
         "tokens": run.tokens,
         "tokens_per_step": run.tokens_per_step,

@@ -76,7 +76,7 @@ SHARED = {
     "attention": {"base", "blocks", "compressor", "grouped"},
     "routing": {"base", "copies", "dispatch", "experts", "moe", "expert_parallel"},
 }
-MAY_BUILD_ON = {("attention.dsa", "attention.mla"), ("attention.csa", "attention.mla")}
+MAY_BUILD_ON = {("attention.dsa", "attention.mla"), ("attention.csa", "attention.hca")}
 
 # What reads or sets where arrays live; an axis name (jax.lax.axis_index, psum) is no such thing.
 PLACES = {

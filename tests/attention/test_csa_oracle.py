@@ -17,10 +17,14 @@ WIDTH, EPS = 20, 1e-6
 SMALL = {
     "heads": 4, "q_rank": 10, "dim": 12, "rope_dim": 4, "window": 5, "groups": 2, "group_rank": 7,
 }
+INDEX = {"index_heads": 3, "index_dim": 8, "index_rope_dim": 4}
 CASES = {
     "hca": ("hca", 26, {"ratio": 6}),
     "hca_wide": ("hca", 19, {"ratio": 2, "window": 40, "rope_dim": 12, "groups": 4}),
     "hca_flat": ("hca", 19, {"ratio": 5, "rope_dim": 0, "groups": 1}),
+    "csa": ("csa", 27, INDEX | {"ratio": 3, "top": 3}),
+    "csa_all": ("csa", 22, INDEX | {"ratio": 2, "top": 40, "rope_dim": 0, "index_rope_dim": 0}),
+    "csa_short": ("csa", 3, INDEX | {"ratio": 4, "top": 2}),
 }
 every = pytest.mark.parametrize("case", CASES)
 
@@ -150,7 +154,7 @@ def leaves(params):
             for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
 
 
-@pytest.mark.parametrize("case", ["hca"])
+@pytest.mark.parametrize("case", ["hca", "csa"])
 def test_gradients_are_the_differences_of_the_equations(case):
     """Along a random direction of each parameter and of x; the indexer's own by its loss alone."""
     kind, config, definition, params, x = made(case)

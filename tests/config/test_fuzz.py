@@ -71,6 +71,7 @@ BASES = {
         "optim": {"kind": "adamw"},
         "schedule": {"kind": "cosine"},
         "sample": {"tokens": 0},
+        "phases": {"near": {"start": 0.5, "seq": 32, "attention": {"dense": {"kind": "moba"}}}},
     },
 }
 
@@ -145,8 +146,10 @@ def edits(seed):
 def abstract(experiment):
     """Builds loss and optimizer state of a configuration without any array."""
     model = experiment.model
-    key = repr((model, experiment.data.seq, experiment.data.batch, experiment.accumulate))
-    _loss(key, _Held(experiment))
+    for stage in experiment.stages(max(experiment.steps_of(0), 4)):
+        size = (experiment.data.batch // experiment.accumulate, stage.seq)
+        key = repr((stage.model, size, experiment.accumulate))
+        _loss(key, _Held((stage.model, size, experiment.accumulate)))
     key = repr((model, experiment.optim, experiment.schedule, experiment.data, experiment.steps))
     _optimizer(key, _Held(experiment))
 
@@ -173,9 +176,8 @@ def _define(key, held):
 @functools.cache
 def _loss(key, held):
     del key
-    e = held.value
-    definition = _define(repr(e.model), _Held(e.model))
-    size = (e.data.batch // e.accumulate, e.data.seq)
+    model, size, accumulate = held.value
+    definition = _define(repr(model), _Held(model))
     kinds = {"weights": jnp.float32}
     batch = shapes.Batch(
         *(jax.ShapeDtypeStruct(size, kinds.get(f, jnp.int32)) for f in shapes.Batch._fields)
@@ -183,7 +185,7 @@ def _loss(key, held):
 
     def scalar(params, prices, batch):
         weight = jnp.maximum(jnp.sum(batch.weights), 1.0)
-        return loss.loss_sums(definition, params, prices, batch, weight, e.accumulate)
+        return loss.loss_sums(definition, params, prices, batch, weight, accumulate)
 
     total, _ = jax.eval_shape(scalar, definition.shapes, definition.price_shapes, batch)
     assert total.shape == ()

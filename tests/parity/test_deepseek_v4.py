@@ -38,6 +38,11 @@ SHARED = {
 }
 CASES = {
     "hca": ("hca", SHARED | {"ratio": 8}),
+    "csa": (
+        "csa",
+        SHARED
+        | {"ratio": 4, "top": 3, "index_heads": 3, "index_dim": 12, "index_rope_dim": 8},
+    ),
 }
 every = pytest.mark.parametrize("case", CASES)
 LAYERS = {"csa": "compressed_sparse_attention", "hca": "heavily_compressed_attention"}

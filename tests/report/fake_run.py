@@ -67,6 +67,10 @@ def write(
             }
             evals.append({"step": step, "tokens": step * batch, "bits_per_byte": final})
             evals[-1] |= {"nats_per_token": final * 1.6, "per_domain": per}
+            evals[-1]["by_position"] = [
+                {"from": a, "to": b, "nats_per_token": final * (1.7 - a / 1e3), "tokens": 1000 + a}
+                for a, b in ((0, 64), (64, 128), (128, 256))
+            ]
         if experts and step % max(1, steps // 40) == 0:
             uneven = 1 + (level - 1) * 4 * math.exp(-3 * step / steps)
             load = np.maximum(uneven, 0.0) / uneven.sum(1, keepdims=True)
@@ -119,6 +123,7 @@ def write(
             "wall_seconds": 161.25,
             "flops": steps * batch * 3.1e7,
             "per_domain": last["per_domain"],
+            "by_position": last["by_position"],
             "manifest_hash": manifest_hash,
             "sample": SAMPLE,
         }

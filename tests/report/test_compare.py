@@ -47,7 +47,7 @@ def test_page_ranks_and_pairs(tmp_path, arm, parse):
     )
     assert low in [pytest.approx(v, rel=1e-9) for v in got.values["paired"]]
     assert len(got.tables["runs"]) == 1 + 12
-    assert {"metrics-curve", "eval-curve", "domains"} <= set(got.ids)
+    assert {"metrics-curve", "eval-curve", "domains", "positions"} <= set(got.ids)
     assert "settings" not in got.ids  # the arms differ in nothing but their seeds
 
 

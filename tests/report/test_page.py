@@ -24,6 +24,25 @@ def test_headline_numbers_are_the_inputs(tmp_path, fake_run, report):
     assert got.title.startswith("quickstart")
 
 
+def test_phases_are_named_where_they_begin(tmp_path, fake_run, report):
+    """On the curves, as far as the run has come; a run without phases has no such line."""
+    made = fake_run.write(tmp_path / "run", steps=300, done=200)
+    plain = (report(tmp_path / "run").text["loss"], report(tmp_path / "run").text["optimisation"])
+    assert not any("sparse" in text for text in plain)
+    per_step = made["metrics"][0]["tokens"]
+    rows = [
+        {"name": name, "first_step": first + 1, "start_tokens": first * per_step}
+        for name, first in (("base", 0), ("sparse", 100), ("later", 250))
+    ]
+    derived = made["run"]["derived"] | {"phases": rows}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(made["run"] | {"derived": derived}))
+    got = report(tmp_path / "run")
+    for section in ("loss", "heldout", "optimisation"):
+        assert "sparse" in got.text[section]
+        assert "base" not in got.text[section]
+        assert "later" not in got.text[section]
+
+
 def test_tables_are_the_inputs(tmp_path, fake_run, report):
     made = fake_run.write(tmp_path / "run")
     got = report(tmp_path / "run")
@@ -43,6 +62,32 @@ def test_tables_are_the_inputs(tmp_path, fake_run, report):
     assert manifest["hash"] == ["0123456789abcdef"]
     assert manifest["tools"][0] == "103"
     assert {r[0]: r[1] for r in got.tables["environment"]}["versions.jax"] == "0.12.0"
+
+
+def test_loss_by_position_is_the_summarys(tmp_path, fake_run, report):
+    made = fake_run.write(tmp_path / "run")
+    got = report(tmp_path / "run")
+    header, *rows = got.tables["positions"]
+    assert header[0] == "tokens before it"
+    want = made["summary"]["by_position"]
+    assert [r[0] for r in rows] == ["0 to 63", "64 to 127", "128 to 255"]
+    assert [float(r[1]) for r in rows] == pytest.approx(
+        [b["nats_per_token"] for b in want], abs=5e-5
+    )
+    assert "Loss by position" in [a["aria-label"] for t, a in got.tags if t == "svg"]
+
+
+@pytest.mark.parametrize("broken", [None, 3, [], [{"from": 0}], [1], [{"from": "a", "to": 2}] * 3])
+def test_loss_by_position_that_is_no_such_thing_costs_its_section_only(
+    tmp_path, fake_run, report, broken
+):
+    made = fake_run.write(tmp_path / "run")
+    summary = made["summary"] | {"by_position": broken}
+    (tmp_path / "run/summary.json").write_text(json.dumps(summary))
+    (tmp_path / "run/eval.jsonl").write_text("")
+    got = report(tmp_path / "run")
+    assert "positions" not in got.ids
+    assert "domains" in got.ids
 
 
 def test_text_is_escaped_and_kept(tmp_path, fake_run, report):
@@ -81,6 +126,7 @@ def test_figures_keep_their_ids_apart_and_take_the_pages_colours(tmp_path, fake_
     assert figures == [
         "Loss",
         "Held-out bits per byte",
+        "Loss by position",
         "Learning rate",
         "MaxVio",
         "Expert load",

@@ -41,6 +41,30 @@ def test_covers_as_often_as_it_says(rng):
     assert 0.935 < np.mean(held) < 0.965  # three standard errors about 0.95
 
 
+@pytest.mark.parametrize("n", [2, 3, 5, 30])
+@pytest.mark.parametrize("slope", [-0.7, 0.0, 0.9])
+def test_ends_of_a_ratio_are_where_a_test_stops_telling(rng, n, slope):
+    b = rng.normal(1.0, 0.02, n)
+    a = slope * b + rng.normal(0.0, 0.05, n)
+    share, low, high = stats.ratio(a.tolist(), b.tolist(), 0.9)
+    assert share == pytest.approx(a.mean() / b.mean(), rel=1e-10)
+    assert low < share < high
+    for end in (low, high):
+        assert scipy.stats.ttest_1samp(a - end * b, 0.0).pvalue == pytest.approx(0.1, rel=1e-6)
+    middle = scipy.stats.ttest_1samp(a - (low + high) / 2 * b, 0.0).pvalue
+    assert middle > 0.1  # between the ends, not outside of them
+
+
+def test_a_ratio_to_what_may_be_zero_has_no_ends():
+    share, low, high = stats.ratio([1.0, 1.1, 0.9], [0.5, -0.4, 0.2])
+    assert share == pytest.approx(10.0)
+    assert (low, high) == (-math.inf, math.inf)
+    with pytest.raises(ValueError, match="below the line is zero"):
+        stats.ratio([1.0, 2.0], [1.0, -1.0])
+    with pytest.raises(ValueError, match="3 and 2 values"):
+        stats.ratio([1.0, 2.0, 3.0], [1.0, 2.0])
+
+
 def test_mistakes():
     with pytest.raises(ValueError, match="3 and 2 values"):
         stats.paired([1.0, 2.0, 3.0], [1.0, 2.0])

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sparse_pretrain import data
-from sparse_pretrain.training import evaluate, loop, trained
+from sparse_pretrain.shapes import Batch
+from sparse_pretrain.training import evaluate, loop, loss, trained
 from tests.training.test_loop import experiment
 
 
@@ -76,3 +77,46 @@ def test_accuracy_is_the_share_of_likeliest_targets_of_tasks_only(opened, rng):
         right += ((logits.argmax(-1) == batch.targets) * batch.weights).sum()
         count += batch.weights.sum()
     assert got["accuracy"] == got["per_domain"]["recall"]["accuracy"] == right / count
+
+
+@pytest.mark.parametrize(
+    ("length", "want"),
+    [(2, (0, 2)), (64, (0, 64)), (65, (0, 64, 65)), (256, (0, 64, 128, 256)),
+     (300, (0, 64, 128, 256, 300))],
+)  # fmt: skip
+def test_buckets_double_up_to_the_row(length, want):
+    assert evaluate.edges(length) == want
+
+
+def test_loss_by_position_is_a_loop_over_targets(opened):
+    rng = np.random.default_rng(1)
+    batches = []
+    for ends in ((150,), (70, 150)):  # one document, then two and padding; odd targets uncounted
+        ints = rng.integers(0, 100, (4, 2, 160)).astype(np.int32)
+        segments, positions = np.zeros((2, 2, 160), np.int32)
+        for i, (start, end) in enumerate(zip((0, *ends), ends, strict=False)):
+            segments[:, start:end] = i + 1
+            positions[:, start:end] = np.arange(end - start)
+        weights = ((segments > 0) & (rng.random((2, 160)) < 0.8)).astype(np.float32)
+        tokens, targets, size, domains = ints
+        batches.append(
+            Batch(tokens, targets, segments, positions, weights, size % 4, domains % 2)
+        )
+    score = evaluate.Evaluator(opened.definition, ("a", "b"))
+    found = score(opened.params, opened.prices, batches)
+
+    model = opened.definition.merge(opened.params, opened.prices)
+    want = {}
+    for batch in batches:
+        nats = np.asarray(loss.token_losses(model, model(batch)[0], batch)[1], np.float64)
+        for at in np.argwhere(batch.weights > 0):
+            position = batch.positions[tuple(at)]
+            low = 0 if position < 64 else 2 ** int(np.log2(position))
+            want.setdefault(low, []).append(nats[tuple(at)])
+    assert [(r["from"], r["to"]) for r in found["by_position"]] == [(0, 64), (64, 128), (128, 160)]
+    for row in found["by_position"]:
+        assert row["tokens"] == len(want[row["from"]])
+        assert row["nats_per_token"] == pytest.approx(np.mean(want[row["from"]]), rel=1e-4)
+    total = sum(r["nats_per_token"] * r["tokens"] for r in found["by_position"])
+    assert total / found["tokens"] == pytest.approx(found["nats_per_token"], rel=1e-6)
+    assert sum(d["tokens"] for d in found["per_domain"].values()) == found["tokens"]

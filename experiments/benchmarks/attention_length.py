@@ -1,0 +1,208 @@
+"""Time, memory and FLOPs of every attention variant against length, beside full attention's.
+
+Question: from which length on is each variant faster than full attention, by how much at 32k, how
+          do time and memory grow, and is the work that a variant states what it does?
+Command:  python3 experiments/benchmarks/attention_length.py --peer-python=PYTHON_WITH_TORCH
+          ... --quick                          1k to 4k only, a few minutes
+          ... --kinds moba hca --lengths 16384 32768    these, and full beside them
+          ... --report                         table, verdicts and plot of what is on file
+Method:   one layer of width 256 with 4 heads of 64 (one key head where heads share keys), one row,
+          one document, bfloat16 with float32 parameters; two threads. A fresh process per variant
+          and length compiles, makes its first call with the resident memory watched (the peak above
+          what was there before), and stays; then the processes are asked in turn for timed calls,
+          in a new random order every round. Medians over rounds; calls beyond SLOW seconds have
+          fewer rounds, the first call being one of them.
+          `core` is the layer less its products with weights, which are timed alone in the same
+          round: whatever a variant does besides, pooling, an indexer's scores, choosing, merging,
+          norms, rotary positions, is in it, by one rule for all. torch is its attention alone, the
+          better of float32 and bfloat16 at each length. Time is the wall's, or with --clock=cpu
+          the processor's, which a neighbour on the machine disturbs less.
+          FLOPs are those of products. XLA's count takes a loop's body once, so the core's are
+          counted by executed_flops.py, which walks the program with values, up to --count-to.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import length_common as sizes
+import length_report as report
+import peers_common as common
+from cpu_peers import Worker, busy_seconds, commit, device
+from rich.progress import Progress
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "results" / "attention_length.json"
+LENGTHS = [1024 * 2**i for i in range(7)]
+TURN = 0.3  # seconds that a turn lasts at least
+SLOW, SLOW_ROUNDS = 8.0, 2
+TORCH = ("torch fp32", "torch bf16")
+PROGRAMS = (*sizes.PASSES, "linear_forward", "linear_both")
+
+
+def start(kind, length, options):
+    """The process of one arm, compiled and called once."""
+    if kind in TORCH:
+        argv = [options.peer_python, str(HERE / "length_torch.py"), str(options.threads)]
+        return Worker(kind, argv, {"precision": kind.split()[1], "length": length})
+    argv = [sys.executable, str(HERE / "length_ours.py"), str(options.threads)]
+    return Worker(kind, argv, {"kind": kind, "length": length})
+
+
+class Arm:
+    """One process and its turns."""
+
+    def __init__(self, kind, length, options):
+        self.worker = start(kind, length, options)
+        self.kind, self.rounds = kind, options.rounds
+        first = self.worker.facts["first"]
+        self.turns = {name: [] for name in (PROGRAMS if kind not in TORCH else sizes.PASSES)}
+        self.calls = dict.fromkeys(self.turns, 1)
+        if first["both"]["seconds"] > SLOW:  # such a call is the same the first time
+            self.rounds = min(options.rounds, SLOW_ROUNDS)
+            for name in sizes.PASSES:
+                self.turns[name].append(first[name])
+
+    def round(self):
+        """A turn of every program that has not had all of its own."""
+        for name, turns in self.turns.items():
+            if len(turns) >= self.rounds:
+                continue
+            took = self.worker.ask({"turn": name, "calls": self.calls[name]})
+            turns.append(took)
+            self.calls[name] = max(1, min(200, round(TURN / took["seconds"])))
+
+
+def measured(kinds, length, options, step):
+    """The cells of one length: {kind: what was found}."""
+    arms = []
+    try:
+        for kind in kinds:
+            step(f"{length}: {kind} compiles")
+            arms.append(Arm(kind, length, options))
+        before, began = busy_seconds(), time.perf_counter()
+        order, own = random.Random(length), time.process_time()
+        for number in range(options.rounds):
+            for arm in order.sample(arms, len(arms)):
+                step(f"{length}: round {number + 1}, {arm.kind}")
+                arm.round()
+        spent = time.perf_counter() - began
+        busy = None if before is None else busy_seconds() - before - (time.process_time() - own)
+        cells = {arm.kind: cell(arm) for arm in arms}
+        used = sum(
+            t["cpu_seconds"] * arm.calls[n] for arm in arms for n, x in arm.turns.items() for t in x
+        )
+        for arm in arms:
+            found = cells[arm.kind]
+            found["others"] = None if busy is None else max(0.0, busy - used) / spent
+            if length <= options.count_to and arm.kind not in TORCH:
+                step(f"{length}: counting {arm.kind}")
+                found |= arm.worker.ask({"count": True})
+        return cells
+    finally:
+        for arm in arms:
+            arm.worker.close()
+
+
+def cell(arm):
+    """What one arm's file entry holds."""
+    facts = {k: v for k, v in arm.worker.facts.items() if k != "first"}
+    return facts | {
+        "turns": {
+            clock: {name: [t[clock] for t in turns] for name, turns in arm.turns.items()}
+            for clock in ("seconds", "cpu_seconds")
+        }
+    }
+
+
+def wanted(kinds, length, cells, options):
+    """What has to be measured at a length: what is not on file, and full attention beside it."""
+    held = cells.get(str(length), {})
+    missing = [k for k in kinds if k not in held or options.fresh]
+    return ["full", *(k for k in missing if k != "full")] if missing else []
+
+
+def keep(cells, length, found):
+    """Adds cells of one length. Each keeps the arms that it was measured beside."""
+    beside = {k: v["turns"] for k, v in found.items() if k in ("full", "mla", *TORCH)}
+    held = cells.setdefault(str(length), {})
+    for kind, new in found.items():
+        held[kind] = new | {"beside": beside, "commit": commit()}
+
+
+def versions_of(options):
+    """Kinds that can run here: ours, and torch's where the interpreter has it."""
+    import subprocess
+
+    from sparse_pretrain import attention
+
+    asked = options.kinds or [*attention.TABLE, *TORCH]
+    unknown = [k for k in asked if k not in (*attention.TABLE, *TORCH)]
+    if unknown:
+        raise SystemExit(f"--kinds: {unknown[0]!r} is none of {[*attention.TABLE, *TORCH]}")
+    has = subprocess.run([options.peer_python, "-c", "import torch"], capture_output=True)
+    if has.returncode and any(k in TORCH for k in asked):
+        print(f"no torch in {options.peer_python}: without it (--peer-python=PYTHON_WITH_TORCH)")
+        asked = [k for k in asked if k not in TORCH]
+    return asked
+
+
+def main():
+    """Measures what is not on file yet, prints the table and the verdicts, and plots."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter with torch")
+    parser.add_argument("--kinds", nargs="+", help="variants and 'torch fp32', 'torch bf16'")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="1k to 4k")
+    parser.add_argument("--fresh", action="store_true", help="measure also what is on file")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--count-to", type=int, default=8192, help="longest row of counted FLOPs")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", default=str(RESULTS))
+    options = parser.parse_args()
+    lengths = sorted([n for n in LENGTHS if n <= 4096] if options.quick else options.lengths)
+    out = Path(options.out)
+    result = json.loads(out.read_text()) if out.exists() else {"cells": {}}
+    if not options.report:
+        kinds = versions_of(options)
+        common.use_threads(options.threads)
+        todo = {n: wanted(kinds, n, result["cells"], options) for n in lengths}
+        began = time.time()
+        total = sum(len(k) * (options.rounds + 1) for k in todo.values())
+        with Progress() as progress:
+            task = progress.add_task("measuring", total=total)
+
+            def step(what):
+                progress.update(task, description=what, advance=0 if "counting" in what else 1)
+
+            for length, missing in todo.items():
+                if not missing:
+                    continue
+                keep(result["cells"], length, measured(missing, length, options, step))
+                result |= {"device": device(), "threads": options.threads, "commit": commit()}
+                result["seconds"] = round(time.time() - began, 1)
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(result) + "\n")
+                print(f"{length}: {', '.join(missing)} after {time.time() - began:.0f} s")
+    clock = {"wall": "seconds", "cpu": "cpu_seconds"}[options.clock]
+    rows = report.rows(result["cells"], clock)
+    report.print_table(rows)
+    result["clock"] = options.clock
+    result["rows"] = rows
+    result["verdicts"] = report.verdicts(rows)
+    for line in result["verdicts"]:
+        print(line["verdict"])
+    out.write_text(json.dumps(result) + "\n")
+    report.plot(rows, out.with_suffix(".png"))
+    print(f"written to {out} and {out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Named workloads of attention to listed tokens, shared by tests, tuner, bench and compile."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import numerics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One workload: sizes, how tokens are listed, and dtype."""
+
+    B: int = 2
+    L: int = 24
+    S: int | None = None  # L when None
+    H: int = 4
+    N: int = 5
+    Dk: int = 16
+    v_dim: int = 16
+    choice: str = "past"  # past (distinct), any (repeated and outside too), one (for all) or none
+    unique: bool = False
+    lse: bool = False
+    dtype: str = "float32"
+
+    def arguments(self, *, seed: int = 0, dtype=None):
+        """Return the arguments and keywords of one call."""
+        dtype = jnp.dtype(dtype or self.dtype)
+        S = self.L if self.S is None else self.S
+        q = numerics.normal((self.B, self.L, self.H, self.Dk), dtype, seed=seed)
+        kv = numerics.normal((self.B, S, self.Dk), dtype, seed=seed + 1)
+        chosen = self._chosen(S, np.random.default_rng(seed + 2))
+        return ((q, kv, jnp.asarray(chosen, jnp.int32)),
+                {"v_dim": self.v_dim, "scale": self.Dk**-0.5, "unique": self.unique,
+                 "return_lse": self.lse})
+
+    def _chosen(self, S, rng):
+        shape = (self.B, self.L, self.N)
+        if self.choice == "none":
+            return np.full(shape, -1)
+        if self.choice == "one":
+            return np.full(shape, S // 2)
+        if self.choice == "any":
+            return rng.integers(-2, S + 2, shape)
+        # Different tokens that end before the query, -1 where there are fewer than N of them.
+        chosen = np.full(shape, -1)
+        for i in range(self.L):
+            seen = (i + 1) * S // self.L
+            for b in range(self.B):
+                some = rng.choice(seen, min(self.N, seen), replace=False)
+                chosen[b, i, :some.size] = some
+        return chosen
+
+
+# Small, one feature or a crossing of features each: every backend must agree with the reference.
+PARITY = {
+    "plain": Spec(),
+    "promised": Spec(unique=True, lse=True, N=7),
+    "latent": Spec(Dk=20, v_dim=12, H=3, L=37, lse=True),
+    "any": Spec(choice="any", N=9, L=31, S=11, Dk=24, v_dim=8, lse=True),
+    "one": Spec(choice="one", N=3, lse=True),
+    "none": Spec(choice="none", lse=True),
+    "one_query": Spec(L=1, S=40, B=3),
+    "one_choice": Spec(N=1, H=1, B=1, L=33),
+    "compressed": Spec(L=50, S=12, N=4, H=8, lse=True),
+    "more_than_exist": Spec(L=10, S=3, N=6, choice="any"),
+    "no_tokens": Spec(L=6, S=0, choice="none", lse=True),
+    "chunks": Spec(B=2, L=151, S=40, N=128, H=2, Dk=8, v_dim=4, choice="any", lse=True),
+}
+
+# What training runs, for the tuner and the bench.
+SPEED = {
+    "dsa_4k": Spec(B=1, L=4096, H=8, N=128, Dk=80, v_dim=64, unique=True, dtype="bfloat16"),
+    "dsa_4k_256": Spec(B=1, L=4096, H=8, N=256, Dk=80, v_dim=64, unique=True, dtype="bfloat16"),
+    "csa_4k": Spec(B=1, L=4096, S=1024, H=8, N=128, Dk=64, v_dim=64, unique=True,
+                   dtype="bfloat16"),
+    "dsa_32k": Spec(B=1, L=32768, H=8, N=128, Dk=80, v_dim=64, unique=True, dtype="bfloat16"),
+    "csa_32k": Spec(B=1, L=32768, S=8192, H=8, N=128, Dk=64, v_dim=64, unique=True,
+                    dtype="bfloat16"),
+}
