@@ -164,13 +164,18 @@ def _shortened(a: dict[str, int]) -> dict[str, int]:
     return a | gap | {"length": a["short"]}
 
 
+def _long(a: dict[str, int]) -> bool:
+    """Whether the pairs of recall lie in noise."""
+    return any(a[k] for k in ("length", "gap", "short", "ramp"))
+
+
 def _least_short(a: dict[str, int]) -> dict[str, int]:
     """Room for what a short example shows, where there are any."""
     if not a["ramp"]:
         return {}
     if "pairs" in a:
         gap = a["gap"] * a["short"] // max(a["length"], 1)
-        return {"short": 2 * a["pairs"] + gap, "length": a["short"]}
+        return {"short": 2 * a["pairs"] + gap}
     return {"short": 3 * a["needles"]}
 
 
@@ -193,7 +198,7 @@ TASKS = {
         lambda a: {
             "pairs": 1,
             **_least_short(a),
-            "length": 2 * a["pairs"] + a["gap"] if a["length"] or a["gap"] else 0,
+            "length": max(a["short"], 2 * a["pairs"] + a["gap"]) if _long(a) else 0,
             "vocab": FIRST_SYMBOL + (3 if a["length"] else 2) * a["pairs"],
         },
     ),
@@ -205,7 +210,7 @@ TASKS = {
             "asked": 1,
             **_least_short(a),
             "needles": a["asked"],
-            "length": 3 * a["needles"],
+            "length": max(a["short"], 3 * a["needles"]),
             "vocab": FIRST_SYMBOL + 3 * a["needles"],
         },
     ),
