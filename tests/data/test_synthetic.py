@@ -134,6 +134,14 @@ def test_nothing_shown_lies_in_the_gap_and_pairs_lie_anywhere_before():
     assert np.abs(counts - len(places) / 10).max() < 5 * np.sqrt(len(places) / 10)
 
 
+@pytest.mark.parametrize("task", ["recall:pairs=2,length=40", "needle:needles=2,asked=2,length=40"])
+def test_noise_is_of_as_many_symbols_as_asked(task):
+    for noise, want in ((3, {22, 23, 24}), (0, set(range(22, 34)))):
+        dataset = load(f"synthetic:{task},vocab=34,noise={noise}", batch=32)
+        batches = itertools.islice(dataset.train(), 4)
+        assert {t for b in batches for t in b.tokens[b.tokens >= 22].tolist()} == want
+
+
 def test_training_begins_with_short_examples_that_parts_of_a_row_do_not_cut():
     source = "synthetic:recall:pairs=2,length=40,gap=20,short=8,ramp=20,vocab=32"
     dataset = load(source, seq=60, batch=8)
@@ -222,6 +230,7 @@ def test_vocabulary_manifest_and_text():
         ("synthetic:recall:length=40,vocab=25", "has vocab=25; it takes at least 26"),
         ("synthetic:recall:length=40,gap=8,ramp=2", "has short=0; it takes at least 16"),
         ("synthetic:recall:length=20,short=30,ramp=2", "has length=20; it takes at least 30"),
+        ("synthetic:recall:length=40,vocab=32,noise=11", "has vocab=32; it takes at least 35"),
         ("synthetic:needle:ramp=2", "has short=0; it takes at least 3"),
         ("synthetic:needle:asked=2", "has needles=1; it takes at least 2"),
         ("synthetic:needle:needles=30", "has length=61; it takes at least 90"),
