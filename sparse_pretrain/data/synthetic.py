@@ -100,7 +100,7 @@ def _needle(a: dict[str, int], key: tuple) -> Examples:
     """
     n, needles, m = a["length"], a["needles"], a["asked"]
     third = (a["vocab"] - FIRST_SYMBOL) // 3
-    noise = a["vocab"] - FIRST_SYMBOL - 2 * third
+    noise = a["noise"] or a["vocab"] - FIRST_SYMBOL - 2 * third
     k = FIRST_SYMBOL + _distinct(third, needles, *key, 0)
     v = FIRST_SYMBOL + third + draws.below(third, *key, 1, np.arange(needles))
     x = FIRST_SYMBOL + 2 * third + draws.below(noise, *key, 2, np.arange(n))
@@ -143,7 +143,7 @@ def _recall_symbols(a: dict[str, int]) -> tuple[int, int, int]:
     """Numbers of keys, of values and of noise symbols, which only a `length` needs."""
     symbols = a["vocab"] - FIRST_SYMBOL
     if a["length"]:
-        return symbols // 3, symbols // 3, symbols - 2 * (symbols // 3)
+        return symbols // 3, symbols // 3, a["noise"] or symbols - 2 * (symbols // 3)
     return symbols // 2, symbols - symbols // 2, 0
 
 
@@ -164,17 +164,28 @@ def _shortened(a: dict[str, int]) -> dict[str, int]:
     return a | gap | {"length": a["short"]}
 
 
+def _long(a: dict[str, int]) -> bool:
+    """Whether the pairs of recall lie in noise."""
+    return any(a[k] for k in ("length", "gap", "short", "ramp"))
+
+
+def _least_vocab(a: dict[str, int], keys: int) -> int:
+    """Keys, values and noise take a third each, noise what is left over."""
+    return FIRST_SYMBOL + 3 * max(keys, a["noise"] - (a["vocab"] - FIRST_SYMBOL) % 3)
+
+
 def _least_short(a: dict[str, int]) -> dict[str, int]:
     """Room for what a short example shows, where there are any."""
     if not a["ramp"]:
         return {}
     if "pairs" in a:
         gap = a["gap"] * a["short"] // max(a["length"], 1)
-        return {"short": 2 * a["pairs"] + gap, "length": a["short"]}
+        return {"short": 2 * a["pairs"] + gap}
     return {"short": 3 * a["needles"]}
 
 
 NO_RAMP = {"short": 0, "ramp": 0}
+MOST_NOISE = {"noise": 0}  # 0: all symbols that are left
 TASKS = {
     "copy": Task(
         _copy,
@@ -189,24 +200,24 @@ TASKS = {
     "recall": Task(
         _recall,
         # length 0: the pairs alone
-        {"pairs": 8, "length": 0, "gap": 0, "vocab": 256} | NO_RAMP,
+        {"pairs": 8, "length": 0, "gap": 0, "vocab": 256} | NO_RAMP | MOST_NOISE,
         lambda a: {
             "pairs": 1,
             **_least_short(a),
-            "length": 2 * a["pairs"] + a["gap"] if a["length"] or a["gap"] else 0,
-            "vocab": FIRST_SYMBOL + (3 if a["length"] else 2) * a["pairs"],
+            "length": max(a["short"], 2 * a["pairs"] + a["gap"]) if _long(a) else 0,
+            "vocab": _least_vocab(a, a["pairs"]) if a["length"] else FIRST_SYMBOL + 2 * a["pairs"],
         },
     ),
     "needle": Task(
         _needle,
         # length 0: as long as a row allows
-        {"length": 0, "needles": 1, "asked": 1, "vocab": 64} | NO_RAMP,
+        {"length": 0, "needles": 1, "asked": 1, "vocab": 64} | NO_RAMP | MOST_NOISE,
         lambda a: {
             "asked": 1,
             **_least_short(a),
             "needles": a["asked"],
-            "length": 3 * a["needles"],
-            "vocab": FIRST_SYMBOL + 3 * a["needles"],
+            "length": max(a["short"], 3 * a["needles"]),
+            "vocab": _least_vocab(a, a["needles"]),
         },
     ),
 }

@@ -29,6 +29,13 @@ def solve_induction(context):
     return context[earlier[0] + 1]
 
 
+def solve_gap(context):
+    """The value that followed the last key the only time it was there before the mark."""
+    shown = context[: context.index(1)]
+    assert shown.count(context[-1]) == 1
+    return shown[shown.index(context[-1]) + 1]
+
+
 def solve_recall(context):
     """The value shown beside the last key."""
     shown = context[1 : context.index(1)]
@@ -38,9 +45,10 @@ def solve_recall(context):
 
 
 def solve_needle(context):
-    """The value in the only needle with the key that was asked for."""
+    """The value in the only needle with the key that was asked for, which no question was of."""
     needles = [context[i + 1 : i + 3] for i, t in enumerate(context[:-2]) if t == 1]
     (value,) = [v for k, v in needles if k == context[-1]]
+    assert context[-2] == 1
     return value
 
 
@@ -51,7 +59,11 @@ SOURCES = {
     "synthetic:induction:length=2,vocab=4": (solve_induction, 1),
     "synthetic:recall": (solve_recall, 8),
     "synthetic:recall:pairs=3,vocab=8": (solve_recall, 3),
+    "synthetic:recall:pairs=3,length=20,gap=8,vocab=16": (solve_gap, 3),
+    "synthetic:recall:pairs=2,length=30,gap=6,short=6,ramp=3,vocab=16": (solve_gap, 2),
     "synthetic:needle": (solve_needle, 1),
+    "synthetic:needle:length=20,needles=5,asked=3,vocab=32": (solve_needle, 3),
+    "synthetic:needle:length=20,needles=2,short=7,ramp=5,vocab=16": (solve_needle, 1),
     "synthetic:needle:length=12,needles=4,vocab=16": (solve_needle, 1),
 }
 
@@ -105,6 +117,50 @@ def test_places_and_answers_are_uniform(source):
         assert np.abs(counts - wanted).max() < 5 * np.sqrt(wanted)
     assert len(set(places)) == (10 if "needle" in source else 31)
     assert len(set(answers)) == (5 if "needle" in source else 30)
+
+
+def test_nothing_shown_lies_in_the_gap_and_pairs_lie_anywhere_before():
+    dataset = load("synthetic:recall:pairs=2,length=12,gap=5,vocab=32", seq=64, batch=64)
+    iterator, places = dataset.train(), []
+    for _ in range(20):
+        for tokens, _ in examples(next(iterator)):
+            at = [i for i, t in enumerate(tokens[1:13]) if 2 <= t < 12]  # keys are the first third
+            places.append(tuple(at))
+            assert all(22 <= t for i, t in enumerate(tokens[1:13]) if {i, i - 1}.isdisjoint(at))
+    # two runs of 2 in 7 places: 10 arrangements
+    drawn, counts = np.unique(places, axis=0, return_counts=True)
+    assert len(drawn) == 10
+    assert drawn.max() == 5
+    assert np.abs(counts - len(places) / 10).max() < 5 * np.sqrt(len(places) / 10)
+
+
+@pytest.mark.parametrize("task", ["recall:pairs=2,length=40", "needle:needles=2,asked=2,length=40"])
+def test_noise_is_of_as_many_symbols_as_asked(task):
+    for noise, want in ((3, {22, 23, 24}), (0, set(range(22, 34)))):
+        dataset = load(f"synthetic:{task},vocab=34,noise={noise}", batch=32)
+        batches = itertools.islice(dataset.train(), 4)
+        assert {t for b in batches for t in b.tokens[b.tokens >= 22].tolist()} == want
+
+
+def test_training_begins_with_short_examples_that_parts_of_a_row_do_not_cut():
+    source = "synthetic:recall:pairs=2,length=40,gap=20,short=8,ramp=20,vocab=32"
+    dataset = load(source, seq=60, batch=8)
+    iterator = dataset.train()
+    batches = [next(iterator) for _ in range(4)]
+    rows = [np.concatenate(f) for f in zip(*batches, strict=True)]
+    tokens, segments, weights = rows[0], rows[2], rows[4]
+    for n in range(32):
+        starts = [i for i in range(60) if segments[n, i] and (i == 0 or tokens[n, i] == 0)]
+        assert starts == ([0, 15, 30, 45] if n < 20 else [0])  # 13 tokens each; 45 tokens
+        assert weights[n].sum() == (8 if n < 20 else 2)
+    first = {tuple(tokens[n, i : i + 13]) for n in range(20) for i in (0, 15, 30, 45)}
+    assert len(first) == 80
+    (held, *_) = dataset.heldout()
+    assert (held.segments.max(1) == 1).all()
+    assert (held.weights.sum(1) == 2).all()
+    without = load(source.replace("ramp=20", "ramp=0"), seq=60, batch=8).train()
+    later = [next(without) for _ in range(4)][3]
+    np.testing.assert_array_equal(later.tokens, batches[3].tokens)
 
 
 @pytest.mark.parametrize("source", list(SOURCES)[::2])
@@ -169,6 +225,14 @@ def test_vocabulary_manifest_and_text():
         ("synthetic:copy:vocab=2", "has vocab=2; it takes at least 3"),
         ("synthetic:copy:length=32", "data.seq: 64 tokens do not hold an example of copy, .* 65"),
         ("synthetic:recall:pairs=8,vocab=17", "has vocab=17; it takes at least 18"),
+        ("synthetic:recall:length=20,gap=5", "has length=20; it takes at least 21"),
+        ("synthetic:recall:gap=5", "has length=0; it takes at least 21"),
+        ("synthetic:recall:length=40,vocab=25", "has vocab=25; it takes at least 26"),
+        ("synthetic:recall:length=40,gap=8,ramp=2", "has short=0; it takes at least 16"),
+        ("synthetic:recall:length=20,short=30,ramp=2", "has length=20; it takes at least 30"),
+        ("synthetic:recall:length=40,vocab=32,noise=11", "has vocab=32; it takes at least 35"),
+        ("synthetic:needle:ramp=2", "has short=0; it takes at least 3"),
+        ("synthetic:needle:asked=2", "has needles=1; it takes at least 2"),
         ("synthetic:needle:needles=30", "has length=61; it takes at least 90"),
         ("synthetic:needle:needles=2,vocab=7", "has vocab=7; it takes at least 8"),
         ("synthetic:copy:heldout=0", "has heldout=0; it takes at least 1"),

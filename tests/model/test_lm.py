@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_pretrain import shapes
-from sparse_pretrain.model import lm
+from sparse_pretrain import nn, shapes
+from sparse_pretrain.model import layers, lm
+from sparse_pretrain.optim import groups
 from sparse_pretrain.planning import flops
 from sparse_pretrain.training import loss
 from tests.model.conftest import DENSE, EXPERTS, packed, small
@@ -92,6 +93,63 @@ def test_decoding_equals_the_parallel_forward(tied, rng):
     for t in range(length):
         logits, cache = decode(jnp.asarray(ids[:, t]), cache, t)
         np.testing.assert_allclose(logits, parallel[:, t], atol=2e-5)
+
+
+def _convolved(**changes):
+    config = small(repeats=1, pattern=("moe",), **changes)
+    blocks = {k: dataclasses.replace(b, conv=3) for k, b in config.blocks.items()}
+    return dataclasses.replace(config, blocks=blocks)
+
+
+def test_a_short_convolution_is_its_sum_over_the_documents_last_tokens(batch, rng):
+    convolution = layers.ShortConv(4, 6, nn.Keys(jax.random.key(0)))
+    x = rng.normal(size=(*batch.segments.shape, 6)).astype(np.float32)
+    got = convolution(jnp.asarray(x), jnp.asarray(batch.segments))
+    taps = np.asarray(nn.read(convolution.taps), np.float64)
+    want = x.astype(np.float64)
+    for b, row in enumerate(batch.segments):
+        for t in range(len(row)):
+            for back in range(4):
+                if t >= back and row[t - back] == row[t]:
+                    want[b, t] += taps[back] * x[b, t - back]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_documents_do_not_mix_in_a_convolution_and_decoding_equals_it(batch, rng):
+    definition, params, prices = _made(_convolved())
+    plain = lm.define(small(repeats=1, pattern=("moe",)))
+    together = np.asarray(_logits(definition, params, prices, batch))
+    other = {k: {n: v for n, v in p.items() if n != "conv"} if isinstance(p, dict) else p
+             for k, p in params.items()}
+    assert np.abs(together - _logits(plain, other, prices, batch)).max() > 1e-3
+    tokens = np.where(batch.segments == 1, (batch.tokens + 7) % 61, batch.tokens)
+    changed = np.asarray(_logits(definition, params, prices, batch._replace(tokens=tokens)))
+    rest = batch.segments > 1
+    assert rest.any()
+    np.testing.assert_array_equal(together[rest], changed[rest])
+
+    ids = rng.integers(0, 61, (2, 6)).astype(np.int32)
+    ones = np.ones_like(ids)
+    at = np.tile(np.arange(6, dtype=np.int32), (2, 1))
+    alone = shapes.Batch(ids, ids, ones, at, ones.astype(np.float32), ones, ones * 0)
+    parallel = _logits(definition, params, prices, alone)
+    model = definition.merge(params, prices)
+    cache = lm.init_cache(model, 2, 6)
+    decode = jax.jit(lambda token, cache, t: lm.decode(model, token, cache, t))
+    for t in range(6):
+        logits, cache = decode(jnp.asarray(ids[:, t]), cache, t)
+        np.testing.assert_allclose(logits, parallel[:, t], atol=2e-5)
+
+
+def test_a_convolutions_taps_follow_adam_and_its_work_is_counted():
+    config, plain = _convolved(), small(repeats=1, pattern=("moe",))
+    dims = lm.define(config).dims
+    assert dims["stack_0"]["conv"]["taps"] == ("N", "W", "D")
+    assert groups.group(("N", "W", "D")) == groups.group(("W", "D")) == "vector"
+    more = lm.work_per_token(config, 24).linear - lm.work_per_token(plain, 24).linear
+    assert more == 2 * 2 * 3 * 32  # layers, multiply-add, taps, width
+    with pytest.raises(ValueError, match="conv: must be 0 to 64, got -1"):
+        dataclasses.replace(config.blocks["moe"], conv=-1)
 
 
 def test_softcap_and_z_loss_enter_the_loss(batch):

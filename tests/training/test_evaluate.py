@@ -1,5 +1,9 @@
 """Held-out loads of experts, and text that a run has not read."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -54,6 +58,25 @@ def test_unread_text_is_what_training_would_read_next(opened):
 def test_more_unread_text_than_there_is_says_how_much_is_left(opened):
     with pytest.raises(ValueError, match=r"--unread: 1000000000 tokens asked for, \d+ are left"):
         trained.unread(opened, 10**9)
+
+
+def test_accuracy_is_the_share_of_likeliest_targets_of_tasks_only(opened, rng):
+    assert "accuracy" not in trained.scores(opened)
+    source = "synthetic:recall:pairs=2,vocab=20,heldout=6"
+    found = data.load(dataclasses.replace(opened.experiment.data, source=source), seed=0)
+    vocab = opened.experiment.model.vocab
+    head = rng.normal(size=opened.params["head"].shape).astype(np.float32)
+    params = {**opened.params, "head": head}
+    score = evaluate.Evaluator(opened.definition, found.domains, accuracy=True)
+    got = score(params, opened.prices, found.heldout())
+    model, right, count = opened.definition.merge(params, opened.prices), 0, 0
+    for batch in found.heldout():
+        hidden = np.asarray(jax.jit(lambda b: model(b)[0])(batch), np.float64)
+        logits = hidden @ np.asarray(jnp.asarray(head, jnp.bfloat16), np.float64)
+        assert logits.shape[-1] == vocab
+        right += ((logits.argmax(-1) == batch.targets) * batch.weights).sum()
+        count += batch.weights.sum()
+    assert got["accuracy"] == got["per_domain"]["recall"]["accuracy"] == right / count
 
 
 @pytest.mark.parametrize(
