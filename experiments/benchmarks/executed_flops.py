@@ -15,7 +15,7 @@ INSIDE = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
 def executed_flops(call, *arguments) -> int:
-    """FLOPs of `call(*arguments)`, a multiply-add as 2; products only."""
+    """FLOPs of `call(*arguments)`, a multiply-add as 2; products only, and those that are used."""
     closed = jax.make_jaxpr(call)(*arguments)
     counted = [0]
     _run(closed, jax.tree.leaves(arguments), counted)
@@ -36,15 +36,26 @@ def _run(jaxpr, arguments, counted):
 
     values.update(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, arguments, strict=True))
-    last = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.invars if isinstance(v, core.Var)}
-    kept = {v for v in jaxpr.outvars if isinstance(v, core.Var)}
-    for i, eqn in enumerate(jaxpr.eqns):
+    eqns, kept = _used(jaxpr)
+    last = {v: i for i, e in enumerate(eqns) for v in e.invars if isinstance(v, core.Var)}
+    for i, eqn in enumerate(eqns):
         out = _equation(eqn, [read(v) for v in eqn.invars], counted)
         values.update(zip(eqn.outvars, out, strict=True))
         for v in {v for v in eqn.invars if isinstance(v, core.Var)} - kept:
             if last[v] == i:
                 del values[v]  # its memory: a long row's would not fit otherwise
     return [read(v) for v in jaxpr.outvars]
+
+
+def _used(jaxpr):
+    """(the equations that something depends on, the variables of the result)."""
+    kept = {v for v in jaxpr.outvars if isinstance(v, core.Var)}
+    needed, eqns = set(kept), []
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            needed.update(v for v in eqn.invars if isinstance(v, core.Var))
+            eqns.append(eqn)
+    return eqns[::-1], kept
 
 
 def _equation(eqn, arguments, counted):

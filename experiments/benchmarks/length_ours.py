@@ -37,6 +37,9 @@ SETTINGS = {
     "mla": LATENT,
     "sliding": GROUPED | {"window": 512},
     "moba": GROUPED | {"block": 256, "top_k": 4},
+    "nsa": GROUPED | {"span": 32, "stride": 16, "block": 64, "top_k": 16, "window": 512},
+    "dsa": LATENT | {"top": 256, "index_heads": 4, "index_dim": 32, "index_rope_dim": 16},
+    "csa": SHARED | {"ratio": 4, "top": 128, "index_heads": 4, "index_dim": 32},
     "hca": SHARED | {"ratio": 128},
 }
 
@@ -65,16 +68,22 @@ class Cell:
         self.context = base.Context(jnp.ones_like(positions), positions)
 
     def forward(self, params, x, context):
-        """The output, and the loss of the variant's own part where it trains one."""
-        layer = self.definition.merge(params, {})
-        if not self.trained:
-            return layer(x, context), None
-        y, loss = layer.attend(x, context)
-        return y, loss.mean()
+        """The output."""
+        return self.definition.merge(params, {})(x, context)
 
     def both(self, params, x, dy, context):
-        """Forward and backward, with gradients for every parameter and for x."""
-        (y, loss), pull = jax.vjp(lambda p, x: self.forward(p, x, context), params, x)
+        """Forward and backward, with gradients for every parameter and for x.
+
+        As in training: with the loss of the variant's own part, an indexer, where it trains one.
+        """
+
+        def attend(params, x):
+            if not self.trained:
+                return self.forward(params, x, context), None
+            y, loss = self.definition.merge(params, {}).attend(x, context)
+            return y, loss.mean()
+
+        (y, loss), pull = jax.vjp(attend, params, x)
         return y, pull((dy, None if loss is None else jnp.ones_like(loss)))
 
     def products(self):
@@ -106,10 +115,7 @@ class Cell:
 
         cotangents = [jnp.full((x[0], w[1]), 0.01, jnp.bfloat16) for x, w in shapes]
         calls = {
-            "forward": (
-                lambda p, x, c: self.forward(p, x, c)[0],
-                (self.params, self.x, self.context),
-            ),
+            "forward": (self.forward, (self.params, self.x, self.context)),
             "both": (self.both, (self.params, self.x, self.dy, self.context)),
             "linear_forward": (linear, (weights, rows)),
             "linear_both": (linear_both, (weights, rows, cotangents)),
@@ -120,10 +126,10 @@ class Cell:
         }
 
     def counted(self):
-        """FLOPs of the products of the core, forward and backward, as they are executed.
+        """FLOPs of the layer's products, forward and with backward, as they are executed.
 
-        Products with weights are put in their plain form, which is two FLOPs per weight and pass,
-        and taken away: our own forms of their gradients do more, to be faster.
+        Products with weights are put in their plain form, two FLOPs per weight and pass: our own
+        forms of their gradients do more, to be faster.
         """
 
         def plain(x, w, contract=1):
@@ -131,25 +137,23 @@ class Cell:
             y = jnp.matmul(x.reshape(-1, size_in), w.reshape(size_in, -1).astype(x.dtype))
             return y.reshape(*x.shape[: x.ndim - contract], *w.shape[contract:])
 
-        found = {}
         with mock.patch.object(ops, "linear", plain):
-            shapes = self.products()
-            linear = sum(2 * x[0] * x[1] * w[1] for x, w in shapes)
-            arguments = (self.params, self.x, self.context)
-            found["forward"] = executed_flops(self.forward, *arguments) - linear
-            arguments = (self.params, self.x, self.dy, self.context)
-            found["both"] = executed_flops(self.both, *arguments) - 3 * linear
-        return found
+            return {
+                "forward": executed_flops(self.forward, self.params, self.x, self.context),
+                "both": executed_flops(self.both, self.params, self.x, self.dy, self.context),
+            }
 
     def formula(self):
         """FLOPs by the variant's own formula, of the whole row."""
         work = self.variant.work(self.config, sizes.WIDTH, self.length)
-        core = {"forward": work.core, "both": work.core + work.core_backward}
-        found = {name: value * self.length for name, value in core.items()}
-        return found | {
-            "linear": work.linear * self.length,
-            "model": work.core_model * self.length,
+        found = {
+            "forward": work.linear + work.core,
+            "both": 3 * work.linear + work.core + work.core_backward,
+            "core_forward": work.core,
+            "core_both": work.core + work.core_backward,
+            "model": work.core_model,
         }
+        return {name: value * self.length for name, value in found.items()}
 
 
 def build(request):

@@ -47,6 +47,8 @@ class MoBA(grouped.Grouped):
     def core(self, q, k, v, context: base.Context) -> jax.Array:
         """One softmax over the own block, causal inside, and the chosen whole blocks."""
         c = self.config
+        if q.shape[1] <= c.top_k * c.block:  # every earlier block is among the best
+            return ops.flash(q, k, v, segments_q=context.segments, scale=self._scale)
         near = ops.flash(
             q,
             k,
@@ -56,7 +58,7 @@ class MoBA(grouped.Grouped):
             window=c.block,
             return_lse=True,
         )
-        if c.top_k == 1 or q.shape[1] <= c.block:
+        if c.top_k == 1:
             return near[0]
         layout = blocks.layout(context.segments, context.positions, span=c.block, stride=c.block)
         chosen = self.choose(q, k, layout, context)
@@ -153,12 +155,14 @@ class MoBA(grouped.Grouped):
     def work(config: Config, width: int, length: int) -> base.Work:
         """Forward FLOPs per token at `length`; the gate's scores have no backward pass."""
         c, (H, K, D) = config, config.sizes(width)
+        if length <= c.top_k * c.block:
+            return base.core_work(MoBA.linear_work(c, width), H, D, D, length)
         near = ops.flash_keys_per_query(length, window=c.block)
         M = length // c.block
         far = ops.block_sparse_keys_per_query(
             length, heads=H, kv_heads=K, groups=H, block=c.block, choices=min(c.top_k - 1, M)
         )
-        gate = 2 * H * D * M if c.top_k > 1 and length > c.block else 0
+        gate = 2 * H * D * M if c.top_k > 1 else 0
         keys = base.mean_least(length, c.top_k * c.block)
         each = 2 * H * D
         model = 2 * each * keys + gate

@@ -44,7 +44,8 @@ SETTINGS = {
     "moba": {
         "default": {"heads": 4, "block": 6, "top_k": 2},
         "grouped": {"heads": 4, "kv_heads": 2, "block": 5, "top_k": 3, "qk_norm": False},
-        "all": {"heads": 2, "block": 4, "top_k": 20},
+        "all": {"heads": 2, "block": 4, "top_k": 9},
+        "full": {"heads": 2, "block": 4, "top_k": 10},
         "own": {"heads": 2, "kv_heads": 1, "block": 9, "top_k": 1},
     },
     "dsa": {
