@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from sparse_pretrain import nn, spec
-from sparse_pretrain.attention import base, blocks, grouped, selection
+from sparse_pretrain.attention import base, blocks, grouped, own_block, selection
 from sparse_pretrain.attention.compressor import in_blocks
 from sparse_pretrain.model import layers
 from sparse_pretrain.sharding import ops
@@ -222,10 +222,8 @@ class NSA(grouped.Grouped):
     ) -> jax.Array:
         """One softmax over the query's own block, causal inside, and the chosen whole ones."""
         c = self.config
-        near = ops.flash(
-            q, k, v, segments_q=blocks.block_ids(context.segments, context.positions, c.block),
-            scale=self._scale, window=c.block, return_lse=True,
-        )
+        ids = blocks.block_ids(context.segments, context.positions, c.block)
+        near = own_block.own_block(q, k, v, ids, size=c.block, scale=self._scale)
         if q.shape[1] <= c.block:
             return near[0]
         past = selection.past_of(context, c.block)
@@ -366,7 +364,7 @@ class NSA(grouped.Grouped):
         hidden = c.hidden or 2 * D
         phi = 2 * K * hidden * D * (c.span + 1) * entries / length
         keys = width * D * (H + 6 * K) + H * D * width + 3 * width * H
-        near = ops.flash_keys_per_query(length, window=c.block)
+        near = own_block.keys_per_query(length, c.block)
         near += ops.flash_keys_per_query(length, window=c.window)
         near += ops.flash_keys_per_query(length, keys=entries, stride=c.stride, span=c.span)
         near += ops.block_sparse_keys_per_query(

@@ -62,12 +62,10 @@ SETTINGS = {
         "dense": COMPRESSED | INDEX | {"ratio": 4, "top": 3, "mode": "dense"},
     },
     "nsa": {
-        "default": NATIVE | {"heads": 4},
-        "grouped": NATIVE | {"heads": 4, "kv_heads": 2, "span": 6, "qk_norm": False, "top_k": 4},
+        "default": NATIVE | {"heads": 4, "kv_heads": 2, "top_k": 4},
+        "wide": NATIVE | {"heads": 3, "kv_heads": 1, "span": 8, "block": 2, "local": 1,
+                          "window": 9, "hidden": 5, "qk_norm": False},
         "all": NATIVE | {"heads": 2, "span": 2, "block": 2, "top_k": 30, "local": 1, "window": 64},
-        "wide": {"heads": 3, "kv_heads": 1, "span": 8, "stride": 2, "block": 2, "local": 1,
-                 "top_k": 3, "window": 9, "hidden": 5},
-        "own": {"heads": 2, "kv_heads": 1, "span": 10, "stride": 5, "block": 50, "window": 4},
     },
     "hca": {
         "default": COMPRESSED | {"ratio": 8},

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparse_pretrain import attention, nn, spec
-from sparse_pretrain.attention import base, selection
+from sparse_pretrain.attention import base, own_block, selection
 from sparse_pretrain.model import layers
 
 WIDTH, DIM, EPS = 12, 6, 1e-6
@@ -108,9 +108,8 @@ def oracle(c, p, x):
     return out, choices
 
 
-def made(case):
+def made(length, changes):
     """(config, definition, parameters of which none is what it starts as, x [T, D])."""
-    length, changes = CASES[case]
     config = spec.build(attention.NSA.Config, SMALL | changes)
     definition = nn.define(lambda keys: attention.NSA(config, WIDTH, keys))
     rng = np.random.default_rng(5)
@@ -135,7 +134,7 @@ def plain(tree):
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_the_equations(case):
     """Gradients along a random direction of each parameter and of x, by differences."""
-    config, definition, params, x = made(case)
+    config, definition, params, x = made(*CASES[case])
     rng = np.random.default_rng(6)
     cotangent = rng.normal(size=x.shape)
 
@@ -168,6 +167,52 @@ def test_values_and_gradients_are_those_of_the_equations(case):
         size = np.linalg.norm(gradient) * np.linalg.norm(direction)
         assert abs(slope - (gradient * direction).sum()) < 2e-4 * size, names[n]
         assert size > 1e-3, names[n]
+
+
+@pytest.mark.parametrize("length", [3, 13])
+def test_texts_shorter_than_a_stride_or_a_block(length):
+    changes = {"kv_heads": 2, "span": 10, "stride": 5, "block": 50}
+    config, definition, params, x = made(length, changes)
+    y = jax.jit(lambda p, x: forward(definition, p, x))(params, x)
+    want, _ = oracle(config, plain(params), plain(x))
+    np.testing.assert_allclose(y, want, atol=2e-5 * np.abs(want).max())
+
+
+def test_tiles_of_the_own_block_are_dense_attention_inside_blocks():
+    """However blocks lie in the row, and past its last whole tile; values and gradients."""
+    B, L, H, K, D, size = 2, 530, 2, 1, 4, 128
+    rng = np.random.default_rng(9)
+    q, k, v = (jnp.asarray(rng.normal(size=(B, L, n, D)), jnp.float32) for n in (H, K, K))
+    lengths = [rng.choice(np.arange(1, size + 1), 60) for _ in range(B)]
+    ids = jnp.asarray([np.repeat(np.arange(60), n)[:L] for n in lengths], jnp.int32)
+    row = jnp.arange(L)
+    seen = (ids[:, :, None] == ids[:, None]) & (row[:, None] >= row[None])[None]
+    seen &= (ids != 0)[:, :, None]
+
+    def dense(q, k, v):
+        score = jnp.einsum("blhd,bsd->bhls", q, k[:, :, 0]) * 0.5
+        score = jnp.where(seen[:, None], score, -1e30)
+        lse = jax.nn.logsumexp(score, axis=-1)
+        p = jnp.where(seen[:, None], jnp.exp(score - lse[..., None]), 0)
+        return jnp.einsum("bhls,bsd->blhd", p, v[:, :, 0]), jnp.moveaxis(lse, 1, 2)
+
+    def ours(q, k, v):
+        return own_block.own_block(q, k, v, ids, size=size, scale=0.5)
+
+    weigh = jnp.asarray(rng.normal(size=(B, L, H, D + 1)), jnp.float32)
+
+    def results(attend):
+        def loss(*inputs):
+            o, lse = attend(*inputs)
+            lse = jnp.where((ids != 0)[:, :, None], lse, 0)
+            return jnp.sum(weigh * jnp.concatenate([o, lse[..., None]], axis=-1)), (o, lse)
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+
+    assert (ids == 0).any()
+    for got, want in zip(*(jax.tree.leaves(results(f)) for f in (ours, dense)), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+        assert np.abs(want).max() > 0.1
 
 
 def test_a_block_shares_as_much_of_an_entry_as_the_paper_weighs():
