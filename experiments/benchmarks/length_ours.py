@@ -37,7 +37,7 @@ SETTINGS = {
     "mla": LATENT,
     "sliding": GROUPED | {"window": 512},
     "moba": GROUPED | {"block": 256, "top_k": 4},
-    "nsa": GROUPED | {"span": 32, "stride": 16, "block": 64, "top_k": 16, "window": 512},
+    "nsa": GROUPED | {"span": 32, "stride": 16, "block": 64, "top_k": 8, "window": 256},
     "dsa": LATENT | {"top": 256, "index_heads": 4, "index_dim": 32, "index_rope_dim": 16},
     "csa": SHARED | {"ratio": 4, "top": 128, "index_heads": 4, "index_dim": 32},
     "hca": SHARED | {"ratio": 128},
