@@ -160,28 +160,29 @@ def densely(seen, calls):
     return core
 
 
-def close(got, want, factor=1.0):
+def close(got, want, atol=2e-5):
     """Equal to float32 rounding, relative to the largest value of each array."""
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
         scale = max(float(np.abs(b).max()), 1e-6)
-        np.testing.assert_allclose(a / scale, b / scale, atol=factor * 2e-5)
+        np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=atol)
 
 
 @to_tokens
 def test_it_equals_dense_attention_under_its_own_mask(kind, changes, rng, monkeypatch):
     variant, config, definition, params = made(kind, changes)
     x, context = inputs(rng)
-    cotangent = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+    cotangent = rng.normal(size=x.shape)
 
     def value_and_gradients():
         def run(params, x):
             y, pull = jax.vjp(lambda p, x: forward(definition, p, x, context), params, x)
-            return y, pull(cotangent)
+            return y, pull(jnp.asarray(cotangent))
 
-        return jax.jit(run)(params, x)
+        return jax.jit(run)(*jax.tree.map(lambda a: a.astype(jnp.float64), (params, x)))
 
-    ours = value_and_gradients()
     with jax.enable_x64(True):
+        ours = value_and_gradients()
         mask = variant.mask(config, context)
         assert mask.shape == (*x.shape[:2], x.shape[1])
         # it chooses by what it reads, or has branches: each states its mask
@@ -193,7 +194,8 @@ def test_it_equals_dense_attention_under_its_own_mask(kind, changes, rng, monkey
             monkeypatch.setattr(ops, "flash", dense(mask, calls["flash"]))
         oracle = value_and_gradients()
     assert all(calls.values()), f"{kind} attends through no op that this law replaces: {calls}"
-    close(ours, oracle)
+    assert all(a.dtype == np.float64 for a in jax.tree.leaves((ours, oracle)))
+    close(ours, oracle, atol=1e-9)
     # the law is empty where the gradient is
     assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(ours[1]))
 
