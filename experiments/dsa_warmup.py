@@ -26,27 +26,27 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg not in ARMS:
         raise ValueError(f"dsa_warmup: {arg!r} is not one of {', '.join(ARMS)}")
     attention = dict(
-        kind="dsa", heads=4, kv_rank=64, nope_dim=32, rope_dim=32, v_dim=64, top=256,
+        kind="dsa", heads=4, kv_rank=64, nope_dim=32, rope_dim=32, v_dim=32, top=256,
         index_heads=4, index_dim=32, index_rope_dim=16, mode="dense",
     )
     end = "warmup" if arg == "warmup" else arg
     phases = dict(
         warm=dict(
-            start=1_179_648, train="indexer", attention=dict(block=dict(mode="warmup"))
+            start=786_432, train="indexer", attention=dict(block=dict(mode="warmup"))
         ),
     )
     if end != "warmup":
-        phases["then"] = dict(start=1_572_864, attention=dict(block=dict(mode=end)))
+        phases["then"] = dict(start=1_048_576, attention=dict(block=dict(mode=end)))
     return ConfigDict(
         dict(
             name=name,
-            tokens=1_572_864 if end == "warmup" else 2_097_152,
-            data=dict(source="python_stdlib", tokenizer="bpe:4096", seq=2048, batch=8),
+            tokens=1_048_576 if end == "warmup" else 1_310_720,
+            data=dict(source="python_stdlib", tokenizer="bpe:4096", seq=2048, batch=4),
             model=dict(
-                width=256,
-                blocks=dict(block=dict(attention=attention, ffn=dict(kind="dense", hidden=768))),
+                width=128,
+                blocks=dict(block=dict(attention=attention, ffn=dict(kind="dense", hidden=384))),
                 pattern=("block",),
-                repeats=4,
+                repeats=2,
                 scan=False,
             ),
             optim=dict(kind="muon", lr=0.01),

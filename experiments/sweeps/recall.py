@@ -11,14 +11,16 @@ from sparse_pretrain.scaling.combinators import runs
 
 TASKS = ("recall", "needle")
 # full attention is the reference, sliding the one that must fail
-KINDS = ("full", "sliding", "moba", "nsa")
+KINDS = ("full", "sliding", "dsa", "csa", "nsa", "moba")
+SEEDS = (0, 1)
 
 
 def get_sweep():
-    """(experiment, overrides) of every child."""
+    """(experiment, overrides) of every child, all of a seed before the next seed."""
     return [
         child
+        for seed in SEEDS
         for task in TASKS
         for kind in KINDS
-        for child in runs(f"experiments/recall.py:{task},{kind}", [{"seed": 0}])
+        for child in runs(f"experiments/recall.py:{task},{kind}", [{"seed": seed}])
     ]

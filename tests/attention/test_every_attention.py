@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import numerics
 from sparse_pretrain import attention, nn, spec
 from sparse_pretrain.attention import base
 from sparse_pretrain.sharding import ops
@@ -81,9 +82,14 @@ every = pytest.mark.parametrize(("kind", "changes"), CASES)
 # Attention to compressed keys is no attention to tokens under a mask, and DSA's mask is its
 # indexer's choice: test_csa_oracle and test_dsa_oracle have their laws.
 OWN_ORACLE = ("csa", "hca", "dsa")
-to_tokens = pytest.mark.parametrize(
-    ("kind", "changes"), [case for case in CASES if case.values[0] not in OWN_ORACLE]
-)
+LAW = [
+    pytest.param(*case.values, dtype, id=f"{case.id}-{dtype}")
+    for case in CASES
+    for dtype in ("float64", "bfloat16")
+    if case.values[0] not in OWN_ORACLE and (dtype == "float64" or "default" in case.id)
+]
+# float64 by the order of sums; bfloat16 by the op's tolerance, as the layers around it round alike
+WITHIN = {"float64": 1e-9, "bfloat16": numerics.tolerance("bfloat16")}
 
 
 def made(kind, changes):
@@ -163,13 +169,13 @@ def densely(seen, calls):
 def close(got, want, atol=2e-5):
     """Equal to float32 rounding, relative to the largest value of each array."""
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
+        a, b = (np.asarray(t, np.result_type(t.dtype, np.float32)) for t in (a, b))
         scale = max(float(np.abs(b).max()), 1e-6)
         np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=atol)
 
 
-@to_tokens
-def test_it_equals_dense_attention_under_its_own_mask(kind, changes, rng, monkeypatch):
+@pytest.mark.parametrize(("kind", "changes", "dtype"), LAW)
+def test_it_equals_dense_attention_under_its_own_mask(kind, changes, dtype, rng, monkeypatch):
     variant, config, definition, params = made(kind, changes)
     x, context = inputs(rng)
     cotangent = rng.normal(size=x.shape)
@@ -177,9 +183,9 @@ def test_it_equals_dense_attention_under_its_own_mask(kind, changes, rng, monkey
     def value_and_gradients():
         def run(params, x):
             y, pull = jax.vjp(lambda p, x: forward(definition, p, x, context), params, x)
-            return y, pull(jnp.asarray(cotangent))
+            return y, pull(jnp.asarray(cotangent, dtype))
 
-        return jax.jit(run)(*jax.tree.map(lambda a: a.astype(jnp.float64), (params, x)))
+        return jax.jit(run)(*jax.tree.map(lambda a: jnp.asarray(a, dtype), (params, x)))
 
     with jax.enable_x64(True):
         ours = value_and_gradients()
@@ -194,8 +200,8 @@ def test_it_equals_dense_attention_under_its_own_mask(kind, changes, rng, monkey
             monkeypatch.setattr(ops, "flash", dense(mask, calls["flash"]))
         oracle = value_and_gradients()
     assert all(calls.values()), f"{kind} attends through no op that this law replaces: {calls}"
-    assert all(a.dtype == np.float64 for a in jax.tree.leaves((ours, oracle)))
-    close(ours, oracle, atol=1e-9)
+    assert all(a.dtype == dtype for a in jax.tree.leaves((ours, oracle)))
+    close(ours, oracle, atol=WITHIN[dtype])
     # the law is empty where the gradient is
     assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(ours[1]))
 
