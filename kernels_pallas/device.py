@@ -2,17 +2,79 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import ctypes
+import dataclasses
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The device that kernels are chosen and compiled for.
+
+    `capability` is a GPU's (major, minor), `cores` its multiprocessors or a TPU chip's cores;
+    `interpret` are Pallas's parameters of interpretation, None for kernels that are compiled.
+    """
+
+    platform: str
+    kind: str = ""
+    capability: tuple[int, int] | None = None
+    cores: int = 1
+    interpret: Any = None
+
+
+_assumed: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def assume(target: Target) -> Iterator[Target]:
+    """Choose kernels for this device whatever machine this is: to compile or interpret them.
+
+    JAX knows nothing of it: what was traced before, by `jax.jit` too, keeps its choices, so trace
+    a function made inside.
+    """
+    token = _assumed.set(target)
+    try:
+        yield target
+    finally:
+        _assumed.reset(token)
+
+
+def target() -> Target:
+    """Return the assumed device, or what is known of the default one."""
+    assumed = _assumed.get()
+    if assumed is not None:
+        return assumed
+    name = platform()
+    if name != "gpu":
+        return Target(name, kind=name)
+    return _gpu()
+
+
+@functools.cache
+def _gpu() -> Target:
+    gpu = jax.devices("gpu")[0]
+    version = getattr(gpu, "compute_capability", None)  # '9.0'; AMD's have names
+    capability = None
+    if version and version.replace(".", "").isdigit():
+        major, minor = version.split(".")
+        capability = (int(major), int(minor))
+    return Target("gpu", gpu.device_kind, capability, int(getattr(gpu, "core_count", 1)))
 
 
 def platform() -> str:
     """Return the platform that un-annotated arrays land on: 'cpu', 'gpu' or 'tpu'.
 
-    A default device set with `jax.default_device` counts.
+    A default device set with `jax.default_device` counts, and one assumed before it.
     """
+    assumed = _assumed.get()
+    if assumed is not None:
+        return assumed.platform
     default = jax.config.jax_default_device
     if default is not None:
         return default if isinstance(default, str) else default.platform
