@@ -1,12 +1,24 @@
 """grouped_matmul: rows sorted by expert times the expert's matrix, group sizes as data."""
 
-from kernels_pallas.grouped_matmul import reference, xla
+from kernels_pallas.grouped_matmul import reference, tiles, xla
 from kernels_pallas.grouped_matmul.layout import Layout, aligned, rows_needed
 from kernels_pallas.op import Backend, Op
 
-_op = Op(
+
+def _mosaic_gpu(x, w, layout):
+    # Pallas takes 0.4 s to import, which only who runs it pays.
+    from kernels_pallas.grouped_matmul import mosaic_gpu
+
+    return mosaic_gpu.grouped_matmul(x, w, layout)
+
+
+op = Op(
     "grouped_matmul",
-    (Backend("xla", xla.grouped_matmul), Backend("reference", reference.grouped_matmul)),
+    (
+        Backend("mosaic_gpu", _mosaic_gpu, tiles.supports),
+        Backend("xla", xla.grouped_matmul),
+        Backend("reference", reference.grouped_matmul),
+    ),
 )
 
 
@@ -18,9 +30,9 @@ def grouped_matmul(x, w, layout, *, implementation=None):
     when nobody reads them. The gradient of w has w's dtype and is accumulated in float32; an expert
     without rows gets a zero gradient.
     """
-    return _op(x, w, layout, implementation=implementation)
+    return op(x, w, layout, implementation=implementation)
 
 
-explain = _op.explain
+explain = op.explain
 
-__all__ = ["Layout", "aligned", "explain", "grouped_matmul", "rows_needed"]
+__all__ = ["Layout", "aligned", "explain", "grouped_matmul", "op", "rows_needed"]

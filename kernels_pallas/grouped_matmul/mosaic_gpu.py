@@ -45,7 +45,7 @@ def _persistent(decode, load, multiply, place, plan: Tiles, total, refs):
     full, empty, out_smem = refs
     core, warpgroup = lax.axis_index("core"), lax.axis_index("warpgroup")
     stages = _i32(plan.stages)
-    share = jnp.maximum(total - core + (plan.cores - 1), 0) // _i32(plan.cores)
+    share = lax.div(total - core + _i32(plan.cores - 1), _i32(plan.cores))  # total >= 0
 
     @pl.when(warpgroup == 2)
     def _():
@@ -160,9 +160,9 @@ def _rows_times(x_RxK, w, layout, *, transposed):
 
         def decode(number):
             # column tiles in strips of `across`; in a strip, all of an item's before the next's
-            strip = number // (used * across)
+            strip = lax.div(number, used * across)
             within = number - strip * used * across
-            item = within // across
+            item = lax.div(within, _i32(across))
             n = (strip * across + within - item * across) * plan.n
             first = pl.multiple_of(items_gmem[item, 1], plan.grain)
             steps = items_gmem[item, 3] * (K // TILE_K)
@@ -217,12 +217,13 @@ def _weight_gradient(x_RxD, dy_RxF, layout, dtype):
         mine = pl.ds(warpgroup * _HALF, _HALF)
 
         def decode(number):
-            item = number // (m_tiles * n_tiles)
+            item = lax.div(number, _i32(m_tiles * n_tiles))
             within = number - item * (m_tiles * n_tiles)
-            m = within // n_tiles
+            m = lax.div(within, _i32(n_tiles))
             first = pl.multiple_of(groups_gmem[item, 1], plan.grain)
             return _Tile(expert=groups_gmem[item, 0], first=first, steps=groups_gmem[item, 2],
-                         last=groups_gmem[item, 3], writes=True, m=pl.multiple_of(m * TILE_M, TILE_M),
+                         last=groups_gmem[item, 3], writes=True,
+                         m=pl.multiple_of(m * TILE_M, TILE_M),
                          n=pl.multiple_of((within - m * n_tiles) * plan.n, plan.n))
 
         def load(tile, k, slot):
@@ -232,19 +233,20 @@ def _weight_gradient(x_RxD, dy_RxF, layout, dtype):
             plgpu.copy_gmem_to_smem(dy_gmem.at[rows, pl.ds(tile.n, plan.n)], b_smem.at[slot],
                                     full.at[slot])
 
-        def multiply(tile, k, slot, acc):
+        def clear(tile, k, slot):
             # The next group's rows in the last chunk; each warpgroup clears what it multiplies.
-            clear = (k == tile.steps - 1) & (tile.last < TILE_K)
-
-            @pl.when(clear)
+            @pl.when((k == tile.steps - 1) & (tile.last < TILE_K))
             def _():
-                for start in range(plan.grain, TILE_K, plan.grain):
-                    @pl.when(start >= tile.last)
-                    def _(start=start):
-                        piece = a_smem.at[slot, pl.ds(start, plan.grain), mine]
-                        piece[...] = jnp.zeros((plan.grain, _HALF), jnp.bfloat16)
+                piece = a_smem.at[slot, :, mine]
+                row = plgpu.broadcasted_iota(jnp.int32, (TILE_K, _HALF), 0,
+                                             layout=plgpu.Layout.WGMMA)
+                values = plgpu.load(piece, layout=plgpu.Layout.WGMMA)
+                piece[...] = jnp.where(row < tile.last, values, jnp.zeros_like(values))
                 plgpu.commit_smem()
 
+        def multiply(tile, k, slot, acc):
+            if plan.grain < TILE_K:
+                clear(tile, k, slot)
             plgpu.wgmma(acc, a_smem.at[slot, :, mine].transpose((1, 0)), b_smem.at[slot])
 
         def place(tile, column, smem):

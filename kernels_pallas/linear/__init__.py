@@ -3,7 +3,7 @@
 from kernels_pallas.linear import reference, xla
 from kernels_pallas.op import Backend, Op
 
-_op = Op("linear", (Backend("xla", xla.linear), Backend("reference", reference.linear)))
+op = Op("linear", (Backend("xla", xla.linear), Backend("reference", reference.linear)))
 
 
 def linear(x, w, *, implementation=None):
@@ -12,7 +12,7 @@ def linear(x, w, *, implementation=None):
     Shapes: x [..., D], w [D, F] in any float dtype (a float32 master is cast) -> [..., F].
     The gradient of w has w's dtype and is accumulated in float32.
     """
-    return _op(x, w, implementation=implementation)
+    return op(x, w, implementation=implementation)
 
 
-explain = _op.explain
+explain = op.explain

@@ -1,0 +1,281 @@
+"""Compile every op, workload and direction for chips that this machine does not have.
+
+Needs no accelerator and no driver, but the chips' compilers, best in an environment of their own:
+`pip install 'sparse-pretrain[compile]'`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from kernels_pallas import device
+from kernels_pallas.cases import OPS, Case, cases
+from kernels_pallas.chips import CHIPS, EXTRA, Chip
+
+EXAMPLES = """examples:
+  python -m kernels_pallas.compile --target h200 --op grouped_matmul
+  python -m kernels_pallas.compile --target h100 v5p --op flash --spec mla_256 long_4k
+  python -m kernels_pallas.compile --target all --json > compiled.json
+
+columns: seconds to compile; temp, what a call takes beside arguments and results; how many Mosaic
+GPU kernels are in it, and the most registers of a thread at entry and shared memory of a block
+among them, and the bytes they spill together; roofline, the time no call can beat: the larger of
+useful FLOPs over the chip's bfloat16 peak and arguments and results over its bandwidth.
+
+exit status: 0 when all compiled, 1 when something did not that was not declared, or a kernel
+spills, 2 for arguments or packages."""
+
+# (op, spec or None for all, direction or None for both, platform): why a compiler cannot be asked.
+DECLARED: dict[tuple[str, str | None, str | None, str], str] = {}
+
+
+@dataclasses.dataclass
+class Row:
+    """What became of one compilation. Units: seconds, bytes, FLOPs."""
+
+    target: str
+    op: str
+    spec: str
+    direction: str
+    backend: str | None = None
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)  # by the backends before it
+    seconds: float | None = None
+    temp_bytes: int | None = None
+    kernels: int = 0
+    registers: int | None = None
+    shared_bytes: int | None = None
+    spilled_bytes: int | None = None
+    flops: float = 0.0
+    io_bytes: int | None = None
+    roofline_seconds: float | None = None
+    declared: str | None = None
+    error: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Return whether this fails the command."""
+        return self.error is not None or bool(self.spilled_bytes)
+
+
+@contextlib.contextmanager
+def _captured() -> Iterator[Callable[[], str]]:
+    """Keep what the process writes, compilers' own threads included; yields how to read it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        kept = [os.dup(fd) for fd in (1, 2)]
+
+        def read() -> str:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        try:
+            for fd in (1, 2):
+                os.dup2(file.fileno(), fd)
+            yield read
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for fd, old in zip((1, 2), kept, strict=True):
+                os.dup2(old, fd)
+                os.close(old)
+
+
+# What the assembler said of kernels, (registers, shared memory, spilled) each, by op, spec and
+# direction: a kernel met again, in a gradient or for a sister chip, is not assembled again.
+_Report = list[tuple[int, int, int]]
+_assembled: dict[tuple[str, str, str], _Report] = {}
+
+
+def _assembler_report(text: str) -> _Report:
+    """Read what Mosaic GPU and ptxas say: in the order of assembly, though in two streams."""
+    shared = [int(n) for n in re.findall(r"smem_scratch_bytes=(\d+)", text)]
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
+    spilled = [int(a) + int(b) for a, b in
+               re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)]
+    shared = shared[len(shared) - len(registers):] or [0] * len(registers)
+    return list(zip(registers, shared, spilled, strict=True))
+
+
+def _fill_in(row: Row, report: _Report) -> None:
+    """Give the row its kernels' resources."""
+    key = (row.op, row.spec, row.direction)
+    if not report:
+        report = _assembled.get(key, [])
+    elif len(report) < row.kernels:
+        report = report + _assembled.get((row.op, row.spec, "forward"), [])
+    if row.kernels and report:
+        _assembled[key] = report
+        row.registers = max(registers for registers, _, _ in report)
+        row.shared_bytes = max(shared for _, shared, _ in report)
+        row.spilled_bytes = sum(spilled for _, _, spilled in report)
+
+
+def _placed(tree: Any, sharding: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def compile_case(case: Case, direction: str, chip: Chip, sharding: Any,
+                 backend: str | None = None) -> Row:
+    """Compile one direction of one workload for one chip and say what became of it.
+
+    `backend` None takes the one that `explain` would. Its refusals are in the row; what fails
+    after it was chosen is the row's error.
+    """
+    row = Row(chip.name, case.op.name, case.spec, direction, flops=case.flops(direction))
+    for spec in (case.spec, None):
+        for part in (direction, None):
+            key = (case.op.name, spec, part, chip.target.platform)
+            row.declared = row.declared or DECLARED.get(key)
+    with device.assume(chip.target), _captured() as output:
+        try:
+            arguments, keywords = case.shapes()
+            for name, reason in case.op.explain(*arguments, **keywords).items():
+                if reason is None and backend in (None, name):
+                    row.backend = name
+                    break
+                if reason is not None and backend in (None, name):
+                    row.refused[name] = reason
+            if row.backend is None or row.declared:
+                return row
+            arrays = {k: x for k, x in keywords.items() if isinstance(x, jax.ShapeDtypeStruct)}
+            options = {k: x for k, x in keywords.items() if k not in arrays}
+            cotangent = None
+            if direction == "gradient":
+                forward = case.function("forward", options, row.backend)
+                cotangent = jax.eval_shape(forward, arguments, arrays, None)
+            function = case.function(direction, options, row.backend)
+            start = time.perf_counter()
+            compiled = jax.jit(function, keep_unused=True).lower(
+                *_placed((arguments, arrays, cotangent), sharding)).compile()
+            row.seconds = time.perf_counter() - start
+            memory = compiled.memory_analysis()
+            row.kernels = compiled.as_text().count('custom_call_target="mosaic_gpu')
+        except Exception as e:  # of any compiler: this command is here to report them
+            row.error = f"{type(e).__name__}: {e}".strip()
+            return row
+        finally:
+            _fill_in(row, _assembler_report(output()))
+    row.temp_bytes = int(memory.temp_size_in_bytes)
+    row.io_bytes = int(memory.argument_size_in_bytes + memory.output_size_in_bytes)
+    row.roofline_seconds = max(row.flops / chip.peak, row.io_bytes / chip.bandwidth)
+    return row
+
+
+def compile_for(chip: Chip, chosen: Sequence[Case], backend: str | None = None) -> Iterator[Row]:
+    """Compile these cases for a chip, one row for each direction."""
+    with _captured():  # compilers speak of the accelerators they look for
+        devices = chip.devices()
+    mesh = jax.sharding.Mesh(devices[:1], ("one",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    for case in chosen:
+        for direction in case.directions:
+            yield compile_case(case, direction, chip, sharding, backend)
+
+
+def _amount(n: float | None, unit: str = "") -> str:
+    """A number with three digits and a prefix."""
+    if n is None:
+        return "-"
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3)):
+        if n >= size:
+            return f"{n / size:.3g} {prefix}{unit}".rstrip()
+    return f"{n / 1e-6:.3g} u{unit}" if n else f"0 {unit}".rstrip()
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the rows as text, with what was refused or failed below."""
+    names = ("target", "op", "spec", "direction", "backend", "seconds", "temp", "kernels",
+             "registers", "shared", "spilled", "roofline", "FLOPs")
+    cells = [names]
+    for row in rows:
+        kernel = ["-" if n is None else str(n) for n in
+                  (row.kernels or None, row.registers, row.shared_bytes, row.spilled_bytes)]
+        state = "FAILED" if row.error else "refused" if row.seconds is None else ""
+        seconds = state or f"{row.seconds:.2f}"
+        cells.append((row.target, row.op, row.spec, row.direction, row.backend or "-", seconds,
+                      _amount(row.temp_bytes, "B"), *kernel, _amount(row.roofline_seconds, "s"),
+                      _amount(row.flops)))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+             for line in cells]
+    for row in rows:
+        where = f"{row.target} {row.op} {row.spec} {row.direction}"
+        if row.error:
+            lines.append(f"FAILED {where}: {row.error.splitlines()[0]}")
+        elif row.seconds is None:
+            reason = row.declared or "; ".join(f"{k}: {v}" for k, v in row.refused.items())
+            lines.append(f"refused {where}: {reason}")
+        if row.spilled_bytes:
+            lines.append(f"FAILED {where}: {row.spilled_bytes} bytes spilled")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels_pallas.compile", description=__doc__, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", nargs="+", default=["all"], metavar="CHIP",
+                        choices=[*CHIPS, "all"], help=f"all (default), {', '.join(CHIPS)}")
+    parser.add_argument("--op", nargs="+", default=[], metavar="NAME",
+                        help=f"all unless named: {', '.join(OPS)}")
+    parser.add_argument("--spec", nargs="+", default=[], metavar="NAME",
+                        help="workloads in each op's specs.py, all unless named")
+    parser.add_argument("--backend", metavar="NAME",
+                        help="compile this backend, where it can, and not the one chosen")
+    parser.add_argument("--json", action="store_true", help="print JSON and not a table")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        chosen = list(cases(tuple(options.op), tuple(options.spec), abstract=True))
+    except ValueError as e:
+        parser.error(str(e))
+    names = {b.name for case in chosen for b in case.op.backends}
+    if options.backend is not None and options.backend not in names:
+        parser.error(f"backend {options.backend!r} is unknown; there are "
+                     f"{', '.join(sorted(names))}")
+    chips = [chip for name, chip in CHIPS.items() if {name, "all"} & set(options.target)]
+    lacking = sorted({package for chip in chips if (package := chip.missing())})
+    if lacking:
+        print(f"kernels_pallas.compile: {' and '.join(lacking)} not installed; "
+              f"pip install 'sparse-pretrain[{EXTRA}]'", file=sys.stderr)
+        return 2
+    # The assembler's report is printed where these are set.
+    os.environ.update(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_RESOURCES="1")
+    jax.config.update("jax_platforms", "cpu")  # the plugins look for devices otherwise
+    rows: list[Row] = []
+    total = len(chips) * sum(len(case.directions) for case in chosen)
+    for chip in chips:
+        for row in compile_for(chip, chosen, options.backend):
+            rows.append(row)
+            state = "failed" if row.failed else "refused" if row.seconds is None else "compiled"
+            print(f"{len(rows)}/{total} {row.target} {row.op} {row.spec} {row.direction}: {state}",
+                  file=sys.stderr, flush=True)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    else:
+        print(table(rows))
+    return 1 if any(row.failed for row in rows) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
