@@ -1,0 +1,171 @@
+"""The compile command: what it is asked, what it says, and when it fails."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from kernels_pallas import compile as command
+from kernels_pallas.cases import OPS, _visible, cases
+from kernels_pallas.chips import CHIPS, Chip
+from kernels_pallas.device import Target
+from kernels_pallas.flash import specs as flash_specs
+from kernels_pallas.op import Backend, Op
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Here(Chip):
+    """This machine's CPU as a target, which needs no other compiler."""
+
+    def devices(self):
+        return jax.devices("cpu")
+
+
+HERE = Here("here", Target("cpu", "cpu"), 1e12, 1e11, 1e10, "")
+
+
+@pytest.mark.parametrize(("argv", "says"), [
+    (["--target", "h300"], "invalid choice: 'h300'"),
+    (["--op", "flush"], "op 'flush' is unknown; there are linear, "),
+    (["--op", "linear", "--spec", "mla_256"], "spec 'mla_256' is unknown; there are one_row, "),
+    (["--op", "linear", "--backend", "mosaic_gpu"], "'mosaic_gpu' is unknown; there are reference"),
+])
+def test_wrong_arguments(argv, says, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(argv)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_missing_compilers_are_named_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(Chip, "missing", lambda self: f"compiler-of-{self.target.platform}")
+    assert command.main(["--target", "h200", "v5p", "--op", "linear"]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err == ("kernels_pallas.compile: compiler-of-gpu and compiler-of-tpu not installed; "
+                   "pip install 'sparse-pretrain[compile]'\n")
+
+
+def test_the_extra_exists():
+    assert "\ncompile = [" in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """The command with this machine as its only target."""
+    monkeypatch.setattr(command, "CHIPS", {"here": HERE})
+    monkeypatch.setattr(Here, "missing", lambda self: None)
+    return command.main
+
+
+def test_a_table_and_json(here, capfd):
+    argv = ["--op", "linear", "grouped_matmul", "--spec", "one_row", "nothing"]
+    assert here(argv) == 0
+    out, err = capfd.readouterr()
+    assert err.splitlines()[0] == "1/4 here linear one_row forward: compiled"
+    lines = out.splitlines()
+    assert len(lines) == 5
+    assert lines[0].split() == ["target", "op", "spec", "direction", "backend", "seconds", "temp",
+                                "kernels", "registers", "shared", "spilled", "roofline", "FLOPs"]
+    assert here([*argv, "--json"]) == 0
+    first, *_, last = json.loads(capfd.readouterr().out)
+    # 24 x 40 float32 matrix, a row of each; 2 x 24 x 40 FLOPs at 1e12, bytes at 1e11 a second
+    assert first["io_bytes"] == 4 * (24 * 40 + 24 + 40)
+    assert first["flops"] == 1920
+    assert first["roofline_seconds"] == pytest.approx(4096e-11)
+    assert (last["op"], last["direction"], last["backend"]) == ("grouped_matmul", "gradient", "xla")
+    assert last["refused"] == {"mosaic_gpu": "needs an NVIDIA GPU, the device is cpu"}
+
+
+def test_a_named_backend_that_refuses_is_no_failure(here, capfd):
+    assert here(["--op", "grouped_matmul", "--spec", "nothing", "--backend", "mosaic_gpu"]) == 0
+    assert "refused here grouped_matmul nothing forward: mosaic_gpu: needs an NVIDIA GPU" \
+        in capfd.readouterr().out
+
+
+def test_what_breaks_unannounced_fails(monkeypatch, here, capfd):
+    def broken(x, w):
+        raise NotImplementedError("no such instruction")
+
+    (case,) = cases(("linear",), ("one_row",), abstract=True)
+    op = Op("linear", (Backend("broken", broken), *case.op.backends))
+    case = dataclasses.replace(case, op=op, call=op)
+    monkeypatch.setattr(command, "cases", lambda *chosen, abstract: [case])
+    argv = ["--op", "linear", "--spec", "one_row"]
+    assert here(argv) == 1
+    assert "FAILED here linear one_row forward: NotImplementedError: no such instruction" \
+        in capfd.readouterr().out
+    monkeypatch.setitem(command.DECLARED, ("linear", None, None, "cpu"), "not yet")
+    assert here(argv) == 0
+    assert "refused here linear one_row gradient: not yet" in capfd.readouterr().out
+
+
+def test_the_assemblers_report_is_read():
+    text = """
+Resources(smem_scratch_bytes=229376, tmem_scratch_cols=0)
+Resources(smem_scratch_bytes=1024, tmem_scratch_cols=0)
+    0 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 90 registers, used 16 barriers, 1 bytes smem
+"""
+    report = command._assembler_report(text)
+    assert report == [(168, 229376, 16), (90, 1024, 0)]
+    row = command.Row("h200", "an_op", "a_spec", "forward", kernels=2)
+    command._fill_in(row, report)
+    assert (row.registers, row.shared_bytes, row.spilled_bytes) == (168, 229376, 16)
+    assert row.failed  # it spills
+    again = command.Row("h100", "an_op", "a_spec", "forward", kernels=2)
+    command._fill_in(again, [])
+    assert again.spilled_bytes == 16
+    assert command._assembler_report("nothing to say") == []
+
+
+def test_every_op_and_spec_has_shapes():
+    found = list(cases(abstract=True))
+    assert {case.op.name for case in found} == set(OPS)
+    for case in found:
+        arguments, keywords = case.shapes()
+        assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves((arguments, keywords)))
+        assert None in case.op.explain(*arguments, **keywords).values()
+        assert case.gradient >= case.forward >= 0
+
+
+@pytest.mark.parametrize("name", ["plain", "loop_strided_window"])
+def test_visible_pairs_are_counted(name):
+    s = flash_specs.PARITY[name]
+    S = s.S or s.L
+    row = np.arange(s.L)[:, None] + (S - s.L if s.stride == s.span == 1 else 0)
+    behind = row - (np.arange(S) * s.stride + s.span - 1)
+    seen = (behind >= 0) & (behind < (s.window or S + s.L))
+    assert _visible(s.L, S, window=s.window, stride=s.stride, span=s.span) == seen.sum()
+
+
+def test_a_gpu_is_described_as_xla_reads_it():
+    text = CHIPS["b200"]._config()
+    assert "cuda_compute_capability { major: 10 minor: 0 }" in text
+    assert "core_count: 148 " in text
+    assert 'device_description_str: "NVIDIA B200"' in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHIPS["h200"].missing() is not None,
+                    reason=f"needs {CHIPS['h200'].missing()}, of the extra 'compile'")
+def test_grouped_matmul_compiles_for_a_hopper_gpu():
+    argv = ["--target", "h200", "--op", "grouped_matmul", "--spec", "tile_edges", "--json"]
+    done = subprocess.run([sys.executable, "-m", "kernels_pallas.compile", *argv], cwd=ROOT,
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    forward, gradient = json.loads(done.stdout)
+    assert (forward["kernels"], gradient["kernels"]) == (1, 3)
+    for row in (forward, gradient):
+        assert row["backend"] == "mosaic_gpu"
+        assert row["spilled_bytes"] == 0
+        assert 0 < row["registers"] <= 168  # 384 threads share 65,536
+        assert row["shared_bytes"] <= 232448
