@@ -163,8 +163,9 @@ def compile_case(case: Case, direction: str, chip: Chip, sharding: Any,
             compiled = jax.jit(function, keep_unused=True).lower(
                 *_placed((arguments, arrays, cotangent), sharding)).compile()
             row.seconds = time.perf_counter() - start
-            memory = compiled.memory_analysis()
-            row.kernels = compiled.as_text().count('custom_call_target="mosaic_gpu')
+            memory: Any = compiled.memory_analysis()
+            program = compiled.as_text() or ""
+            row.kernels = program.count('custom_call_target="mosaic_gpu')
         except Exception as e:  # of any compiler: this command is here to report them
             row.error = f"{type(e).__name__}: {e}".strip()
             return row
@@ -201,7 +202,7 @@ def table(rows: Sequence[Row]) -> str:
     """Return the rows as text, with what was refused or failed below."""
     names = ("target", "op", "spec", "direction", "backend", "seconds", "temp", "kernels",
              "registers", "shared", "spilled", "roofline", "FLOPs")
-    cells = [names]
+    cells: list[tuple[str, ...]] = [names]
     for row in rows:
         kernel = ["-" if n is None else str(n) for n in
                   (row.kernels or None, row.registers, row.shared_bytes, row.spilled_bytes)]
