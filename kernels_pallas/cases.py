@@ -204,10 +204,11 @@ OPS = tuple(row[0].name for row in _TABLE)
 
 
 def cases(ops: tuple[str, ...] = (), specs: tuple[str, ...] = (), *,
-          abstract: bool = False) -> Iterator[Case]:
+          abstract: bool = False, speed: bool = False) -> Iterator[Case]:
     """Yield the cases of these ops and specs, all of them when none are named.
 
-    `abstract`: only their shapes are wanted, so that lists of choices may hold anything.
+    `abstract`: only their shapes are wanted, so that lists of choices may hold anything. `speed`:
+    only what training runs, and not the small ones that parity is tested on.
     Errors: ValueError for a name that no op or none of the chosen ops' specs has.
     """
     for name in ops:
@@ -220,7 +221,7 @@ def cases(ops: tuple[str, ...] = (), specs: tuple[str, ...] = (), *,
             raise ValueError(f"spec {name!r} is unknown; there are {', '.join(sorted(known))}")
     for op, call, module, arguments, wrt, work in chosen:
         for name, spec in (module.PARITY | module.SPEED).items():
-            if specs and name not in specs:
+            if (specs and name not in specs) or (speed and name not in module.SPEED):
                 continue
             forward, factor = work(spec)
             if abstract and hasattr(spec, "choice"):  # choosing takes long at training lengths

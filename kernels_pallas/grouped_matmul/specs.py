@@ -58,6 +58,7 @@ PARITY = {
     "ones": Spec(sizes=(1, 1, 1, 0, 1, 1), F=64, block=8),
     "nothing": Spec(sizes=(0, 0, 0), F=64),
     "even": Spec(sizes=(64, 64), D=192, F=64),
+    "deep": Spec(sizes=(200, 0, 300, 12), D=512, F=320),
     "wide": Spec(sizes=(1, 63, 64, 65), D=128, F=512, block=64, w_dtype="float32"),
 }
 
