@@ -96,13 +96,14 @@ def _prepare(case: Case, direction: str, row: Row, arguments, arrays, options):
     return (lambda: compiled(arguments, arrays, cotangent)), moved
 
 
-def bench_case(case: Case, direction: str, names: Sequence[str], rounds: int,
-               peak: float) -> list[Row]:
+def bench_case(case: Case, made: tuple[Any, Any], direction: str, names: Sequence[str],
+               rounds: int, peak: float) -> list[Row]:
     """Time these backends on one direction of one workload, taking turns.
 
-    A backend that refuses has its reason in its row, one that breaks its error; `peak` in FLOP/s.
+    `made` is what the case makes, `peak` in FLOP/s. A backend that refuses has its reason in its
+    row, one that breaks its error.
     """
-    arguments, keywords = case.make()
+    arguments, keywords = made
     arrays = {k: x for k, x in keywords.items() if isinstance(x, jax.Array)}
     options = {k: x for k, x in keywords.items() if k not in arrays}
     refusals = case.op.explain(*arguments, **keywords)
@@ -193,9 +194,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for case in chosen:
         names = [b.name for b in case.op.backends
                  if b.name in asked.backend or (not asked.backend and b.name != "reference")]
+        made = case.make()
         for direction in case.directions:
             if direction in asked.direction:
-                rows += bench_case(case, direction, names, asked.rounds, peak)
+                rows += bench_case(case, made, direction, names, asked.rounds, peak)
                 print(f"{case.op.name} {case.spec} {direction} done", file=sys.stderr, flush=True)
     if asked.json:
         print(json.dumps(about | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=1))

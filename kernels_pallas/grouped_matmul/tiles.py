@@ -45,8 +45,8 @@ def supports(x, w, layout) -> str | None:
         return f"needs an NVIDIA GPU, the device is {target.kind or target.platform}"
     if target.capability is None or target.capability[0] != 9:
         return f"needs Hopper's tensor cores (9.0), the device {target.kind} is {target.capability}"
-    if device.jax_version() < (0, 12):
-        return f"needs jax 0.12, this is {jax.__version__}"
+    if device.jax_version() < (0, 11):
+        return f"needs jax 0.11, this is {jax.__version__}"
     if x.dtype != jnp.bfloat16:
         return f"needs bfloat16 rows, x is {x.dtype}"
     if w.dtype not in (jnp.bfloat16, jnp.float32):

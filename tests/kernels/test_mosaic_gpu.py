@@ -16,8 +16,10 @@ from kernels_pallas.chips import CHIPS
 from kernels_pallas.grouped_matmul import Layout, aligned, explain, grouped_matmul, specs, tiles
 from kernels_pallas.grouped_matmul.layout import row_expert
 
-newest = pytest.mark.skipif(device.jax_version() < (0, 12),
-                            reason="GPU interpretation is public from jax 0.12")
+runs = pytest.mark.skipif(
+    device.jax_version() < (0, 12) and device.target().capability != (9, 0),
+    reason="GPU interpretation is public from jax 0.12, and there is no Hopper GPU")
+recent = pytest.mark.skipif(device.jax_version() < (0, 11), reason="kernels need jax 0.11")
 
 # Over tiles of 128 rows: edges, empty groups in every place, and all in one.
 LOADS = {
@@ -104,14 +106,14 @@ def compiled():
     return lambda x, w, dy, layout: function(x, w, dy, layout.sizes)
 
 
-@newest
+@runs
 @pytest.mark.parametrize("load", LOADS)
 def test_grouped_matmul(load, compiled, rng):
     layout = aligned(jnp.asarray(LOADS[load], jnp.int32), pairs=384)
     verify(layout, 64, 192, "float32", rng, compiled)
 
 
-@newest
+@runs
 def test_two_runs_give_the_same_bits(compiled, rng):
     layout = aligned(jnp.asarray(LOADS["skewed"], jnp.int32), pairs=384)
     _, x, w, dy = arrays(rng, layout, 64, 192, "float32")
@@ -119,7 +121,7 @@ def test_two_runs_give_the_same_bits(compiled, rng):
         assert np.asarray(first).tobytes() == np.asarray(second).tobytes()
 
 
-@newest
+@runs
 @pytest.mark.slow
 @pytest.mark.parametrize("name", specs.PARITY)
 def test_every_spec(name, rng):
@@ -197,7 +199,7 @@ REFUSED = {
 }
 
 
-@newest
+@recent
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_served_is_refused_with_a_reason(name):
     target, changes, reason = REFUSED[name]
@@ -205,6 +207,12 @@ def test_what_is_not_served_is_refused_with_a_reason(name):
         assert explain(*_arguments())["mosaic_gpu"] is None or not changes
         with pytest.raises(ValueError, match=f"'mosaic_gpu' cannot run: .*{reason}"):
             grouped_matmul(*_arguments(**changes), implementation="mosaic_gpu")
+
+
+def test_an_older_jax_is_refused(monkeypatch):
+    monkeypatch.setattr(device, "jax_version", lambda: (0, 10, 2))
+    with device.assume(CHIPS["h200"].target):
+        assert explain(*_arguments())["mosaic_gpu"].startswith("needs jax 0.11, this is ")
 
 
 def test_an_assumed_device_ends_with_its_block():
