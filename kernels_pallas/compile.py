@@ -35,7 +35,7 @@ among them, and the bytes they spill together; roofline, the time no call can be
 useful FLOPs over the chip's bfloat16 peak and arguments and results over its bandwidth.
 
 exit status: 0 when all compiled, 1 when something did not that was not declared, or a kernel
-spills, 2 for arguments or packages."""
+spills or has its asynchronous products serialized, 2 for arguments or packages."""
 
 # (op, spec or None for all, direction or None for both, platform): why a compiler cannot be asked.
 DECLARED: dict[tuple[str, str | None, str | None, str], str] = {}
@@ -57,6 +57,7 @@ class Row:
     registers: int | None = None
     shared_bytes: int | None = None
     spilled_bytes: int | None = None
+    serialized: bool = False  # the assembler could not let products run on while code goes on
     flops: float = 0.0
     io_bytes: int | None = None
     roofline_seconds: float | None = None
@@ -66,7 +67,7 @@ class Row:
     @property
     def failed(self) -> bool:
         """Return whether this fails the command."""
-        return self.error is not None or bool(self.spilled_bytes)
+        return self.error is not None or bool(self.spilled_bytes) or self.serialized
 
 
 @contextlib.contextmanager
@@ -170,7 +171,9 @@ def compile_case(case: Case, direction: str, chip: Chip, sharding: Any,
             row.error = f"{type(e).__name__}: {e}".strip()
             return row
         finally:
-            _fill_in(row, _assembler_report(output()))
+            said = output()
+            _fill_in(row, _assembler_report(said))
+            row.serialized = "C7510" in said  # ptxas: wgmma instructions are serialized
     row.temp_bytes = int(memory.temp_size_in_bytes)
     row.io_bytes = int(memory.argument_size_in_bytes + memory.output_size_in_bytes)
     row.roofline_seconds = max(row.flops / chip.peak, row.io_bytes / chip.bandwidth)
@@ -223,6 +226,8 @@ def table(rows: Sequence[Row]) -> str:
             lines.append(f"refused {where}: {reason}")
         if row.spilled_bytes:
             lines.append(f"FAILED {where}: {row.spilled_bytes} bytes spilled")
+        if row.serialized:
+            lines.append(f"FAILED {where}: asynchronous products are serialized")
     return "\n".join(lines)
 
 

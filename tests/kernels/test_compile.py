@@ -125,6 +125,11 @@ ptxas info    : Used 90 registers, used 16 barriers, 1 bytes smem
     command._fill_in(again, [])
     assert again.spilled_bytes == 16
     assert command._assembler_report("nothing to say") == []
+    waits = command.Row("h200", "an_op", "a_spec", "forward", backend="b", seconds=1.0,
+                        serialized=True)
+    assert waits.failed
+    assert command.table([waits]).endswith("FAILED h200 an_op a_spec forward: asynchronous "
+                                           "products are serialized")
 
 
 def test_every_op_and_spec_has_shapes():
