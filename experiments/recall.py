@@ -26,7 +26,7 @@ Why:      from trials of one seed each, on recall.
           csa: the same with its window: 0.03 with one of 128, as long as a short example, 0.95 and
           more with 16.
           moba: a block is found by its mean key. A key that scores m among noise that scores with
-          a deviation of s lifts the mean of B keys by m / (s sqrt(B)) deviations: measured 31 / 5.8,
+          a deviation of s lifts the mean of B keys by m / (s sqrt(B)) deviations: here 31 / 5.8,
           so 1.3 at blocks of 16 (0.61 to 0.66 right), 1.9 at 8 (0.82; 0.90 at twice the width), 2.7
           at 4. Nothing in training raises it, as the gate has no gradient: small blocks do.
 """
