@@ -17,8 +17,8 @@ Budget:   at the last position an arm reads at most 512 keys of 2,048 (`touched`
           of moba, the indexers of dsa and csa) is no key; it is in the FLOPs per token.
 Data:     38 % of the held-out targets (70,839 of 187,282) stand beyond position 1,024 in their
           document's piece of a row, 40 % in training; no token is seen twice.
-Cost:     a run is 0.8M tokens (196 steps): about 44 s of training for full, 24 s for sliding on two quiet
-          cores, and about 20 s around it.
+Cost:     a run is 0.8M tokens (196 steps): 40 s on one core for sliding, 80 to 100 s for most, and
+          180 to 300 s for dsa, whose indexer sorts 2,048 scores for every token on a CPU.
 Pilot:    one seed, on two AMX cores, at ba5d779; two layers, rate 0.02, 1.2M tokens
           tokens        full bits/byte  sliding  past 1,024, nats/token: full  sliding
           bpe:4096      2.0001          1.9714   5.030                         4.968

@@ -26,22 +26,22 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg not in ARMS:
         raise ValueError(f"dsa_warmup: {arg!r} is not one of {', '.join(ARMS)}")
     attention = dict(
-        kind="dsa", heads=4, kv_rank=64, nope_dim=32, rope_dim=32, v_dim=32, top=256,
+        kind="dsa", heads=2, kv_rank=64, nope_dim=32, rope_dim=32, v_dim=64, top=256,
         index_heads=4, index_dim=32, index_rope_dim=16, mode="dense",
     )
     end = "warmup" if arg == "warmup" else arg
     phases = dict(
         warm=dict(
-            start=786_432, train="indexer", attention=dict(block=dict(mode="warmup"))
+            start=499_712, train="indexer", attention=dict(block=dict(mode="warmup"))
         ),
     )
     if end != "warmup":
-        phases["then"] = dict(start=1_048_576, attention=dict(block=dict(mode=end)))
+        phases["then"] = dict(start=630_784, attention=dict(block=dict(mode=end)))
     return ConfigDict(
         dict(
             name=name,
-            tokens=1_048_576 if end == "warmup" else 1_310_720,
-            data=dict(source="python_stdlib", tokenizer="bpe:4096", seq=2048, batch=4),
+            tokens=630_784 if end == "warmup" else 794_624,
+            data=dict(source="python_stdlib", tokenizer="bpe:4096", seq=2048, batch=2),
             model=dict(
                 width=128,
                 blocks=dict(block=dict(attention=attention, ffn=dict(kind="dense", hidden=384))),
@@ -53,6 +53,6 @@ def get_config(arg: str = "") -> ConfigDict:
             # no decay before the sparse part, which is the last fifth
             schedule=dict(kind="wsd", warmup=0.05, decay=0.2),
             phases=phases,
-            checkpoint=dict(every=32),
+            checkpoint=dict(every=64),
         )
     )

@@ -5,6 +5,30 @@ Question: which sparse attention finds what lies further back than its window, w
 Command:  sparse-pretrain train --config=experiments/recall.py:recall,moba
 All arms: sparse-pretrain sweep --sweep=experiments/sweeps/recall.py
           python3 experiments/results/collect_recall.py
+Tasks:    recall: 32 pairs of symbols, then 512 tokens of noise, then every key once; needle: 24
+          marked pairs anywhere, then every key. A guess among the values is right in 2.4 %.
+Measured: share of right answers on held-out examples, seeds 0 and 1 of recall, seed 0 of needle;
+          one core with AMX each, jax 0.12; rows in experiments/results/recall.json
+          arm       recall         needle  last query reads at most
+          full      0.989  0.965   0.997   all 2,176
+          dsa       0.985  0.990   0.984   128 tokens
+          csa       0.967  0.978   0.997   64 entries of 4 tokens, 16 tokens
+          nsa       0.981  0.956   0.996   544 entries of 4 tokens, 272 tokens
+          moba      0.976  0.937   0.966   512 tokens
+          sliding   0.024  0.021   0.129   256 tokens
+Why:      from trials of one seed each, on recall.
+          dsa: an indexer that begins to learn on long rows finds a quarter of the answers (0.26
+          after 13 steps beside dense attention; 0.99 where it learned on the short rows too).
+          nsa: choosing has no gradient, so blocks are found by what the compressed entries learn
+          for their own sake. Where all of a short row's blocks are chosen the entries learn
+          nothing: 1.00 on short rows and 0.11 on long ones. With one free choice 0.65 with entries
+          of 8 tokens and 0.98 with entries of 4.
+          csa: the same with its window: 0.03 with one of 128, as long as a short example, 0.95 and
+          more with 16.
+          moba: a block is found by its mean key. A key that scores m among noise that scores with
+          a deviation of s lifts the mean of B keys by m / (s sqrt(B)) deviations: here 31 / 5.8,
+          so 1.3 at blocks of 16 (0.61 to 0.66 right), 1.9 at 8 (0.82; 0.90 at twice the width), 2.7
+          at 4. Nothing in training raises it, as the gate has no gradient: small blocks do.
 """
 
 from ml_collections import ConfigDict

@@ -5,6 +5,7 @@ Question: from which length on is each variant faster than full attention, by ho
 Command:  python3 experiments/benchmarks/attention_length.py --peer-python=PYTHON_WITH_TORCH
           ... --quick                          1k to 4k only, a few minutes
           ... --kinds moba hca --lengths 16384 32768    these, and full beside them
+          ... --count                          then: counts the FLOPs of what is on file
           ... --report                         table, verdicts and plot of what is on file
 Method:   one layer of width 256 with 4 heads of 64 (one key head where heads share keys), one row,
           one document, bfloat16 with float32 parameters; two threads. A fresh process per variant
@@ -98,9 +99,6 @@ def measured(kinds, length, options, step):
         for arm in arms:
             found = cells[arm.kind]
             found["others"] = None if busy is None else max(0.0, busy - used) / spent
-            if length <= options.count_to and arm.kind not in TORCH:
-                step(f"{length}: counting {arm.kind}")
-                found |= arm.worker.ask({"count": True})
         return cells
     finally:
         for arm in arms:
@@ -133,6 +131,19 @@ def keep(cells, length, found):
         held[kind] = new | {"beside": beside, "commit": commit()}
 
 
+def count(cells, lengths, options):
+    """Counts the FLOPs of what is on file without; yields what it does."""
+    for length in (n for n in lengths if n <= options.count_to):
+        for kind, held in cells.get(str(length), {}).items():
+            if kind not in TORCH and "counted" not in held:
+                yield f"{length}: counting {kind}"
+                worker = start(kind, length, options)
+                try:
+                    held["counted"] = worker.ask({"count": True})["counted"]
+                finally:
+                    worker.close()
+
+
 def versions_of(options):
     """Kinds that can run here: ours, and torch's where the interpreter has it."""
     import subprocess
@@ -163,14 +174,19 @@ def main():
     parser.add_argument("--fresh", action="store_true", help="measure also what is on file")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--count-to", type=int, default=8192, help="longest row of counted FLOPs")
+    parser.add_argument("--count", action="store_true", help="only count FLOPs of what is on file")
+    parser.add_argument("--count-to", type=int, default=4096, help="longest row of counted FLOPs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", default=str(RESULTS))
     options = parser.parse_args()
     lengths = sorted([n for n in LENGTHS if n <= 4096] if options.quick else options.lengths)
     out = Path(options.out)
     result = json.loads(out.read_text()) if out.exists() else {"cells": {}}
-    if not options.report:
+    if options.count:
+        for what in count(result["cells"], lengths, options):
+            print(what, flush=True)
+            out.write_text(json.dumps(result) + "\n")
+    elif not options.report:
         kinds = versions_of(options)
         common.use_threads(options.threads)
         todo = {n: wanted(kinds, n, result["cells"], options) for n in lengths}
@@ -180,7 +196,7 @@ def main():
             task = progress.add_task("measuring", total=total)
 
             def step(what):
-                progress.update(task, description=what, advance=0 if "counting" in what else 1)
+                progress.update(task, description=what, advance=1)
 
             for length, missing in todo.items():
                 if not missing:

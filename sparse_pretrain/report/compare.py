@@ -14,7 +14,7 @@ from sparse_pretrain.report.axes import tokens_axis
 from sparse_pretrain.report.charts import SERIES, Chart, numbers, smooth
 
 SHOWN = len(SERIES)  # more curves than colours cannot be told apart
-METRIC = "bits_per_byte"
+METRIC, ACCURACY = "bits_per_byte", "accuracy"
 # Of the experts: a batch's MaxVio at the end of training, and over the held-out text.
 BALANCE = {
     "max_vio_batch": "MaxVio batch",
@@ -141,6 +141,7 @@ def _first(arm: Arm) -> workdir.Run | None:
 
 def _ranking(ranked: Sequence[Arm]) -> str:
     rows, experts = [], any(arm.values(key) for arm in ranked for key in BALANCE)
+    answers = any(arm.values(ACCURACY) for arm in ranked)
     for place, arm in enumerate(ranked):
         values = list(arm.values().values())
         half: Any = None
@@ -162,10 +163,13 @@ def _ranking(ranked: Sequence[Arm]) -> str:
                 html.count(arm.mean("tokens_per_second")),
             ]
         )
+        if answers:
+            rows[-1].append(html.number(arm.mean(ACCURACY), 3))
         if experts:
             rows[-1] += [html.number(arm.mean(key)) for key in BALANCE]
     header = ["", "arm", "bits/byte", "95 %", "finished", "tokens", "active parameters"]
-    header += ["FLOPs", "tokens/s", *(BALANCE.values() if experts else ())]
+    header += ["FLOPs", "tokens/s", *(["held-out accuracy"] if answers else ())]
+    header += BALANCE.values() if experts else ()
     return html.table(header, rows, "nw" + "n" * (len(header) - 2))
 
 
@@ -213,6 +217,7 @@ def _curves(ranked: Sequence[Arm]) -> str:
     for kind, key, label in (
         ("metrics", "loss", "training loss, nats/token"),
         ("eval", METRIC, "held-out bits/byte"),
+        ("eval", ACCURACY, "held-out accuracy"),
     ):
         curves = enumerate(_mean_curve(arm, kind, key) for arm in ranked[:SHOWN])
         drawn = [(i, curve) for i, curve in curves if curve is not None]
@@ -229,7 +234,8 @@ def _curves(ranked: Sequence[Arm]) -> str:
         note = ""
         if len(ranked) > SHOWN:
             note = f'<p class="soft">The best {SHOWN} of {len(ranked)} arms.</p>'
-        boxes.append(html.section(label.capitalize(), chart.svg(label) + note, id=f"{kind}-curve"))
+        name = kind if key != ACCURACY else key
+        boxes.append(html.section(label.capitalize(), chart.svg(label) + note, id=f"{name}-curve"))
     return "".join(boxes)
 
 

@@ -5,7 +5,9 @@ attention in the place of that op, which knows nothing but the variant's own `ma
 the same values and gradients.
 """
 
+import functools
 import itertools
+import json
 import math
 
 import jax
@@ -94,6 +96,12 @@ WITHIN = {"float64": 1e-9, "bfloat16": numerics.tolerance("bfloat16")}
 
 def made(kind, changes):
     """(class, config, definition, parameters of which none sits at its initial value)."""
+    return _made(kind, json.dumps(changes))
+
+
+@functools.cache
+def _made(kind, changes):
+    changes = json.loads(changes)
     variant = attention.TABLE[kind]
     config = spec.build(variant.Config, changes)
     definition = nn.define(lambda keys: variant(config, WIDTH, keys))
@@ -107,6 +115,12 @@ def made(kind, changes):
 
 def forward(definition, params, x, context):
     return definition.merge(params, {})(x, context)
+
+
+@functools.cache
+def compiled(definition):
+    """`forward` of a definition, compiled once for each shape and type."""
+    return jax.jit(functools.partial(forward, definition))
 
 
 def inputs(rng, rows=2, length=LENGTH):
@@ -233,8 +247,7 @@ def test_a_later_token_changes_no_earlier_output(kind, changes, rng):
     _, _, definition, params = made(kind, changes)
     x, context = inputs(rng)
     later = x.at[:, 17:].set(jnp.asarray(rng.normal(size=x[:, 17:].shape), jnp.float32))
-    run = jax.jit(lambda x: forward(definition, params, x, context))
-    before, after = run(x), run(later)
+    before, after = (compiled(definition)(params, t, context) for t in (x, later))
     np.testing.assert_array_equal(before[:, :17], after[:, :17])
     assert np.abs(before[:, 17:30] - after[:, 17:30]).max(axis=-1).all()
 
@@ -243,7 +256,7 @@ def test_a_later_token_changes_no_earlier_output(kind, changes, rng):
 def test_packed_documents_equal_separate_runs(kind, changes, rng):
     _, _, definition, params = made(kind, changes)
     x, context = inputs(rng)
-    run = jax.jit(lambda x, context: forward(definition, params, x, context))
+    run = functools.partial(compiled(definition), params)
     together, segments = np.asarray(run(x, context)), np.asarray(context.segments)
     places = [np.nonzero(segments[r] == n)[0] for r in range(2) for n in (1, 2, 3)]
     alone, count = np.zeros((6, LENGTH, WIDTH), np.float32), np.zeros((6, 1), np.int32)
@@ -265,7 +278,7 @@ def test_decoding_equals_the_parallel_forward(kind, changes, rng):
     length = 20
     x = jnp.asarray(rng.normal(size=(2, length, WIDTH)), jnp.float32)
     context = one_document(2, length)
-    parallel = jax.jit(lambda x: forward(definition, params, x, context))(x)
+    parallel = compiled(definition)(params, x, context)
     sizes = variant.cache_shapes(config, WIDTH, 2, length)
     cache = {name: jnp.zeros(size, jnp.float32) for name, size in sizes.items()}
     step = jax.jit(lambda x, cache, t: definition.merge(params, {}).decode(x, cache, t))
@@ -315,6 +328,6 @@ def test_it_fits_the_house(kind, changes):
         assert len(names) == array.ndim
         assert array.dtype == jnp.float32
     x, context = inputs(np.random.default_rng(3))
-    y = jax.jit(lambda x: forward(definition, params, x, context))(x.astype(jnp.bfloat16))
+    y = compiled(definition)(params, x.astype(jnp.bfloat16), context)
     assert (y.shape, y.dtype) == (x.shape, jnp.bfloat16)
     assert np.isfinite(np.asarray(y, np.float32)).all()

@@ -51,6 +51,23 @@ def test_page_ranks_and_pairs(tmp_path, arm, parse):
     assert "settings" not in got.ids  # the arms differ in nothing but their seeds
 
 
+def test_answers_of_tasks_are_ranked_and_drawn_beside_the_loss(tmp_path, arm, parse):
+    arms = [arm("base", BASE), arm("better", BETTER)]
+    for n, run in enumerate(arms[1].runs.values()):
+        run.summary["accuracy"] = 0.5 + 0.1 * n
+        for k, row in enumerate(run.eval):
+            row["accuracy"] = 0.1 * k
+    out = compare.write_comparison(arms, tmp_path / "comparison.html")
+    got = parse(out.read_text(encoding="utf-8"))
+    header, better, base = got.tables["ranking"][:3]
+    column = header.index("held-out accuracy")
+    assert float(better[column]) == pytest.approx(0.65)
+    assert base[column] == "-"
+    assert "accuracy-curve" in got.ids
+    plain = compare.write_comparison(arms[:1], tmp_path / "plain.html")
+    assert "accuracy" not in plain.read_text(encoding="utf-8")
+
+
 def test_pairs_need_equal_seed_corpus_and_an_end(arm):
     base = arm("base", BASE)
     other = arm("other", {1: 2.0, 2: 2.1, 7: 2.0})
