@@ -107,7 +107,8 @@ def bench_case(case: Case, made: tuple[Any, Any], direction: str, names: Sequenc
     arrays = {k: x for k, x in keywords.items() if isinstance(x, jax.Array)}
     options = {k: x for k, x in keywords.items() if k not in arrays}
     refusals = case.op.explain(*arguments, **keywords)
-    rows, running = [], []
+    rows: list[Row] = []
+    running: list[tuple[Row, Callable[[], Any], int, int, list[float]]] = []
     for name in names:
         row = Row(case.op.name, case.spec, direction, name, refused=refusals[name])
         rows.append(row)
