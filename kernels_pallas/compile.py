@@ -25,7 +25,7 @@ from kernels_pallas.cases import OPS, Case, cases
 from kernels_pallas.chips import CHIPS, EXTRA, Chip
 
 EXAMPLES = """examples:
-  python -m kernels_pallas.compile --target h200 --op grouped_matmul
+  python -m kernels_pallas.compile --target h200 --op grouped_matmul --backend mosaic_gpu
   python -m kernels_pallas.compile --target h100 v5p --op flash --spec mla_256 long_4k
   python -m kernels_pallas.compile --target all --json > compiled.json
 
