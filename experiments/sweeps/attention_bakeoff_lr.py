@@ -12,7 +12,7 @@ from sparse_pretrain import attention
 from sparse_pretrain.scaling.combinators import param, prod, runs
 
 ARMS = ("full", "sliding", "moba", "nsa", "mla", "dsa", "csa", "hca")
-RATES = (0.01, 0.02, 0.04)
+RATES = (0.005, 0.01, 0.02, 0.04)
 
 
 def get_sweep():

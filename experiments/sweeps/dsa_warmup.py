@@ -2,7 +2,7 @@
 
 Question: what does reading an eighth of the row cost in bits/byte?
 Command:  sparse-pretrain sweep --sweep=experiments/sweeps/dsa_warmup.py
-Measured: not yet.
+Measured: see experiments/dsa_warmup.py.
 """
 
 from sparse_pretrain.scaling.combinators import runs
