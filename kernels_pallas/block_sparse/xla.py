@@ -24,10 +24,10 @@ NOTHING, EMPTY = -1e30, -1e29
 # Query rows (one head of one pair) of a tile, of a group on average, and of a chunk at least.
 TILE, GROUP, CHUNK = 256, 1024, 1 << 18
 # Scores that one step of the loop over tiles computes. Measured forward and backward, one row of
-# 4096, 4 heads of 64 on 1, one core with AMX (jax 0.12), milliseconds of processor time:
-#   7 blocks of 64 for all heads: 1 << 15: 83, 16: 81, 17: 86, 18: 96, 19: 105, 20: 123
-#   3 blocks of 256 for each:     1 << 15: 62, 16: 62, 17: 68, 18: 79, 19: 84, 20: 87
-SCORES = 1 << 16
+# 4096, 4 heads of 64 on 1, a machine with AMX (jax 0.12), milliseconds with one and two threads:
+#   7 blocks of 64 for all heads: 1 << 16: 81 and 80, 18: 96 and 74, 19: 105 and 74, 20: 123 and 71
+#   3 blocks of 256 for each:     1 << 16: 62 and 78, 18: 79 and 69, 19: 84 and 62, 20: 87 and 61
+SCORES = 1 << 19
 
 
 class Plan(NamedTuple):

@@ -30,11 +30,7 @@ SMALLEST, LARGEST = 128, 512
 # Measured as above, 1 row of 8192, 4 heads on 1, by queries x keys of a block:
 #   window 128: 128 x 128: 36, 256 x 128: 31, 256 x 256: 35, 512 x 512: 64, and without window: 233
 #   window 512: 128 x 128: 74, 256 x 128: 53, 256 x 256: 49, 512 x 512: 65
-# and 1 row of 4096 on one core with AMX:
-#   window 128: 64 x 64: 19, 128 x 128: 20, 256 x 128: 24, 256 x 256: 32
-#   window 256: 128 x 128: 22, 256 x 256: 33, 512 x 512: 70
-#   window 512: 64 x 64: 35, 128 x 128: 33, 256 x 128: 43, 256 x 256: 44
-SHORT, SHORTEST = 1024, 256
+SHORT = 1024
 
 
 # Layouts. Heads lead: queries [B, K, G, L, D] and [B, K, G, D, L], keys [N, S, D].
@@ -117,15 +113,13 @@ def _plan(L, S, *, scale=1.0, causal=True, window=None, softcap=None, stride=1, 
           late=False, block_q=None, block_k=None):
     """Return the plan, with the blocks asked for or those that suit the lengths and the window."""
     short = window is not None and window < SHORT
-    shortest = window is not None and window <= SHORTEST
     if block_q is None:
-        most = SMALLEST if shortest else 256 if short else LARGEST
-        block_q = min(max(-(-L // (UNROLL * 64)) * 64, SMALLEST), most)
+        block_q = min(max(-(-L // (UNROLL * 64)) * 64, SMALLEST), 256 if short else LARGEST)
     if block_k is None:
         # Never shorter than the queries', so that a row of few blocks needs no merging.
         block_k = LARGEST
         if short and L > UNROLL * block_q:
-            block_k = 128 if window <= max(SHORTEST, 128 * stride) else 256
+            block_k = 128 if window <= 128 * stride else 256
     offset = 0 if late or (stride, span) != (1, 1) else S - L
     return pairs.Plan(float(scale), causal, window, softcap, min(block_q, L), min(block_k, S), L,
                       S, stride, span, offset)
