@@ -89,7 +89,7 @@ def get_config(arg: str = "") -> ConfigDict:
     block = dict(attention=ATTENTION[kind], ffn=dict(kind="dense", hidden=128), conv=3)
     return ConfigDict(
         dict(
-            name=f"recall_{task}_{kind}",
+            name=f"recall_{task}_{kind}" if arg else "recall",
             tokens=(SHORT + LONG) * SEQ * ROWS,
             data=dict(source=f"{TASKS[task]},ramp={SHORT * ROWS}", seq=SEQ, batch=ROWS),
             model=dict(

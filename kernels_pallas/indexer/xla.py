@@ -25,9 +25,9 @@ from kernels_pallas.rounding import narrow
 
 NOTHING, EMPTY = -1e30, -1e29
 # Scores of one chunk over all heads, parts of a long row, and queries that are worth parting.
-# Measured with AMX, a row of 4096, 4 heads of 32, the best 256; the divergence over all keys, forward
-# and backward, in milliseconds with one and two threads: 1 << 18: 235 and 215, 20: 274 and 158,
-# 22: 495 and 182.
+# Measured with AMX, a row of 4096, 4 heads of 32; the divergence over all keys, forward and
+# backward, in milliseconds with one and two threads: 1 << 18: 235 and 215, 20: 274 and 158, 22: 495
+# and 182.
 SCORES, PARTS, SHORT = 1 << 20, 4, 512
 # Keys gathered at once where they are listed.
 GATHERED = 1 << 14

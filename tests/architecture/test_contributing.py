@@ -37,7 +37,8 @@ def local(monkeypatch):
 
 @pytest.mark.parametrize("law", LAWS)
 def test_it_keeps(law, local, rng, monkeypatch):
-    given = {"kind": local, "changes": {"window": 5}, "rng": rng, "monkeypatch": monkeypatch}
+    given = {"kind": local, "changes": {"window": 5}, "dtype": "float64"}
+    given |= {"rng": rng, "monkeypatch": monkeypatch}
     wanted = inspect.signature(LAWS[law]).parameters
     LAWS[law](**{name: given[name] for name in wanted})
 
@@ -50,7 +51,7 @@ def test_a_window_broken_in_the_forward_pass_is_found(local, rng, monkeypatch):
     monkeypatch.setattr(variant, "mask", wider)
     with pytest.raises(AssertionError):
         laws.test_it_equals_dense_attention_under_its_own_mask(
-            local, {"window": 5}, rng, monkeypatch
+            local, {"window": 5}, "float64", rng, monkeypatch
         )
 
 

@@ -96,14 +96,12 @@ WITHIN = {"float64": 1e-9, "bfloat16": numerics.tolerance("bfloat16")}
 
 def made(kind, changes):
     """(class, config, definition, parameters of which none sits at its initial value)."""
-    return _made(kind, json.dumps(changes))
+    return _made(attention.TABLE[kind], json.dumps(changes))
 
 
 @functools.cache
-def _made(kind, changes):
-    changes = json.loads(changes)
-    variant = attention.TABLE[kind]
-    config = spec.build(variant.Config, changes)
+def _made(variant, changes):
+    config = spec.build(variant.Config, json.loads(changes))
     definition = nn.define(lambda keys: variant(config, WIDTH, keys))
     params, prices = definition.init(jax.random.key(0))
     assert not jax.tree.leaves(prices)
