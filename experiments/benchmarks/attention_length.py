@@ -31,13 +31,13 @@ Measured: two cores with AMX, jax 0.12, torch 2.13; rows in results/attention_le
           csa         0.16  0.38  0.47  0.69  1.15   1.68   MISSED, MISSED
           dsa         0.09  0.16  0.20  0.27  0.40   0.51   MISSED, MISSED (mla: 0.58)
           torch bf16  0.87  1.25  1.34  1.29  1.31   1.27   (fp32: 0.58 to 0.78)
-          Growth over 8k to 32k is within the bar for all (time's exponent against its FLOPs': sliding
-          0.99 and 1.02, moba 1.12 and 1.04, nsa 1.16 and 1.32, dsa 1.48 and 1.49, csa 1.30 and 1.30,
-          hca 1.19 and 1.34); 64k is not measured. Formula FLOPs are within 4.9 % of the count. Peak
-          memory is above full's from 4k on for all but sliding (level), at 32k 1.7 times for moba to
-          3.1 for nsa: MISSED; full attention holds no scores here either.
-          Why: dsa and csa choose with a sort of every query's scores (two thirds of dsa's time) and
-          gather one token at a time; block_sparse gains nothing from the second thread, full
+          Growth over 8k to 32k is within the bar for all (time's exponent against its FLOPs':
+          sliding 0.99 and 1.02, moba 1.12 and 1.04, nsa 1.16 and 1.32, dsa 1.48 and 1.49, csa 1.30
+          and 1.30, hca 1.19 and 1.34); 64k is not measured. Formula FLOPs are within 4.9 % of the
+          count. Peak memory is above full's from 4k on for all but sliding (level), at 32k 1.7
+          times for moba to 3.1 for nsa: MISSED; full attention holds no scores here either.
+          Why: dsa and csa choose with a sort of every query's scores (most of dsa's time at 32k)
+          and gather one token at a time; block_sparse gains nothing from the second thread, full
           attention 1.4 times. Next: its tiles in two halves at once, and a choice without a sort.
 """
 
