@@ -5,6 +5,7 @@ Question: does a short warm-up on a trained dense model teach the indexer where 
 Command:  sparse-pretrain train --config=experiments/dsa_warmup.py --workdir=runs/dsa_warmup
 Then:     python3 experiments/benchmarks/indexer_mass.py --workdir=runs/dsa_warmup
 All arms: sparse-pretrain sweep --sweep=experiments/sweeps/dsa_warmup.py
+          then experiments/results/collect_dsa_warmup.py, which says how
 Arms:     `sparse` as above; `dense` goes on with dense attention after the same warm-up, on the
           same tokens in the same order; `warmup` ends with the warm-up.
 Measured: five paired seeds, one core with AMX, jax 0.12, corpus e352458daf5cc3e0; rows in
