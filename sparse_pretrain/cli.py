@@ -25,6 +25,8 @@ COMMANDS = {
     "runs": "the table of runs, or what differs between two",
     "sweep": "run every setting of a sweep file and rank the results",
     "placement": "replay a run's expert loads on devices: balance, bytes moved, simulated gain",
+    "reproduce": "run published claims to a verdict: PASS, FAIL or NOT RUN",
+    "claims": "the ledger of claims: published, measured, criterion, verdict",
     "config": "print a resolved configuration and what it costs, without training",
 }
 EXAMPLES = f"""examples:

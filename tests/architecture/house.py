@@ -43,6 +43,7 @@ FLOORS = {
     "sparse_pretrain.interop": 6,
     "sparse_pretrain.report": 7,
     "sparse_pretrain.scaling": 7,
+    "sparse_pretrain.claims": 7,
     "sparse_pretrain.commands": 8,
     "sparse_pretrain.cli": 8,
     "sparse_pretrain.__main__": 8,

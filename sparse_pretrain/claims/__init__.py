@@ -1,0 +1,1 @@
+"""Published claims as experiments with a verdict: PASS, FAIL or NOT RUN."""
