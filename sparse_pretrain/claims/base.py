@@ -78,7 +78,8 @@ def parse(path: Path) -> Claim:
     Errors: ValueError naming the file and the part that it lacks.
     """
     source = importlib.util.spec_from_file_location(f"_claim_{path.stem}", path)
-    assert source is not None and source.loader is not None
+    assert source is not None
+    assert source.loader is not None
     module = importlib.util.module_from_spec(source)
     sys.modules[source.name] = module
     source.loader.exec_module(module)

@@ -63,7 +63,7 @@ FILES = {
 WHERE = {
     "domains": "allenai/OLMoE, scripts/routing_output/text",
     "names": "karpathy/makemore, names.txt",
-    "published/optimizer_race": "KellerJordan/modded-nanogpt, records of 2024-10-29, losses by step",
+    "published/optimizer_race": "KellerJordan/modded-nanogpt, records of 2024-10-29, losses",
     "published/overtraining": "mlfoundations/scaling, exp_data, as one table",
     "published/regmix": "sail-sg/regmix, data",
     "published/routed_scaling": "google-deepmind/scaling_laws_for_routing, data",
