@@ -55,7 +55,7 @@ def measure(bench):
     return base.Outcome(
         passed=all(w == len(SEEDS) for w in wins.values()) and mass["indexer"] >= MASS,
         measured=f"less full attention, nats/byte: {text}; the indexer's share "
-        f"{mass['indexer']:.2f} (best choice {mass['oracle']:.2f}, last tokens {mass['recent']:.2f})",
+        f"{mass['indexer']:.2f}, the best choice's {mass['oracle']:.2f}, the last tokens' {mass['recent']:.2f}",
         interval=(worst.mean, worst.low, worst.high),
         of="the largest of the gaps in nats/byte",
         numbers={"losses": losses, "share of attention mass": mass},

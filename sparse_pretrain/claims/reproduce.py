@@ -46,6 +46,8 @@ def run_claim(
         outcome = claim.measure(place)
     except base.NotRun as e:
         return Verdict(claim, base.NOT_RUN, str(e), None, False)
+    except ModuleNotFoundError as e:
+        return Verdict(claim, base.NOT_RUN, f"needs the module {e.name}", None, False)
     result = results.write(where, claim, place, outcome, time.perf_counter() - began)
     return Verdict(claim, result["verdict"], result["measured"], result, False)
 
