@@ -63,7 +63,7 @@ def measure(bench):
         measured=f"{100 * mean:.2f} % lower when experts read the batch ahead, {wins}/3",
         interval=(mean, low, high),
         of="the relative drop",
-        numbers={"nats per byte, ahead and causal": found},
+        numbers=arms.count_model(bench, task, steps) | {"nats per byte, ahead and causal": found},
         analysis=f"The control differs by {abs(ahead - causal):.1e} nats. The gap holds two things "
         "that this test does not part: what later tokens tell, and how badly a stored cut-off "
         "stands in for a choice.",

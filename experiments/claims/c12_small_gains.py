@@ -3,10 +3,10 @@
 Source: 2412.19437, table 4; 2512.24880; 2601.07372; 2401.06066.
 Published: gains at 1B parameters and more.
 Kind: DIRECTION.
-Tested: nothing yet; the sign of a shared expert is in C4's result.
+Tested: nothing yet.
 Criterion: none: sign and size with intervals are reported.
 Cost: unknown.
-Result: hyper-connections and Engram are not in the model yet; a shared expert's sign is in C4
+Result: hyper-connections and Engram are not in the model yet
 """
 
 from sparse_pretrain.claims import base
@@ -14,6 +14,4 @@ from sparse_pretrain.claims import base
 
 def measure(bench):
     """Waits for the modules."""
-    raise base.NotRun(
-        "hyper-connections and Engram are not in the model yet; a shared expert's sign is in C4"
-    )
+    raise base.NotRun("hyper-connections and Engram are not in the model yet")

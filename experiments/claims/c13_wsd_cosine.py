@@ -45,5 +45,5 @@ def measure(bench):
         + ("" if inside else "; a best rate lies at the edge of its grid"),
         interval=(gap.mean, gap.low, gap.high),
         of="WSD less cosine in nats/byte",
-        numbers={"losses": losses, "sweeps": swept},
+        numbers=arms.count_model(bench, task, steps) | {"losses": losses, "sweeps": swept},
     )

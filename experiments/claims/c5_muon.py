@@ -47,7 +47,8 @@ def measure(bench):
         f"{wins}/3" + ("" if inside else "; a best rate lies at the edge of its grid"),
         interval=(mean, low, high),
         of="the gap in nats/byte",
-        numbers={
+        numbers=arms.count_model(bench, task, steps)
+        | {
             "losses": {name: [r["loss"] for r in part] for name, part in runs.items()},
             "share of steps": ratios,
             "sweeps": swept,

@@ -51,14 +51,15 @@ def measure(bench):
     shares = json.loads(file.read_text(encoding="utf-8"))
     mass = _mass(shares)
     text = ", ".join(f"{n} {g.mean:+.3f} ({wins[n]}/3)" for n, g in gaps.items())
+    held = ", ".join(f"{name} {share:.2f}" for name, share in mass.items())
     worst = max(gaps.values(), key=lambda gap: gap.mean)
     return base.Outcome(
         passed=all(w == len(SEEDS) for w in wins.values()) and mass["indexer"] >= MASS,
-        measured=f"less full attention, nats/byte: {text}; the indexer's share "
-        f"{mass['indexer']:.2f}, the best choice's {mass['oracle']:.2f}, the last tokens' {mass['recent']:.2f}",
+        measured=f"less full attention, nats/byte: {text}; share of the mass: {held}",
         interval=(worst.mean, worst.low, worst.high),
         of="the largest of the gaps in nats/byte",
-        numbers={"losses": losses, "share of attention mass": mass},
+        numbers=arms.count_model(bench, task, steps)
+        | {"losses": losses, "share of attention mass": mass},
         analysis=""
         if mass["indexer"] >= MASS
         else "Attention this young is spread out: even the best choice of k tokens holds "

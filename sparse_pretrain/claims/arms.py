@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_pretrain import config, data, nn, optim, shapes
+from sparse_pretrain.claims import ngram
 from sparse_pretrain.claims.bench import Bench
 from sparse_pretrain.model import lm
 from sparse_pretrain.optim import schedules
@@ -223,6 +224,22 @@ def best_rate(
     best = min(found, key=lambda rate: found[rate])
     inside = best not in (min(rates), max(rates))
     return best, {f"{rate:g}": loss for rate, loss in found.items()}, inside
+
+
+def count_model(place: Bench, task: Task, steps: int, order: int = 4) -> dict[str, float]:
+    """What a model of counts scores from the bytes that an arm reads in `steps`: nats per byte."""
+
+    def make() -> dict[str, Any]:
+        began, batches = time.perf_counter(), task.train(0)
+        read = np.concatenate([np.ravel(next(batches).targets) for _ in range(steps)])
+        rest = [b.targets[b.weights > 0] for b in task.heldout()]
+        score = ngram.nats(read, np.concatenate(rest), task.vocab, order)
+        return {"nats": score, "flops": 0.0, "seconds": time.perf_counter() - began}
+
+    name = f"{order}-gram-counts"
+    found = place.kept(name, {"task": task.facts, "steps": steps, "order": order}, make)
+    place.say(f"  {order}-gram Witten-Bell counts: {found['nats']:.4f} nats")
+    return {f"{order}-gram Witten-Bell, nats per byte": found["nats"]}
 
 
 def reached(curve: Sequence[Sequence[float]], loss: float) -> float:

@@ -77,7 +77,9 @@ def describe(found: Verdict) -> str:
     if found.result and found.result["interval"]:
         value, low, high = found.result["interval"]
         text += f"; {found.result['of']} {value:.4g} [{low:.4g}, {high:.4g}]"
-    return text + (f" (measured before, at {found.result['commit'][:7]})" if found.skipped else "")
+    if found.skipped and found.result:
+        text += f" (measured before, at {found.result['commit'][:7]})"
+    return text
 
 
 def as_json(found: Sequence[Verdict]) -> str:
