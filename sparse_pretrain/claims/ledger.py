@@ -1,6 +1,8 @@
 """The ledger: every claim with what was published, what was measured, the rule and the verdict."""
 
 import dataclasses
+import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,20 @@ def in_text(text: str, table: Sequence[Row]) -> str:
     if not begin or not end:
         raise ValueError(f"ledger: the document has no marks {BEGIN} and {END}")
     return f"{head}{BEGIN}\n{markdown(table)}\n{END}{tail}"
+
+
+def record(claim: base.Claim, row: Row) -> None:
+    """Writes the verdict into the claim's own docstring, where it has run."""
+    if not row.commit:
+        return
+    text = claim.path.read_text(encoding="utf-8")
+    end = text.index('"""', 3)
+    head = re.split(r"^Result:", text[3:end], maxsplit=1, flags=re.MULTILINE)[0].rstrip()
+    told = f"Result: {row.verdict} at {row.commit}: {row.measured}."
+    told = textwrap.fill(
+        told, 100, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+    claim.path.write_text(f'"""{head}\n{told}\n{text[end:]}', encoding="utf-8")
 
 
 def report(known: dict[str, base.Claim], where: Path, scale: str = "laptop") -> str:

@@ -23,6 +23,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", metavar="DIR", help="default: those of this installation")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--markdown", action="store_true", help="as the README shows it")
+    parser.add_argument("--report", action="store_true", help="write REPORT.md and each file's Result anew")
     parser.add_argument(
         "--readme", metavar="FILE", help="write the table between this file's two marks"
     )
@@ -36,10 +37,15 @@ def run(args: argparse.Namespace) -> int:
     from sparse_pretrain.claims import base, ledger, results
 
     where = Path(args.results).expanduser() if args.results else results.folder()
-    table = ledger.rows(base.load(), where, args.scale)
+    known = base.load()
+    table = ledger.rows(known, where, args.scale)
     if args.section:
         table = [row for row in table if row.id[0] == args.section]
-    if args.readme:
+    if args.report:
+        for row in table:
+            ledger.record(known[row.id], row)
+        (where / "REPORT.md").write_text(ledger.report(known, where), encoding="utf-8")
+    elif args.readme:
         file = Path(args.readme).expanduser()
         file.write_text(ledger.in_text(file.read_text(encoding="utf-8"), table), encoding="utf-8")
     elif args.json:
