@@ -6,6 +6,7 @@ Kind: EXACT.
 Tested: one less the share of the row in the chosen blocks of our MoBA at these settings.
 Criterion: equal.
 Cost: under a second.
+Result: PASS at d4dca4e: 81.25 % and 95.31 %.
 """
 
 from sparse_pretrain.attention import moba

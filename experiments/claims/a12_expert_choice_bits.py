@@ -7,6 +7,7 @@ Kind: EXACT.
 Tested: the bound; and that our expert choice declares itself not causal.
 Criterion: 50.53.
 Cost: under a second.
+Result: PASS at d4dca4e: 50.53 bits.
 """
 
 import math

@@ -8,6 +8,7 @@ Tested: our MLA over a row against its decoder, which absorbs the projections; o
     same weights. Float32, 2 rows of 24 tokens.
 Criterion: 1e-5.
 Cost: seconds, to compile.
+Result: PASS at d4dca4e: absorbed 9.3e-08, sparse with all chosen 1.1e-07, of the largest output.
 """
 
 import jax

@@ -8,6 +8,7 @@ Tested: products of 60 matrices 4 x 4 of standard normal logits, put through the
     a row or a column of any partial product, worst of 32 draws.
 Criterion: at most 1.05 against more than 5.
 Cost: under a second.
+Result: PASS at d4dca4e: 1.0001 against 1.7e+18.
 """
 
 import numpy as np

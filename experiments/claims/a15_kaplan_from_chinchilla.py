@@ -8,6 +8,7 @@ Tested: the compute-optimal size under Chinchilla's law with N parameters withou
     sizes, 768 to 1.5B. The same line in all parameters is Chinchilla's.
 Criterion: 0.70 to 0.80.
 Cost: under a second.
+Result: PASS at d4dca4e: 0.759 by Hoffmann's law, 0.794 by the refit.
 """
 
 import numpy as np

@@ -9,6 +9,7 @@ Tested: bytes of a decode cache per token, window left out: FP8 with a scale for
     what is read, index scores over all that is scored, FP4 and FP8 counted at par with bfloat16.
 Criterion: cache 10 % and 7 %, FLOPs 26.5 % and 12 %.
 Cost: a second.
+Result: PASS at d4dca4e: Pro 26.5 % and 10.5 %, Flash 12.2 % and 7.3 %.
 """
 
 from sparse_pretrain.claims import base, models

@@ -8,6 +8,8 @@ Tested: our abstract model of V3, its matrices taken to FP8 with a float32 scale
     widths and three norms of its own.
 Criterion: all four equal.
 Cost: a second.
+Result: PASS at d4dca4e: BF16 3,918,786,560; F8_E4M3 680,571,043,840; F32 41,555,600; total
+    684,531,386,000.
 """
 
 import math

@@ -6,6 +6,7 @@ Kind: EXACT.
 Tested: cache bytes of our models of these sizes in bfloat16, 1 KB = 1000 bytes.
 Criterion: all three equal.
 Cost: under a second.
+Result: PASS at d4dca4e: 70.272 / 327.680 / 516.096 KB.
 """
 
 from sparse_pretrain.claims import base, models

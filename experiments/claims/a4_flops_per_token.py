@@ -6,6 +6,7 @@ Kind: EXACT.
 Tested: our count, forward and backward, causal attention counted as half.
 Criterion: the two mixtures within 0.5 %.
 Cost: a second.
+Result: PASS at d4dca4e: 155.3 / 250.5 / 444.9 / 2473.2 GFLOP.
 """
 
 from sparse_pretrain.claims import base, models

@@ -8,6 +8,7 @@ Tested: the arithmetic, and the share of the H800's bfloat16 rate that it implie
     the model's FLOPs.
 Criterion: equal, days to the printed digit.
 Cost: under a second.
+Result: PASS at d4dca4e: 2788K h, $5.576M, 180K h and 3.66 days per trillion.
 """
 
 from sparse_pretrain.claims import base, models

@@ -7,6 +7,7 @@ Tested: 172.8K against 300.6K GPU hours per trillion tokens; cache elements of o
     sizes, V2's at the 6 bits it is served with.
 Criterion: within 0.1 point.
 Cost: under a second.
+Result: PASS at d4dca4e: cost -42.51 %, cache -93.34 %.
 """
 
 from sparse_pretrain.claims import base, models

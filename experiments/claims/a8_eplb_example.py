@@ -6,6 +6,7 @@ Kind: EXACT.
 Tested: our `sharding.placement.rebalance_experts` on the example's loads.
 Criterion: both rows equal.
 Cost: under a second.
+Result: PASS at d4dca4e: 32 of 32 slots equal.
 """
 
 import numpy as np

@@ -7,6 +7,7 @@ Tested: a table for each of 8 heads and two orders of n-gram at two layers, each
     2,262,400 (7,239,680) rows on, no prime twice; 1,280 numbers a token in all tables of a layer.
 Criterion: within 0.5 %.
 Cost: under a second.
+Result: PASS at d4dca4e: 5.792B and 18.534B.
 """
 
 from sparse_pretrain.claims import base
