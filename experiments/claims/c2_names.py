@@ -71,7 +71,9 @@ def counts(names, order=4):
     texts = []
     for part in (shuffled[HELDOUT:], shuffled[:HELDOUT]):
         every = rows([names[i] for i in part])
-        texts.append(np.concatenate([t[w > 0] for t, w in zip(every.targets, every.weights)]))
+        texts.append(
+            np.concatenate([t[w > 0] for t, w in zip(every.targets, every.weights, strict=True)])
+        )
     return ngram.nats(*texts, 27, order)
 
 
