@@ -7,7 +7,6 @@ sweep next waits for that child, which is claimed until this process ends.
 """
 
 import dataclasses
-import gc
 import importlib
 import importlib.util
 import json
@@ -23,18 +22,6 @@ from sparse_pretrain.scaling import process
 from sparse_pretrain.scaling.children import Child
 
 Runner = Callable[[list[str]], int]
-
-
-def train(arguments: list[str]) -> int:
-    """`sparse-pretrain train`, and what it compiled is forgotten: the next child may differ."""
-    from sparse_pretrain import cli
-
-    try:
-        return cli.main(["train", *arguments])
-    finally:
-        if "jax" in sys.modules:
-            sys.modules["jax"].clear_caches()
-        gc.collect()
 
 
 def find(runner: str) -> Runner:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from sparse_pretrain.scaling import process
 from sparse_pretrain.scaling.children import Child
 
-TRAIN = "sparse_pretrain.scaling.worker:train"
+TRAIN = "sparse_pretrain.commands.train:in_process"
 CHILDREN = 100  # of one process; then a new one, lest what leaks adds up
 
 
