@@ -56,7 +56,8 @@ class Row:
     error: str | None = None
 
 
-def _timed(call: Callable[[], Any], times: int) -> float:
+def timed(call: Callable[[], Any], times: int) -> float:
+    """Return the seconds of a call, on average over so many."""
     start = time.perf_counter()
     out = None
     for _ in range(times):
@@ -65,10 +66,10 @@ def _timed(call: Callable[[], Any], times: int) -> float:
     return (time.perf_counter() - start) / times
 
 
-def _batch(call: Callable[[], Any]) -> int:
-    """How many calls last a batch; warms up."""
+def batch(call: Callable[[], Any]) -> int:
+    """Return how many calls last a batch; warms up."""
     jax.block_until_ready(call())
-    once = _timed(call, 1)
+    once = timed(call, 1)
     return max(1, min(1000, int(_BATCH_SECONDS / max(once, 1e-7)) + 1))
 
 
@@ -76,11 +77,11 @@ def ceiling(size: int) -> float:
     """Return the best FLOP/s of size^3 bfloat16 matmuls on this device, of random numbers."""
     a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
     product = jax.jit(lambda a, b: a @ b)
-    times = _batch(lambda: product(a, b))
-    return 2 * size**3 / min(_timed(lambda: product(a, b), times) for _ in range(5))
+    times = batch(lambda: product(a, b))
+    return 2 * size**3 / min(timed(lambda: product(a, b), times) for _ in range(5))
 
 
-def _prepare(case: Case, direction: str, row: Row, arguments, arrays, options):
+def prepare(case: Case, direction: str, row: Row, arguments, arrays, options):
     """Compile one backend: a call without arguments, and the bytes it takes and gives."""
     cotangent = None
     if direction == "gradient":
@@ -115,13 +116,13 @@ def bench_case(case: Case, made: tuple[Any, Any], direction: str, names: Sequenc
         if row.refused is not None:
             continue
         try:
-            call, moved = _prepare(case, direction, row, arguments, arrays, options)
-            running.append((row, call, moved, _batch(call), []))
+            call, moved = prepare(case, direction, row, arguments, arrays, options)
+            running.append((row, call, moved, batch(call), []))
         except Exception as e:  # of any backend: the others' times are still wanted
             row.error = f"{type(e).__name__}: {e}".splitlines()[0]
     for _ in range(rounds):
         for _, call, _, times, found in running:
-            found.append(_timed(call, times))
+            found.append(timed(call, times))
     for row, _, moved, _, found in running:
         row.low, row.median, row.high = statistics.quantiles(found, n=4, method="inclusive")
         row.rounds = rounds

@@ -203,12 +203,12 @@ _TABLE: tuple[tuple[Op, Any, Any, Any, tuple[int, ...], Any], ...] = (
 OPS = tuple(row[0].name for row in _TABLE)
 
 
-def cases(ops: tuple[str, ...] = (), specs: tuple[str, ...] = (), *,
-          abstract: bool = False, speed: bool = False) -> Iterator[Case]:
+def cases(ops: tuple[str, ...] = (), specs: tuple[str, ...] = (), *, abstract: bool = False,
+          speed: bool = False, parity: bool = False, dtype: str | None = None) -> Iterator[Case]:
     """Yield the cases of these ops and specs, all of them when none are named.
 
     `abstract`: only their shapes are wanted, so that lists of choices may hold anything. `speed`:
-    only what training runs, and not the small ones that parity is tested on.
+    only what training runs; `parity`: only the small ones. `dtype` in place of the specs' own.
     Errors: ValueError for a name that no op or none of the chosen ops' specs has.
     """
     for name in ops:
@@ -221,8 +221,12 @@ def cases(ops: tuple[str, ...] = (), specs: tuple[str, ...] = (), *,
             raise ValueError(f"spec {name!r} is unknown; there are {', '.join(sorted(known))}")
     for op, call, module, arguments, wrt, work in chosen:
         for name, spec in (module.PARITY | module.SPEED).items():
-            if (specs and name not in specs) or (speed and name not in module.SPEED):
+            if specs and name not in specs:
                 continue
+            if (speed and name not in module.SPEED) or (parity and name not in module.PARITY):
+                continue
+            if dtype is not None:
+                spec = dataclasses.replace(spec, dtype=dtype)
             forward, factor = work(spec)
             if abstract and hasattr(spec, "choice"):  # choosing takes long at training lengths
                 spec = dataclasses.replace(spec, choice="none")

@@ -30,7 +30,7 @@ EXAMPLES = """examples:
   python -m kernels_pallas.compile --target all --json > compiled.json
 
 columns: seconds to compile; temp, what a call takes beside arguments and results; how many Mosaic
-GPU kernels are in it, and the most registers of a thread at entry and shared memory of a block
+kernels are in it, and on a GPU the most registers of a thread at entry and shared memory of a block
 among them, and the bytes they spill together; roofline, the time no call can beat: the larger of
 useful FLOPs over the chip's bfloat16 peak and arguments and results over its bandwidth.
 
@@ -166,7 +166,8 @@ def compile_case(case: Case, direction: str, chip: Chip, sharding: Any,
             row.seconds = time.perf_counter() - start
             memory: Any = compiled.memory_analysis()
             program = compiled.as_text() or ""
-            row.kernels = program.count('custom_call_target="mosaic_gpu')
+            row.kernels = sum(program.count(f'custom_call_target="{name}')
+                              for name in ("mosaic_gpu", "tpu_custom_call"))
         except Exception as e:  # of any compiler: this command is here to report them
             row.error = f"{type(e).__name__}: {e}".strip()
             return row
@@ -180,13 +181,21 @@ def compile_case(case: Case, direction: str, chip: Chip, sharding: Any,
     return row
 
 
-def compile_for(chip: Chip, chosen: Sequence[Case], backend: str | None = None) -> Iterator[Row]:
-    """Compile these cases for a chip, one row for each direction."""
+def backends_for(case: Case, chip: Chip) -> list[str | None]:
+    """Return the backends this chip would run, but the reference; [None] where there is none."""
+    with device.assume(chip.target):
+        arguments, keywords = case.shapes()
+        verdicts = case.op.explain(*arguments, **keywords)
+    return [n for n, reason in verdicts.items() if reason is None and n != "reference"] or [None]
+
+
+def compile_for(chip: Chip, jobs: Sequence[tuple[Case, str | None]]) -> Iterator[Row]:
+    """Compile these cases with these backends for a chip, one row for each direction."""
     with _captured():  # compilers speak of the accelerators they look for
         devices = chip.devices()
     mesh = jax.sharding.Mesh(devices[:1], ("one",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    for case in chosen:
+    for case, backend in jobs:
         for direction in case.directions:
             yield compile_case(case, direction, chip, sharding, backend)
 
@@ -242,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--spec", nargs="+", default=[], metavar="NAME",
                         help="workloads in each op's specs.py, all unless named")
     parser.add_argument("--backend", metavar="NAME",
-                        help="compile this backend, where it can, and not the one chosen")
+                        help="this backend only, where it can; all that the chip runs unless named")
     parser.add_argument("--json", action="store_true", help="print JSON and not a table")
     return parser
 
@@ -269,9 +278,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.update(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_RESOURCES="1")
     jax.config.update("jax_platforms", "cpu")  # the plugins look for devices otherwise
     rows: list[Row] = []
-    total = len(chips) * sum(len(case.directions) for case in chosen)
+    jobs = {chip.name: [(case, name) for case in chosen for name in
+                        ([options.backend] if options.backend else backends_for(case, chip))]
+            for chip in chips}
+    total = sum(len(case.directions) for each in jobs.values() for case, _ in each)
     for chip in chips:
-        for row in compile_for(chip, chosen, options.backend):
+        for row in compile_for(chip, jobs[chip.name]):
             rows.append(row)
             state = "failed" if row.failed else "refused" if row.seconds is None else "compiled"
             print(f"{len(rows)}/{total} {row.target} {row.op} {row.spec} {row.direction}: {state}",

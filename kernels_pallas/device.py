@@ -7,6 +7,7 @@ import contextvars
 import ctypes
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,9 +52,9 @@ def target() -> Target:
     if assumed is not None:
         return assumed
     name = platform()
-    if name != "gpu":
-        return Target(name, kind=name)
-    return _gpu()
+    if name == "tpu":
+        return Target(name, kind=jax.devices("tpu")[0].device_kind)
+    return _gpu() if name == "gpu" else Target(name, kind=name)
 
 
 @functools.cache
@@ -82,8 +83,11 @@ def platform() -> str:
 
 
 def kind() -> str:
-    """Return the default device's kind as a file name, such as 'nvidia_h200' or 'cpu'."""
-    return jax.devices()[0].device_kind.lower().replace(" ", "_")
+    """Return the device's kind as a file name, such as 'nvidia_h200', 'cpu' or 'cpu_amx'."""
+    here = target()
+    if here.platform == "cpu" and has_amx():
+        return "cpu_amx"
+    return re.sub(r"[^a-z0-9]+", "_", (here.kind or here.platform).lower()).strip("_")
 
 
 @functools.cache

@@ -30,7 +30,7 @@ class Phase(spec.Config):
     replaced section's where the kinds share them. `train=indexer` moves only what the attentions
     train by losses of their own: no other parameter, moment, average or price changes.
     Units: `start` tokens, or below 1 a fraction of the run; `seq` tokens per row, 0 for data.seq;
-    `lr` a multiple of the schedule's rate.
+    `lr` a multiple of the schedule's rate; `mtp_weight` in place of model.mtp.weight, None for it.
     """
 
     start: float
@@ -38,6 +38,7 @@ class Phase(spec.Config):
     train: str = "all"
     seq: int = 0
     lr: float = 1.0
+    mtp_weight: float | None = None
 
     def __post_init__(self):
         ok = math.isfinite(self.start) and self.start >= 0
@@ -48,6 +49,8 @@ class Phase(spec.Config):
         ok = self.seq == 0 or self.seq >= 2
         spec.require(ok, f"seq: a row holds at least 2 tokens, got {self.seq}; 0 is data.seq")
         spec.positive(self, "lr")
+        ok = self.mtp_weight is None or self.mtp_weight > 0
+        spec.require(ok, f"mtp_weight: must be positive or None, got {self.mtp_weight}")
 
 
 class Stage(NamedTuple):
@@ -128,6 +131,10 @@ def check(phases: Mapping[str, Phase], model: lm.Config, seq: int) -> None:
             shown = f"{path}.seq" if phase.seq else "data.seq"
             check_attention(section, where, model.width, phase.seq or seq, shown)
             _check_same(section, model.blocks[block].attention, where, model.width)
+        spec.require(
+            phase.mtp_weight is None or model.mtp.depth > 0,
+            f"{path}.mtp_weight: {phase.mtp_weight}, but model.mtp.depth is {model.mtp.depth}",
+        )
         owned = lm.own_parameters(model_of(model, phase))
         spec.require(
             phase.train == "all" or bool(owned),
@@ -187,12 +194,14 @@ def held(section: spec.Config, width: int) -> dict[str, tuple]:
 
 
 def model_of(model: lm.Config, phase: Phase) -> lm.Config:
-    """The model with the phase's attention."""
+    """The model with the phase's attention and its weight of MTP."""
     blocks = {
         name: dataclasses.replace(block, attention=phase.attention.get(name, block.attention))
         for name, block in model.blocks.items()
     }
-    return dataclasses.replace(model, blocks=blocks)
+    weight = model.mtp.weight if phase.mtp_weight is None else phase.mtp_weight
+    ahead = dataclasses.replace(model.mtp, weight=weight)
+    return dataclasses.replace(model, blocks=blocks, mtp=ahead)
 
 
 def _kinds(model: lm.Config) -> list[str]:
@@ -237,7 +246,7 @@ def stages(
     for first, end in zip(order, ends, strict=True):
         phase = phases.get(begins.get(first, ""), Phase(start=0.0))
         name = begins.get(first, BASE)
-        trained = model_of(model, phase) if phase.attention else model
+        trained = model_of(model, phase)
         row = phase.seq or seq
         found.append(Stage(name, first, end - first, trained, row, phase.train, phase.lr))
     return tuple(found)

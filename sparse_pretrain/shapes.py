@@ -3,7 +3,8 @@
 Array names are `noun_DIMS`: B sequences, L query and S key length, D width, H query and K key
 heads, Dh head width, Dv value width, Dc latent width, Dr rotary width, F hidden width, V
 vocabulary, N layers, T tokens (B x L), E experts, C seats, P (token, expert) pairs, M key blocks,
-W window, J indexer heads, G groups. An `axis` belongs to a mesh, a `dim` to an array.
+W window, J indexer heads, G groups, 2D two widths side by side. An `axis` belongs to a mesh, a
+`dim` to an array.
 """
 
 from typing import Any, NamedTuple
@@ -36,10 +37,12 @@ class Aux(NamedTuple):
 
     Shapes: `load` layer group -> [E] or [N, E] pairs per expert; `balance` [] (already weighted,
     mean per sequence); `own` [] what the attentions' indexers are trained by, summed over layers,
-    mean over tokens; `market` layer group -> what its routers' markets report, means over tokens.
+    mean over tokens; `market` layer group -> what its routers' markets report, means over tokens;
+    `ahead` the hidden states [B, L, D] that predict 2, 3 .. tokens on, in training with MTP.
     """
 
     load: Any  # Float[Array, "N E"] or None when the model has no experts
     balance: Float[Array, ""]
     market: Any
     own: Float[Array, ""]
+    ahead: tuple = ()

@@ -5,9 +5,18 @@ hook stands here and not in pytest's options, because xdist's workers never read
 """
 
 import os
+import pathlib
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile for minutes what runs for seconds: code that LLVM does not optimise (XLA's own
+# passes all run), and programs kept for the other worker, child processes and the next time.
+# XLA_FLAGS="" tests what users run.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import pytest

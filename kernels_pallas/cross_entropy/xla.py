@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kernels_pallas import device
+from kernels_pallas import blocks, device
 from kernels_pallas.rounding import narrow
 
 # Tokens of a chunk, from the vocabulary V and the width D: V x tokens near CHUNK, so that a chunk
@@ -164,8 +164,11 @@ def cross_entropy(x_TxD, head, targets_T, weights_T, *, z_loss=0.0, softcap=None
     """Sum the weighted losses chunk by chunk."""
     T, D = x_TxD.shape
     V = head.shape[1] if head_layout == "DV" else head.shape[0]
-    if chunk is None:
-        chunk = max(min(max(CHUNK // V, D), LARGEST // V), ROUND)
+    guess = max(min(max(CHUNK // V, D), LARGEST // V), ROUND)
+    others = [{"chunk": n} for n in (guess // 4, guess // 2, 2 * guess, 4 * guess) if n >= ROUND]
+    workload = {"T": T, "D": D, "V": V, "head": head_layout, "dtype": x_TxD.dtype.name}
+    chunk = blocks.choose("cross_entropy", "xla", workload, {"chunk": guess}, others,
+                          chunk=chunk)["chunk"]
     count = max(-(-T // chunk), 1)
     # Even chunks, so that little is padded.
     chunk = -(-T // count)

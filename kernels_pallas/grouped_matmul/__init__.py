@@ -1,6 +1,6 @@
 """grouped_matmul: rows sorted by expert times the expert's matrix, group sizes as data."""
 
-from kernels_pallas.grouped_matmul import reference, tiles, xla
+from kernels_pallas.grouped_matmul import reference, tiles, visits, xla
 from kernels_pallas.grouped_matmul.layout import Layout, aligned, rows_needed
 from kernels_pallas.op import Backend, Op
 
@@ -12,12 +12,19 @@ def _mosaic_gpu(x, w, layout):
     return mosaic_gpu.grouped_matmul(x, w, layout)
 
 
+def _mosaic_tpu(x, w, layout):
+    from kernels_pallas.grouped_matmul import mosaic_tpu
+
+    return mosaic_tpu.grouped_matmul(x, w, layout)
+
+
 op = Op(
     "grouped_matmul",
     (
         Backend("xla", xla.grouped_matmul),
-        # Only where it is asked for, until it has run on a chip: PENDING.md.
+        # Only where they are asked for, until they have run on a chip: PENDING.md.
         Backend("mosaic_gpu", _mosaic_gpu, tiles.supports),
+        Backend("mosaic_tpu", _mosaic_tpu, visits.supports),
         Backend("reference", reference.grouped_matmul),
     ),
 )

@@ -148,7 +148,8 @@ def _rows_times(x_RxK, w, layout, *, transposed):
     """x times each expert's w [E, K, N], or the transpose of its w [E, N, K]: [R, N]."""
     R, K = x_RxK.shape
     N = w.shape[1] if transposed else w.shape[2]
-    plan = tiles.choose(layout, N, 2)
+    plan = tiles.choose(layout, N, 2, product="transposed" if transposed else "rows",
+                        contracted=K)
     items, count = tiles.row_items(layout)
     n_tiles = -(-N // plan.n)
     across = tiles.across(n_tiles)
@@ -208,7 +209,7 @@ def _rows_times(x_RxK, w, layout, *, transposed):
 def _weight_gradient(x_RxD, dy_RxF, layout, dtype):
     """The sum over each expert's rows of x^T dy: [E, D, F] in dtype."""
     D, F, E = x_RxD.shape[1], dy_RxF.shape[1], layout.sizes.shape[0]
-    plan = tiles.choose(layout, F, jnp.dtype(dtype).itemsize)
+    plan = tiles.choose(layout, F, jnp.dtype(dtype).itemsize, product="weights", contracted=D)
     groups = tiles.group_items(layout)
     m_tiles, n_tiles = -(-D // TILE_M), -(-F // plan.n)
 

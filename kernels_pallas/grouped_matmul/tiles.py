@@ -13,13 +13,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import device
+from kernels_pallas import blocks, device
 
 # Two warpgroups of 64 rows each; 64 bfloat16 are the 128 bytes of the widest swizzle.
 TILE_M, TILE_K = 128, 64
 COLUMNS = 64  # of a result, written at once
 # Cost of a product tile per column, by its width: what is loaded per product falls with it. An
-# estimate from bytes per product (128 x n tiles read 1/128 + 1/n per product); to be tuned.
+# estimate from bytes per product (128 x n tiles read 1/128 + 1/n per product); tune.py measures.
 _WIDTHS = {256: 1.0, 192: 1.1, 128: 1.3, 64: 2.0}
 # Tables of the multiprocessors' shared memory: sm_90 gives a block 227 KiB.
 _SHARED = 232448
@@ -65,12 +65,20 @@ def grain(layout) -> int:
     return math.gcd(layout.block, layout.seats, TILE_K)
 
 
-def choose(layout, columns: int, out_itemsize: int) -> Tiles:
-    """Return the tiles for results of so many columns."""
+def choose(layout, columns: int, out_itemsize: int, *, product: str = "rows",
+           contracted: int = 0) -> Tiles:
+    """Return the tiles for results of so many columns: tuned ones, or those of least cost.
+
+    `product` is rows (times matrices), transposed, or weights (their gradient, whose rows are
+    `contracted` wide); both names and numbers are what the tuned file knows a product by.
+    """
     def cost(n):
         return -(-columns // n) * n * _WIDTHS[n]
 
-    n = min(_WIDTHS, key=cost)
+    workload = {"product": product, "rows": layout.rows, "experts": layout.sizes.shape[0],
+                "contracted": contracted, "columns": columns}
+    n = blocks.choose("grouped_matmul", "mosaic_gpu", workload, {"n": min(_WIDTHS, key=cost)},
+                      [{"n": n} for n in _WIDTHS])["n"]
     # The columns that are written at once take turns in the slots, so these divide a tile's.
     out_slots = 2 if out_itemsize == 2 and n // COLUMNS % 2 == 0 else 1
     out = 2 * out_slots * (TILE_M // 2) * COLUMNS * out_itemsize

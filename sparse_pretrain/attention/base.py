@@ -14,13 +14,15 @@ from sparse_pretrain.sharding import ops
 class Context(NamedTuple):
     """What a layer knows of its tokens. Shapes: [B, L]; segment 0 is padding.
 
-    `train` says whether a router may read the batch ahead, as some do in training.
+    `train` says whether a router may read the batch ahead, as some do in training. `valid` [B, L]
+    says which tokens count for experts and losses; None for all that are no padding.
     """
 
     segments: Int[AnyArray, "B L"]
     positions: Int[AnyArray, "B L"]
     tokens: Int[AnyArray, "B L"] | None = None
     train: bool = False
+    valid: Bool[AnyArray, "B L"] | None = None
 
 
 def causal_mask(context: Context, window: int | None = None) -> Bool[Array, "B L L"]:

@@ -7,38 +7,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparse_pretrain import nn, spec
-from sparse_pretrain.attention import base, blocks, hca
+from sparse_pretrain import nn
+from sparse_pretrain.attention import base, blocks, hca, indexed
 from sparse_pretrain.attention.compressor import Compressor, halves, turn
 from sparse_pretrain.sharding import ops
 
-MODES = ("sparse", "warmup", "dense")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(hca.Shared):
-    """Entries of few tokens, overlapping; an indexer chooses the best `top` for each query.
-
-    `mode`: sparse reads the chosen entries and trains the indexer on them; warmup reads all and
-    trains the indexer on all; dense reads all and leaves the indexer alone.
-    """
+class Config(hca.Shared, indexed.Indexed):
+    """Entries of few tokens, overlapping; an indexer chooses the best `top` for each query."""
 
     KIND: ClassVar[str] = "csa"
 
-    top: int = 128
-    index_heads: int = 4
-    index_dim: int = 32
-    index_rope_dim: int = 16
-    mode: str = "sparse"
-
     def __post_init__(self):
         super().__post_init__()
-        spec.positive(self, "top", "index_heads", "index_dim")
-        spec.at_most(self, 2**16, "top", "index_heads", "index_dim")
-        self._rotated("index_rope_dim", "index_dim")
-        spec.require(
-            self.mode in MODES, f"mode: {self.mode!r} is not one of {', '.join(MODES)}"
-        )
+        self.check_indexer()
 
 
 class Choice(NamedTuple):
@@ -85,10 +68,6 @@ class CSA(hca.HCA):
         """Whether the indexer learns."""
         return config.mode != "dense"
 
-    @property
-    def _index_scale(self) -> float:
-        return (self.config.index_dim * self.config.index_heads) ** -0.5
-
     def _index_queries(self, latent, x, positions):
         """(q [B, L, J, Di], the heads' weights [B, L, J])."""
         c = self.config
@@ -107,7 +86,7 @@ class CSA(hca.HCA):
             return super()._far(q, keys_BxMx1xD, latent, x, layout, context)[0], choice
         top = min(c.top, index_k.shape[1])
         chosen = ops.index_select(
-            index_q, index_k, w, top=top, scale=self._index_scale, **visible
+            index_q, index_k, w, top=top, scale=self.config.index_scale, **visible
         )
         far = ops.token_sparse(
             q, keys_BxMx1xD[:, :, 0], chosen, v_dim=c.dim, scale=self._scale, unique=True,
@@ -119,7 +98,7 @@ class CSA(hca.HCA):
         self, choice: Choice, q, keys_BxMx1xD, lse, layout: blocks.Layout, context: base.Context
     ) -> Float[Array, "B L"]:
         """Divergence of the indexer from the attention's mass, over the entries that were read."""
-        index, scale = (choice.q, choice.k, choice.w), self._index_scale
+        index, scale = (choice.q, choice.k, choice.w), self.config.index_scale
         if choice.chosen is None:
             return ops.index_kl_dense(
                 *index, q, keys_BxMx1xD, lse, main_scale=self._scale, scale=scale,
@@ -139,12 +118,8 @@ class CSA(hca.HCA):
         if c.mode != "sparse" or c.top >= M:
             return far_BxM, cache
         positions = jnp.full((x.shape[0], 1), position, jnp.int32)
-        q, w = (t.astype(jnp.float32) for t in self._index_queries(latent, x, positions))
-        hits = jax.nn.relu(jnp.einsum("bjd,bmd->bjm", q[:, 0], entries.astype(jnp.float32)))
-        score = jnp.einsum("bj,bjm->bm", w[:, 0], hits)
-        _, best = jax.lax.top_k(jnp.where(far_BxM, score, -jnp.inf), c.top)
-        chosen = jnp.zeros(far_BxM.shape, bool).at[jnp.arange(len(best))[:, None], best].set(True)
-        return far_BxM & chosen, cache
+        q, w = self._index_queries(latent, x, positions)
+        return indexed.best(q[:, 0], w[:, 0], entries, far_BxM, top=c.top), cache
 
     @classmethod
     def work(cls, config, width: int, length: int) -> base.Work:

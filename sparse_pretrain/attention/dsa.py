@@ -8,41 +8,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparse_pretrain import nn, spec
-from sparse_pretrain.attention import base, mla
+from sparse_pretrain.attention import base, indexed, mla
 from sparse_pretrain.model import layers
 from sparse_pretrain.sharding import ops
 
-MODES = ("sparse", "warmup", "dense")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(mla.Config):
-    """Latent attention to the `top` tokens that the indexer scores highest.
-
-    `mode`: sparse reads the chosen tokens and trains the indexer on them; warmup reads all and
-    trains the indexer on all; dense reads all and leaves the indexer alone.
-    """
+class Config(mla.Config, indexed.Indexed):
+    """Latent attention to the `top` tokens that the indexer scores highest."""
 
     KIND: ClassVar[str] = "dsa"
+    MOST: ClassVar[int] = 2**20
 
     top: int = 256
-    index_heads: int = 4
-    index_dim: int = 32
-    index_rope_dim: int = 16
-    mode: str = "sparse"
 
     def __post_init__(self):
         super().__post_init__()
-        sizes = ("top", "index_heads", "index_dim")
-        spec.positive(self, *sizes)
-        spec.at_most(self, 2**20, *sizes)
-        spec.require(
-            self.index_rope_dim % 2 == 0 and 0 <= self.index_rope_dim <= self.index_dim,
-            f"index_rope_dim: must be even and from 0 to index_dim {self.index_dim}, "
-            f"got {self.index_rope_dim}",
-        )
+        self.check_indexer()
         spec.require(not self.softcap, f"softcap: dsa has none, got {self.softcap}")
-        spec.require(self.mode in MODES, f"mode: {self.mode!r} is not one of {', '.join(MODES)}")
 
 
 class Index(NamedTuple):
@@ -71,11 +54,6 @@ class Indexer(nn.Module):
         self.k_scale = nn.param(keys, (c.index_dim,), ("Dh",), value=1.0)
         self.k_bias = nn.param(keys, (c.index_dim,), ("Dh",), value=0.0)
         self.w_w = nn.param(keys, (width, c.index_heads), ("D", "J"), std=width**-0.5)
-
-    @property
-    def scale(self) -> float:
-        """What every score is multiplied by."""
-        return (self.config.index_dim * self.config.index_heads) ** -0.5
 
     def _turn(self, x_BxLxHxD, positions):
         c = self.config
@@ -124,7 +102,7 @@ class DSA(mla.MLA):
         """The best tokens of each query, int32 [B, L, N], -1 where fewer are before it."""
         return ops.index_select(
             *index, top=min(self.config.top, index.k.shape[1]), segments_q=context.segments,
-            segments_k=context.segments, scale=self.indexer.scale,
+            segments_k=context.segments, scale=self.config.index_scale,
         )
 
     def attend(self, x: Float[Array, "B L D"], context: base.Context):
@@ -147,7 +125,7 @@ class DSA(mla.MLA):
             return_lse=True,
         )
         mass = ops.token_mass(q, keys, chosen, lse, scale=self._scale)
-        loss = ops.index_kl_listed(*index, chosen, mass, scale=self.indexer.scale)
+        loss = ops.index_kl_listed(*index, chosen, mass, scale=self.config.index_scale)
         o = _per_head(o, jnp.transpose(nn.read(self.w_uv), (1, 0, 2)))
         return ops.linear(o, nn.read(self.w_o), contract=2), loss
 
@@ -156,7 +134,7 @@ class DSA(mla.MLA):
         segments = {"segments_q": context.segments, "segments_k": context.segments}
         o, lse = ops.flash(q, k, v, **segments, scale=self._scale, return_lse=True)
         loss = ops.index_kl_dense(
-            *index, q, k, lse, main_scale=self._scale, scale=self.indexer.scale, **segments
+            *index, q, k, lse, main_scale=self._scale, scale=self.config.index_scale, **segments
         )
         return ops.linear(o, nn.read(self.w_o), contract=2), loss
 
@@ -177,11 +155,8 @@ class DSA(mla.MLA):
         S = keys_BxSxD.shape[1]
         if self.config.mode != "sparse" or self.config.top >= S:
             return None
-        q, w, keys = (t.astype(jnp.float32) for t in (index.q[:, 0], index.w[:, 0], keys_BxSxD))
-        score = jnp.einsum("bj,bjs->bs", w, jax.nn.relu(jnp.einsum("bjd,bsd->bjs", q, keys)))
-        score = jnp.where((jnp.arange(S) <= position)[None], score, -jnp.inf)
-        _, best = jax.lax.top_k(score, self.config.top)
-        return jnp.zeros(score.shape, bool).at[jnp.arange(len(best))[:, None], best].set(True)
+        seen = jnp.broadcast_to((jnp.arange(S) <= position)[None], keys_BxSxD.shape[:2])
+        return indexed.best(index.q[:, 0], index.w[:, 0], keys_BxSxD, seen, top=self.config.top)
 
     @staticmethod
     def work(config: Config, width: int, length: int) -> base.Work:

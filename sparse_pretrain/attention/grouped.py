@@ -14,12 +14,16 @@ from sparse_pretrain.sharding import ops
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(spec.Config):
-    """`kv_heads=0` means one key head per query head, `head_dim=0` width over heads."""
+    """`kv_heads=0` means one key head per query head, `head_dim=0` width over heads.
+
+    `qk_norm` is per head, or with `qk_norm_joint` over all heads of a token, as in OLMoE.
+    """
 
     heads: int = 4
     kv_heads: int = 0
     head_dim: int = 0
     qk_norm: bool = True
+    qk_norm_joint: bool = False
     softcap: float = 0.0
     rope: layers.RopeConfig = layers.RopeConfig()
 
@@ -65,17 +69,23 @@ class Grouped(base.Attention):
         self.w_v = nn.param(keys, (width, K, Dh), ("D", "K", "Dv"), std=std)
         self.w_o = nn.param(keys, (H, Dh, width), ("H", "Dv", "D"), std=out_gain * (H * Dh) ** -0.5)
         if config.qk_norm:
-            self.q_norm = layers.RMSNorm(Dh, keys, dim="Dh")
-            self.k_norm = layers.RMSNorm(Dh, keys, dim="Dh")
+            joint = config.qk_norm_joint
+            self.q_norm = layers.RMSNorm(Dh * H if joint else Dh, keys, dim="Dh")
+            self.k_norm = layers.RMSNorm(Dh * K if joint else Dh, keys, dim="Dh")
 
     def _project(self, x, positions):
         q = ops.linear(x, nn.read(self.w_q))
         k = ops.linear(x, nn.read(self.w_k))
         v = ops.linear(x, nn.read(self.w_v))
         if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
         rope = self.config.rope
         return layers.rope(q, positions, rope), layers.rope(k, positions, rope), v
+
+    def _normed(self, norm, x_BxLxHxD):
+        if not self.config.qk_norm_joint:
+            return norm(x_BxLxHxD)
+        return norm(x_BxLxHxD.reshape(*x_BxLxHxD.shape[:2], -1)).reshape(x_BxLxHxD.shape)
 
     @property
     def _scale(self) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparse_pretrain import nn, spec
-from sparse_pretrain.attention import base, blocks
+from sparse_pretrain.attention import base, blocks, indexed
 from sparse_pretrain.attention.compressor import Compressor, halves, turn
 from sparse_pretrain.model import layers
 from sparse_pretrain.sharding import ops
@@ -41,14 +41,7 @@ class Shared(spec.Config):
             self.heads % self.groups == 0,
             f"heads: {self.heads} is not a multiple of groups {self.groups}",
         )
-        self._rotated("rope_dim", "dim")
-
-    def _rotated(self, part: str, whole: str) -> None:
-        size, limit = getattr(self, part), getattr(self, whole)
-        spec.require(
-            size % 2 == 0 and 0 <= size <= limit,
-            f"{part}: must be even and from 0 to {whole} {limit}, got {size}",
-        )
+        indexed.rotated(self, "rope_dim", "dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,7 @@ class Config(grouped.Config):
             f"top_k: {self.top_k} must be above local {self.local}, for the first block is read",
         )
         spec.require(not self.softcap, f"softcap: nsa has none, got {self.softcap}")
+        spec.require(not self.qk_norm_joint, "qk_norm_joint: nsa has none, got True")
 
     @property
     def selected(self) -> selection.Sizes:

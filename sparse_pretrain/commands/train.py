@@ -1,6 +1,8 @@
 """`train`: one command from text to a trained model with a report."""
 
 import argparse
+import gc
+import sys
 from pathlib import Path
 
 from sparse_pretrain.commands import errors, with_total
@@ -86,6 +88,18 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         show(workdir)
     return 0
+
+
+def in_process(arguments: list[str]) -> int:
+    """`sparse-pretrain train` as one of many in a process: what it compiled is let go of after."""
+    from sparse_pretrain import cli
+
+    try:
+        return cli.main(["train", *arguments])
+    finally:
+        if "jax" in sys.modules:
+            sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 def show(workdir: Path) -> None:

@@ -20,13 +20,15 @@ __all__ = ["from_hf", "from_hf_config", "to_hf", "to_hf_config"]
 class _Row(NamedTuple):
     """One array of theirs: our arrays, joined along their last dim, in another layout.
 
-    `contract` is how many leading dims of ours are summed over; 0 for vectors, stored alike.
+    `contract` is how many leading dims of ours are summed over; 0 for vectors, stored alike. With
+    `swap` the halves of the dim summed over change places.
     """
 
     name: str
     paths: tuple[tuple[str, ...], ...]
     contract: int = 1
     experts: bool = False
+    swap: bool = False
 
 
 def to_hf(
@@ -40,17 +42,18 @@ def to_hf(
     to_hf_config(config)
     out = {}
     for layer, group, index, section in _places(config):
-        for row in _rows(config, section):
+        for row in _rows(config, section, group):
             ours = [_leaf(params, prices, (*group, *path), index) for path in row.paths]
             joined = np.concatenate(ours, axis=-1) if len(ours) > 1 else ours[0]
             out[layer + row.name] = np.ascontiguousarray(_to_theirs(joined, row))
+    out |= {copy: out[name] for copy, name in _copies(config)}
     return out if fused else _split_experts(out)
 
 
 def from_hf(config: lm.Config, weights: Mapping[str, Any]) -> tuple[dict, dict]:
     """(params, prices) as nested dicts of float32 numpy arrays, shaped as `lm.define` wants them.
 
-    Takes experts fused or one by one; ignores MTP layers and rotary buffers.
+    Takes experts fused or one by one; ignores rotary buffers, and MTP layers past `mtp.depth`.
     Errors: ValueError naming a weight that is absent, left over or of the wrong shape.
     """
     weights = _fuse_experts(dict(weights))
@@ -59,7 +62,7 @@ def from_hf(config: lm.Config, weights: Mapping[str, Any]) -> tuple[dict, dict]:
     found: dict[tuple[str, ...], list[np.ndarray]] = {}
     used = set()
     for layer, group, index, section in _places(config):
-        for row in _rows(config, section):
+        for row in _rows(config, section, group):
             name = layer + row.name
             spec.require(name in weights, f"{name}: the checkpoint does not hold it")
             used.add(name)
@@ -76,6 +79,10 @@ def from_hf(config: lm.Config, weights: Mapping[str, Any]) -> tuple[dict, dict]:
             parts = np.split(_to_ours(theirs, row, shape), np.cumsum(sizes)[:-1], axis=-1)
             for path, part in zip(paths, parts, strict=True):
                 found.setdefault(path, []).append(np.ascontiguousarray(part))
+    for copy, name in _copies(config):
+        used.add(copy)
+        same = copy not in weights or np.array_equal(weights[copy], weights[name])
+        spec.require(same, f"{copy}: differs from {name}, and the model shares them")
     extra = sorted(k for k in set(weights) - used if not _ignorable(k, config))
     spec.require(
         not extra, f"{', '.join(extra[:3])}: {len(extra)} weights the model has no place for"
@@ -101,9 +108,24 @@ def _places(config: lm.Config) -> Iterator[tuple[str, tuple[str, ...], int | Non
     for n in range(len(config.prefix), len(sections)):
         repeat, member = divmod(n - len(config.prefix), len(config.pattern))
         yield f"model.layers.{n}.", (f"stack_{member}",), repeat, sections[n]
+    for k, section in enumerate(config.mtp_list):
+        yield f"model.layers.{config.layers + k}.", (f"mtp_{k}",), None, section
 
 
-def _rows(config: lm.Config, section: block.Config | None) -> list[_Row]:
+def _copies(config: lm.Config) -> Iterator[tuple[str, str]]:
+    """(name in an MTP layer, name in the trunk) of what a checkpoint holds again and we share."""
+    head = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
+    for k in range(config.mtp.depth):
+        layer = f"model.layers.{config.layers + k}."
+        yield layer + "embed_tokens.weight", "model.embed_tokens.weight"
+        yield layer + "shared_head.head.weight", head
+
+
+def _rows(
+    config: lm.Config, section: block.Config | None, group: tuple[str, ...] = ()
+) -> list[_Row]:
+    if group and group[0].startswith("mtp_"):
+        return _MTP + _rows(config, section)
     if section is None:
         rows = [
             _Row("model.embed_tokens.weight", (("embedding",),), 0),
@@ -151,13 +173,17 @@ def _to_theirs(x: np.ndarray, row: _Row) -> np.ndarray:
         return x.swapaxes(1, 2)
     if not row.contract:
         return x
+    x = np.roll(x, len(x) // 2, axis=0) if row.swap else x
     return x.reshape(math.prod(x.shape[: row.contract]), -1).T
 
 
 def _to_ours(x: np.ndarray, row: _Row, shape: tuple[int, ...]) -> np.ndarray:
     if row.experts:
         return x.swapaxes(1, 2)
-    return x.T.reshape(shape) if row.contract else x
+    if not row.contract:
+        return x
+    ours = x.T.reshape(shape)
+    return np.roll(ours, len(ours) // 2, axis=0) if row.swap else ours
 
 
 def _is_price(path: tuple[str, ...]) -> bool:
@@ -178,6 +204,13 @@ def _shape(shapes: Mapping, path: tuple[str, ...], index: int | None) -> tuple[i
     return tuple(node.shape if index is None else node.shape[1:])
 
 
+# Theirs multiplies [embedding; hidden], ours [hidden; embedding] as the paper writes it.
+_MTP = [
+    _Row("hnorm.weight", (("norm_hidden", "scale"),), 0),
+    _Row("enorm.weight", (("norm_embedding", "scale"),), 0),
+    _Row("eh_proj.weight", (("w_join",),), swap=True),
+    _Row("shared_head.norm.weight", (("norm", "scale"),), 0),
+]
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
@@ -224,8 +257,8 @@ def _fuse_experts(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ignorable(name: str, config: lm.Config) -> bool:
-    """Rotary buffers, the tied head stored twice, and the MTP layers past the last."""
+    """Rotary buffers, the tied head stored twice, and MTP layers that the model does not have."""
     if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
         return True
     match = re.match(r"model\.layers\.(\d+)\.", name)
-    return match is not None and int(match.group(1)) >= config.layers
+    return match is not None and int(match.group(1)) >= config.layers + config.mtp.depth

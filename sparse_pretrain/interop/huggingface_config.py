@@ -17,7 +17,7 @@ def from_hf_config(fields: Mapping[str, Any], **changes: Any) -> lm.Config:
 
     Errors: ValueError naming the field whose value we cannot run.
     Differs: what only training needs (the bias's rate, the balance loss) is not in the file and
-    takes our defaults; MTP layers are left out.
+    takes our defaults; MTP layers are left out unless `changes` have `mtp`.
     """
     get = dict(fields).get
     _only(fields, "model_type", MODEL_TYPE)
@@ -96,6 +96,8 @@ def to_hf_config(config: lm.Config, *, max_positions: int = 4096) -> dict[str, A
             f"ffn: layer {i} differs from those before it; {MODEL_TYPE} has equal dense layers "
             "and then equal mixtures of experts",
         )
+    same = all(section == sections[-1] for section in config.mtp_list)
+    spec.require(same, f"mtp.block: {config.mtp_block!r} is not the last layer's type")
     spec.require(
         not attention.softcap, f"attention.softcap: {MODEL_TYPE} has none, got {attention.softcap}"
     )
@@ -124,7 +126,7 @@ def to_hf_config(config: lm.Config, *, max_positions: int = 4096) -> dict[str, A
         "attention_bias": False,
         "hidden_act": "silu",
         "first_k_dense_replace": dense,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": config.mtp.depth,
     }
     if attention.rope.factor > 1:
         fields["max_position_embeddings"] = int(attention.rope.original * attention.rope.factor)

@@ -48,7 +48,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "B L D"], context: base.Context
     ) -> tuple[Float[Array, "B L D"], Report, Float[Array, ""]]:
-        valid = context.segments != 0
+        valid = context.segments != 0 if context.valid is None else context.valid
         y = self.norm_attention(x)
         if self.convolves:
             y = self.conv(y, context.segments)

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from sparse_pretrain import attention, nn, routing, shapes, spec
 from sparse_pretrain.attention import base
-from sparse_pretrain.model import block, ffn, layers
+from sparse_pretrain.model import block, ffn, layers, mtp
+from sparse_pretrain.model.mtp import Config as MTPConfig
 from sparse_pretrain.shapes import AnyArray, Position
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float64": jnp.float64}
@@ -38,6 +39,7 @@ class Config(spec.Config):
     dtype: str = "bfloat16"
     remat: str = "none"
     scan: bool = True
+    mtp: MTPConfig = MTPConfig()
 
     def __post_init__(self):
         spec.positive(self, "width", "norm_eps")
@@ -64,6 +66,10 @@ class Config(spec.Config):
                     name in self.blocks, f"{field}: block {name!r} is not in blocks ({known})"
                 )
         spec.require(self.layers > 0, f"repeats: the model has no layer (pattern {self.pattern})")
+        name = self.mtp.block
+        held = ", ".join(self.blocks) or "none"
+        ok = name == "" or name in self.blocks
+        spec.require(ok, f"mtp.block: block {name!r} is not in blocks ({held})")
         depth = f"repeats: {self.repeats} of {self.pattern} are {self.layers} layers, above 10000"
         spec.require(self.layers <= 10000, depth)
 
@@ -76,6 +82,16 @@ class Config(spec.Config):
     def layer_list(self) -> list[block.Config]:
         """Every layer's section, from the bottom up."""
         return [self.blocks[n] for n in (*self.prefix, *(self.pattern * self.repeats))]
+
+    @property
+    def mtp_block(self) -> str:
+        """The name of the type of the layers that predict further ahead."""
+        return self.mtp.block or (self.pattern if self.repeats else self.prefix)[-1]
+
+    @property
+    def mtp_list(self) -> list[block.Config]:
+        """The section of each layer that only training runs, to predict further ahead."""
+        return [self.blocks[self.mtp_block]] * self.mtp.depth
 
 
 @jax.custom_vjp
@@ -125,13 +141,16 @@ class LM(nn.Module):
         self.norm = layers.RMSNorm(c.width, keys, eps=c.norm_eps)
         if not c.tied:
             self.head = nn.param(keys, (c.width, c.vocab), ("D", "V"), std=0.5 / c.width)
+        for k in range(c.mtp.depth):
+            made = mtp.Module(c.blocks[c.mtp_block], c.width, keys, eps=c.norm_eps, out_gain=gain)
+            setattr(self, f"mtp_{k}", made)
 
     def __call__(
         self, batch: shapes.Batch, *, train: bool = False
     ) -> tuple[Float[Array, "B L D"], shapes.Aux]:
         c, dtype = self.config, DTYPES[self.config.dtype]
         context = base.Context(batch.segments, batch.positions, batch.tokens, train)
-        x = embed(nn.read(self.embedding), batch.tokens).astype(dtype)
+        x = embedding = embed(nn.read(self.embedding), batch.tokens).astype(dtype)
         reports, zero = {}, jnp.zeros((), jnp.float32)
         losses = (zero, zero)  # balance of the routers, own losses of the attentions
         for i in range(len(c.prefix)):
@@ -155,9 +174,19 @@ class LM(nn.Module):
                 stacks, repeat, (x, losses), scan=c.scan, wrap=_remat(c.remat)
             )
             reports |= {f"stack_{i}": told[i] for i in range(len(c.pattern))}
+        hidden, ahead = self.norm(x), []
+        x = hidden
+        for k in range(c.mtp.depth if train else 0):
+            module = getattr(self, f"mtp_{k}")
+            here = context._replace(valid=mtp.known(batch.segments, k + 1))
+            run = _remat(c.remat)(lambda *pair, m=module, here=here: m.ahead(*pair, here))
+            x, report, own = run(x, mtp.later(embedding, k + 1))
+            reports[f"mtp_{k}"] = report
+            losses = (losses[0] + report.balance, losses[1] + own)
+            ahead.append(module.norm(x))
         load = {k: r.load for k, r in reports.items() if r.load.size}
         market = {k: r.market for k, r in reports.items() if r.market}
-        return self.norm(x), shapes.Aux(load, losses[0], market, losses[1])
+        return hidden, shapes.Aux(load, losses[0], market, losses[1], tuple(ahead))
 
     def head_weight(self) -> tuple[jax.Array, str]:
         """(the output matrix, its layout 'DV' or 'VD')."""
@@ -170,7 +199,7 @@ def init_cache(model: LM, batch: int, length: int) -> dict[str, Any]:
     """Room for `length` tokens in every layer's own cache; stacked layers lead with dim N."""
     c, dtype = model.config, DTYPES[model.config.dtype]
     cache = {}
-    for group, name in layer_names(c).items():
+    for group, name in main_names(c).items():
         sizes = block.cache_shapes(c.blocks[name], c.width, batch, length)
         lead = (c.repeats,) if group.startswith("stack_") else ()
         cache[group] = {k: jnp.zeros((*lead, *size), dtype) for k, size in sizes.items()}
@@ -226,6 +255,11 @@ def define(config: Config) -> nn.Definition:
 
 
 def layer_names(config: Config) -> dict[str, str]:
+    """As `main_names`, and the layers that predict further ahead ('mtp_0')."""
+    return main_names(config) | {f"mtp_{k}": config.mtp_block for k in range(config.mtp.depth)}
+
+
+def main_names(config: Config) -> dict[str, str]:
     """Parameter group ('prefix_0', 'stack_0') -> name of its block type."""
     names = {f"prefix_{i}": n for i, n in enumerate(config.prefix)}
     if config.repeats:
@@ -254,7 +288,7 @@ def move_prices(
 
 def trains_own(config: Config) -> bool:
     """Whether any layer's attention trains an indexer by a loss of its own."""
-    sections = [layer.attention for layer in config.layer_list]
+    sections = [layer.attention for layer in (*config.layer_list, *config.mtp_list)]
     return any(attention.TABLE[s.KIND].trains_own(s) for s in sections)
 
 
@@ -270,14 +304,15 @@ def own_parameters(config: Config) -> list[tuple[str, ...]]:
 
 
 def work_per_token(config: Config, length: int) -> base.Work:
-    """Forward FLOPs per token of the whole model at `length`, head included."""
+    """Forward FLOPs per token of all that training runs at `length`, the head included."""
+    sections = [*config.layer_list, *config.mtp_list]
     works = [
-        attention.TABLE[x.attention.KIND].work(x.attention, config.width, length)
-        for x in config.layer_list
+        attention.TABLE[x.attention.KIND].work(x.attention, config.width, length) for x in sections
     ]
     linear = 2.0 * config.width * config.vocab + sum(
         ffn.TABLE[x.ffn.KIND].work(x.ffn, config.width) + 2 * x.conv * config.width
-        for x in config.layer_list
+        for x in sections
     )
+    linear += config.mtp.depth * mtp.work(config.width, config.vocab)
     total = base.Work(*(sum(values) for values in zip(*works, strict=True)))
     return total._replace(linear=total.linear + linear)

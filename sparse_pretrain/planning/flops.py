@@ -11,30 +11,35 @@ from sparse_pretrain.model import ffn, lm
 
 
 class Counts(NamedTuple):
-    """Parameters: all, touched by a token without and with the input embedding."""
+    """Parameters: all, touched by a token without and with the input embedding, MTP's of all."""
 
     total: int
     active: int
     active_with_embedding: int
+    mtp: int = 0
 
 
 def parameters(config: lm.Config) -> Counts:
     """Parameter counts, from the abstract model.
 
     `active` leaves out the input embedding (a look-up, no FLOPs) and the routed experts a token
-    did not choose; a tied head counts, since it is multiplied with. Copies of experts do not.
+    did not choose, and the modules of MTP, which only training runs; a tied head counts, since it
+    is multiplied with. Copies of experts do not.
     """
-    shapes = jax.tree.leaves(lm.define(config).shapes)
-    total = sum(math.prod(s.shape) for s in shapes)
-    total -= sum(
-        ffn.TABLE[layer.ffn.KIND].copied(layer.ffn, config.width) for layer in config.layer_list
+    shapes = lm.define(config).shapes
+    total, ahead = (
+        sum(math.prod(s.shape) for s in jax.tree.leaves(part))
+        for part in (shapes, [v for k, v in shapes.items() if k.startswith("mtp_")])
     )
-    idle = sum(
-        ffn.TABLE[layer.ffn.KIND].inactive(layer.ffn, config.width) for layer in config.layer_list
-    )
-    embedding = config.vocab * config.width
-    active = total - idle - (0 if config.tied else embedding)
-    return Counts(total, active, active + (0 if config.tied else embedding))
+
+    def over(what: str, sections: list) -> int:
+        return sum(getattr(ffn.TABLE[x.ffn.KIND], what)(x.ffn, config.width) for x in sections)
+
+    ahead -= over("copied", config.mtp_list)
+    total -= over("copied", [*config.layer_list, *config.mtp_list])
+    embedding = 0 if config.tied else config.vocab * config.width
+    active = total - ahead - over("inactive", config.layer_list) - embedding
+    return Counts(total, active, active + embedding, ahead)
 
 
 class TrainFlops(NamedTuple):
@@ -71,22 +76,29 @@ def forward_flops_per_token(config: lm.Config, length: int, tokens: int = 0) -> 
 
 
 def _padding(config: lm.Config, tokens: int) -> float:
-    layers = config.layer_list if tokens else ()
+    layers = [*config.layer_list, *config.mtp_list] if tokens else []
     return sum(ffn.TABLE[x.ffn.KIND].padding(x.ffn, config.width, tokens) for x in layers)
 
 
 def recomputed(config: lm.Config, length: int, tokens: int = 0) -> float:
     """Forward FLOPs per token that the backward pass does again, by the remat policy.
 
-    Only repeats of the pattern are rematerialised, not the prefix. `full` does all again but the
-    product that ends a repeat, whose result no gradient reads; `dots` the attention core and the
-    routed experts, whose products have batch dims.
+    Only repeats of the pattern and MTP's modules are rematerialised, not the prefix. `full` does
+    all again but the product that ends a repeat, whose result no gradient reads; `dots` the
+    attention core and the routed experts, whose products have batch dims.
     """
     if config.remat == "none":
         return 0.0
+    pattern = [config.blocks[name] for name in config.pattern]
+    join = 4.0 * config.width**2 if config.remat == "full" else 0.0
+    ahead = config.mtp.depth * (join + _again(config, config.mtp_list[:1], length, tokens))
+    return config.repeats * _again(config, pattern, length, tokens) + ahead
+
+
+def _again(config: lm.Config, sections: list, length: int, tokens: int) -> float:
+    """What these layers, rematerialised as one, do again."""
     total = 0.0
-    for at, name in enumerate(config.pattern, 1):
-        section = config.blocks[name]
+    for at, section in enumerate(sections, 1):
         feed, mixer = ffn.TABLE[section.ffn.KIND], attention.TABLE[section.attention.KIND]
         work = mixer.work(section.attention, config.width, length)
         total += work.core + feed.work(section.ffn, config.width)
@@ -94,9 +106,9 @@ def recomputed(config: lm.Config, length: int, tokens: int = 0) -> float:
         if config.remat == "dots":
             total -= feed.plain(section.ffn, config.width)
         else:
-            last = at == len(config.pattern)
+            last = at == len(sections)
             total += work.linear - (feed.unread(section.ffn, config.width) if last else 0.0)
-    return config.repeats * total
+    return total
 
 
 def kv_bytes_per_token(config: lm.Config) -> int:

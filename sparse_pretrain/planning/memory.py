@@ -53,6 +53,14 @@ def _activations(config: lm.Config) -> int:
         products = sum(_products(b, config.width) for b in pattern)
         each = config.width + (products if config.remat == "dots" else 0)
         kept, again = config.repeats * each, whole
+    for section in config.mtp_list:  # its layer; the join's inputs; its own and the last norm's
+        whole, ends = _whole(section, config.width) + 3 * config.width, 2 * config.width
+        products = _products(section, config.width) + config.width
+        if config.remat == "none":
+            kept += whole + ends
+        else:
+            kept += ends + 2 * config.width + (products if config.remat == "dots" else 0)
+            again = max(again, whole)
     elements = sum(_whole(b, config.width) for b in prefix) + kept + again
     return elements * jnp.dtype(lm.DTYPES[config.dtype]).itemsize
 

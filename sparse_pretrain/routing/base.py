@@ -163,6 +163,35 @@ def within_capacity(
     return out.reshape(expert_TxC.shape)
 
 
+def check_groups(config: Any, experts: int, top_k: int) -> None:
+    """Errors: ValueError when experts, `config`'s groups and top_k do not fit together."""
+    spec.require(
+        experts % config.groups == 0,
+        f"router.groups: experts {experts} is not a multiple of groups {config.groups}",
+    )
+    reachable = experts // config.groups * config.groups_kept
+    spec.require(
+        top_k <= reachable, f"top_k: {top_k} exceeds the {reachable} experts a token can reach"
+    )
+
+
+def best_groups(
+    score_TxE: Float[Array, "T E"], groups: int, kept: int, best: int
+) -> Float[Array, "T E"]:
+    """The scores, -inf outside the `kept` groups with the highest sum of their `best` scores.
+
+    Source: DeepSeek-V2's device-limited routing (2405.04434 section 2.2.2) ranks groups by their
+    highest score, V3's by the sum of two (2412.19437 section 2.1.2).
+    """
+    if groups == 1:
+        return score_TxE
+    grouped = score_TxE.reshape(score_TxE.shape[0], groups, -1)
+    rank = jax.lax.top_k(grouped, min(best, grouped.shape[-1]))[0].sum(-1)
+    chosen = top_k(rank, kept)
+    allowed = jnp.any(chosen[:, :, None] == jnp.arange(groups)[None, None, :], axis=1)
+    return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(score_TxE.shape)
+
+
 def top_k(score_TxE: Float[Array, "T E"], k: int) -> Int[Array, "T C"]:
     """The k highest experts of each token, best first, the lower number among equals; [T, C] int32.
 

@@ -39,14 +39,7 @@ class Config(spec.Config):
 
     def check(self, experts: int, top_k: int) -> None:
         """Errors: ValueError when experts, groups and top_k do not fit together."""
-        spec.require(
-            experts % self.groups == 0,
-            f"router.groups: experts {experts} is not a multiple of groups {self.groups}",
-        )
-        reachable = experts // self.groups * self.groups_kept
-        spec.require(
-            top_k <= reachable, f"top_k: {top_k} exceeds the {reachable} experts a token can reach"
-        )
+        base.check_groups(self, experts, top_k)
 
 
 class SigmoidBias(nn.Module):
@@ -99,11 +92,4 @@ def select(
 ) -> Int[Array, "T C"]:
     """Experts [T, C] int32 with the highest score + bias, within each token's best groups."""
     z = score_TxE + bias_E[None, :]
-    if config.groups > 1:
-        grouped = z.reshape(z.shape[0], config.groups, -1)
-        best_two = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
-        kept = base.top_k(best_two, config.groups_kept)
-        group = jnp.arange(config.groups)
-        allowed = jnp.any(kept[:, :, None] == group[None, None, :], axis=1)
-        z = jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(z.shape)
-    return base.top_k(z, top_k)
+    return base.top_k(base.best_groups(z, config.groups, config.groups_kept, 2), top_k)

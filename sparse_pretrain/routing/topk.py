@@ -1,4 +1,4 @@
-"""Top-k by score with auxiliary losses: Switch, GShard, Mixtral, OLMoE."""
+"""Top-k by score with auxiliary losses: Switch, GShard, Mixtral, OLMoE, DeepSeek-V2."""
 
 import dataclasses
 from typing import ClassVar
@@ -15,7 +15,8 @@ from sparse_pretrain.shapes import AnyArray
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(spec.Config):
     """`aux` weighs the load-balance loss over the batch, `z` the logits' z-loss, `balance` the
-    loss per sequence; defaults are OLMoE's. `normalise` makes a token's weights sum to 1.
+    loss per sequence; defaults are OLMoE's. `normalise` makes a token's weights sum to 1, and
+    `groups` > 1 limits a token to the groups of its highest scores.
     """
 
     KIND: ClassVar[str] = "topk"
@@ -28,17 +29,23 @@ class Config(spec.Config):
     balance: float = 0.0
     scale: float = 1.0
     normalise: bool = False
+    groups: int = 1
+    groups_kept: int = 1
 
     def __post_init__(self):
         base.check_score(self.score)
-        spec.positive(self, "scale")
+        spec.positive(self, "scale", "groups", "groups_kept")
+        spec.require(
+            self.groups_kept <= self.groups,
+            f"groups_kept: {self.groups_kept} exceeds groups {self.groups}",
+        )
         for name in ("aux", "z", "balance"):
             value = getattr(self, name)
             spec.require(value >= 0, f"{name}: must not be negative, got {value}")
 
     def check(self, experts: int, top_k: int) -> None:
-        """Errors: ValueError when there are fewer experts than top_k."""
-        spec.require(top_k <= experts, f"top_k: {top_k} exceeds experts {experts}")
+        """Errors: ValueError when experts, groups and top_k do not fit together."""
+        base.check_groups(self, experts, top_k)
 
 
 class TopK(nn.Module):
@@ -47,7 +54,8 @@ class TopK(nn.Module):
     aux  E sum_e f_e P_e over the tokens it sees: f the share of pairs, P the mean score share.
     z    mean squared logsumexp of the logits.
     With gradient accumulation the auxiliary loss is a micro-batch's, as in Switch it is a device's.
-    Source: Switch 2101.03961 equations 4 to 6; ST-MoE 2202.08906 equation 5; OLMoE 2409.02060.
+    Source: Switch 2101.03961 equations 4 to 6; ST-MoE 2202.08906 equation 5; OLMoE 2409.02060;
+    DeepSeek-V2 2405.04434 section 2.2.
     """
 
     Config = Config
@@ -69,7 +77,8 @@ class TopK(nn.Module):
         c = self.config
         logits = base.logits(x_BxLxD, nn.read(self.w))
         score = base.score(c.score, logits)
-        expert = base.top_k(jax.lax.stop_gradient(score), self.top_k)
+        fixed = base.best_groups(jax.lax.stop_gradient(score), c.groups, c.groups_kept, 1)
+        expert = base.top_k(fixed, self.top_k)
         found = base.assign(expert, score, valid_BxL, c, self.top_k)
         extra = jnp.zeros((), jnp.float32)
         live = jnp.reshape(jnp.asarray(valid_BxL), (-1,)).astype(jnp.float32)

@@ -5,9 +5,11 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from sparse_pretrain.scaling.combinators import Search
 
 SEED = "seed"  # the one override that makes pairs instead of arms
 
@@ -59,10 +61,13 @@ def _split(experiment: str) -> tuple[str, str, str]:
     return (path + ".py", ":", arg) if colon else (experiment, "", "")
 
 
-def load(file: Path | str) -> list[tuple[str, dict[str, Any]]]:
-    """The (experiment, overrides) pairs that a sweep file's `get_sweep()` returns.
+Pair = tuple[str, dict[str, Any]]
 
-    Errors: ValueError naming the file, and the entry that is not such a pair.
+
+def load(file: Path | str) -> list[Pair | Search]:
+    """What a sweep file's `get_sweep()` returns: (experiment, overrides) pairs, and searches.
+
+    Errors: ValueError naming the file, and the entry that is neither.
     """
     file = Path(file)
     if not file.is_file():
@@ -75,18 +80,21 @@ def load(file: Path | str) -> list[tuple[str, dict[str, Any]]]:
         module_spec.loader.exec_module(module)
         if not callable(getattr(module, "get_sweep", None)):
             raise ValueError("it defines no get_sweep()")
-        pairs = list(module.get_sweep())
+        found = module.get_sweep()
+        entries = [found] if isinstance(found, Search) else list(found)
     except Exception as e:
         raise ValueError(f"sweep: {file}: {type(e).__name__}: {e}") from e
-    if not pairs:
+    if not entries:
         raise ValueError(f"sweep: {file}: get_sweep() is empty")
-    for i, pair in enumerate(pairs):
-        good = isinstance(pair, (tuple, list)) and len(pair) == 2
-        if not (good and isinstance(pair[0], str) and isinstance(pair[1], Mapping)):
+    for i, entry in enumerate(entries):
+        if isinstance(entry, Search):
+            continue
+        good = isinstance(entry, (tuple, list)) and len(entry) == 2
+        if not (good and isinstance(entry[0], str) and isinstance(entry[1], Mapping)):
             raise ValueError(
-                f"sweep: {file}: entry {i} is not (experiment, {{key: value}}): {pair!r}"
+                f"sweep: {file}: entry {i} is not (experiment, {{key: value}}): {entry!r}"
             )
-    return [(experiment, dict(overrides)) for experiment, overrides in pairs]
+    return [e if isinstance(e, Search) else (e[0], dict(e[1])) for e in entries]
 
 
 def _locate(experiment: str, file: Path) -> tuple[Path, str]:
@@ -120,30 +128,65 @@ def _code(path: Path) -> str:
     return ast.unparse(tree)
 
 
+class Maker:
+    """Makes the children of a sweep file, reading each experiment once.
+
+    Errors: ValueError for an experiment that does not exist.
+    """
+
+    def __init__(self, file: Path | str, root: Path | str):
+        self.file, self.root = Path(file), Path(root).absolute()
+        self._known: dict[str, tuple[Path, str, str]] = {}
+
+    def experiment(self, name: str) -> tuple[Path, str, str]:
+        """(file, argument, code) of an experiment."""
+        if name not in self._known:
+            path, arg = _locate(name, self.file)
+            self._known[name] = (path, arg, _code(path))
+        return self._known[name]
+
+    def child(self, name: str, overrides: Mapping[str, Any], own: Collection[str]) -> Child:
+        """One run; its arm is named by the experiment and the keys in `own`."""
+        path, arg, code = self.experiment(name)
+        content = [path.name, arg, code, sorted(overrides.items())]
+        id = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:10]
+        folder = f"{path.stem}-{id}"
+        shown = [(k, v) for k, v in overrides.items() if k != SEED and k in own]
+        return Child(
+            id=id,
+            experiment=name,
+            config=f"{path}:{arg}" if arg else str(path),
+            overrides=dict(overrides),
+            workdir=self.root / folder,
+            log=self.root / "logs" / f"{folder}.txt",
+            arm=" ".join([_stem(name), *(f"{k}={_shown(v)}" for k, v in shown)]),
+        )
+
+
+def _shown(value: Any) -> str:
+    return _flag(float(f"{value:.6g}") if isinstance(value, float) else value)
+
+
+def listed(pairs: Sequence[Pair], maker: Maker) -> list[Child]:
+    """The children of a list of (experiment, overrides), in its order, equal ones once."""
+    # Values can be lists, so they are told apart by their text.
+    values: dict[str, set[str]] = {}
+    for key in {k for _, overrides in pairs for k in overrides}:
+        values[key] = {repr(overrides.get(key, "")) for _, overrides in pairs}
+    own = {key for key, different in values.items() if len(different) > 1}
+    made = [maker.child(experiment, overrides, own) for experiment, overrides in pairs]
+    return list({child.id: child for child in reversed(made)}.values())[::-1]
+
+
 def children(file: Path | str, root: Path | str) -> list[Child]:
     """The children of a sweep file under `root`, in the file's order, equal ones once.
 
-    Errors: ValueError as `load`, and for an experiment that does not exist.
+    Errors: ValueError as `load`, for an experiment that does not exist, and for a search, whose
+    children follow from one another.
     """
-    file, root = Path(file), Path(root)
-    pairs = load(file)
-    # Values can be lists, so they are told apart by their text.
-    values = {k: {repr(o.get(k, "")) for _, o in pairs} for _, o in pairs for k in o}
-    found: dict[str, Child] = {}
-    for experiment, overrides in pairs:
-        path, arg = _locate(experiment, file)
-        content = [path.name, arg, _code(path), sorted(overrides.items())]
-        id = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:10]
-        name = f"{path.stem}-{id}"
-        own = [(k, v) for k, v in overrides.items() if k != SEED and len(values[k]) > 1]
-        child = Child(
-            id=id,
-            experiment=experiment,
-            config=f"{path}:{arg}" if arg else str(path),
-            overrides=overrides,
-            workdir=root / name,
-            log=root / "logs" / f"{name}.txt",
-            arm=" ".join([_stem(experiment), *(f"{k}={_flag(v)}" for k, v in own)]),
-        )
-        found.setdefault(id, child)
-    return list(found.values())
+    pairs = []
+    for entry in load(file):
+        if isinstance(entry, Search):
+            raise ValueError(f"sweep: {file}: a search has no list of children before it runs")
+        pairs.append(entry)
+    return listed(pairs, Maker(file, root))

@@ -1,280 +1,327 @@
-"""Runs the children of a sweep one after the other, resumes what stopped, ranks what finished."""
+"""Runs the children of a sweep: skips what is finished, resumes what stopped, ranks the results."""
 
 import contextlib
-import dataclasses
-import json
-import math
-import os
-import shlex
+import queue
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn
-from rich.table import Table
-from rich.text import Text
 
 from sparse_pretrain.report import compare, workdir
-from sparse_pretrain.scaling.children import SEED, Child, children
-from sparse_pretrain.training.progress import clock, figures, si
+from sparse_pretrain.scaling import live, process, record
+from sparse_pretrain.scaling.children import Child
+from sparse_pretrain.scaling.engines import Engine
+from sparse_pretrain.scaling.engines.local import Local
+from sparse_pretrain.scaling.journal import Journal
+from sparse_pretrain.scaling.record import State, gather
+from sparse_pretrain.scaling.sources import Source, sources
 
-PREFIX = (sys.executable, "-m", "sparse_pretrain", "train")
-GRACE_SECONDS = 120  # what an interrupted child has for saving its checkpoint
-
-
-RunChild = Callable[[Child, Callable[[], None]], int]
-
-
-def spawn(child: Child, poll: Callable[[], None], prefix: Sequence[str] = PREFIX) -> int:
-    """Run a child as a process of its own, its output in its log; returns the exit status.
-
-    On Ctrl-C the child gets one interrupt and time to save, then the interrupt goes on.
-    """
-    child.log.parent.mkdir(parents=True, exist_ok=True)
-    command = [*prefix, *child.arguments()]
-    with open(child.log, "ab") as log:
-        log.write(f"$ {shlex.join(command)}\n".encode())
-        log.flush()
-        # Its own session: the terminal's Ctrl-C must reach it once, through us, and not twice.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            while True:
-                try:
-                    return process.wait(timeout=0.5)
-                except subprocess.TimeoutExpired:
-                    poll()
-        except BaseException:
-            _stop(process)
-            raise
-
-
-def _stop(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signal.SIGINT)
-    try:
-        process.wait(timeout=GRACE_SECONDS)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        process.kill()
-        process.wait()
-
-
-def _last_words(log: Path, start: int) -> str:
-    """The last line that a child printed in this attempt."""
-    try:
-        text = log.read_bytes()[start:].decode("utf-8", "replace")
-    except OSError:
-        return ""
-    lines = [x.strip() for x in text.splitlines() if x.strip() and not x.startswith("$ ")]
-    return lines[-1].removeprefix("error: ") if lines else ""
-
-
-def _cause(code: int, run: workdir.Run, words: str) -> str:
-    if code < 0:
-        with contextlib.suppress(ValueError):
-            return f"killed by {signal.Signals(-code).name}"
-    if code == 0:
-        return run.cause or "ended without a result"
-    return words or run.cause or f"exit status {code}"
+RETRIES = 1
+LOOK = 0.5  # seconds between two looks at what the running children have written
+WRITE = 2.0  # seconds between two versions of sweep.json, and no more than a fiftieth of the time
+METRIC = "bits_per_byte"
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Turns a polite kill into what Ctrl-C does, so that a job scheduler leaves no orphan."""
+def _stop_requests(heard: Callable[[], None]) -> Iterator[None]:
+    """Calls `heard` on Ctrl-C, and on a polite kill, so that a job scheduler leaves no orphan."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def interrupt(*unused: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(n, lambda *unused: heard()) for n in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, old in zip(numbers, before, strict=True):
+            signal.signal(number, old)
 
 
-def _line(child: Child) -> str:
-    """What a running child is doing, from its files."""
-    run = workdir.read(child.workdir, rows=False)
-    if not run.metrics:
-        return "starting"
-    row, steps = run.metrics[-1], run.derived.get("steps")
-    step, tokens, pace = (row.get(k) for k in ("step", "tokens", "tokens_per_second"))
-    text = f"{step}/{steps or '?'}  {figures(row)}"
-    if steps and step and tokens and pace:
-        text += f"  ETA {clock((steps - step) * tokens / step / pace)}"
-    return text
+class _Running:
+    """A child at work, in a thread that waits for it."""
+
+    def __init__(self, child: Child, place: str, step: int):
+        self.child, self.place, self.step = child, place, step
+        self.began = time.monotonic()
+        self.wish = 0  # see process.STOP
+        self.pruned = False
+
+    def asked(self) -> int:
+        return self.wish
 
 
-def _one(
-    child: Child, place: str, run_child: RunChild, console: Console
-) -> tuple[str, str, workdir.Run]:
-    """Bring one child to its end: (status, cause, what its workdir says)."""
-    before = workdir.read(child.workdir, rows=False)
-    if before.status == "finished":
-        return "finished", "", before
-    pid = before.run.get("pid")
-    if before.status == "running" and isinstance(pid, int):
-        return "failed", f"process {pid} is training it already", before
-    start = child.log.stat().st_size if child.log.exists() else 0
-    title = f"{place} {child.label}"
-    if console.is_terminal:
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False))
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(title)
-            code = run_child(
-                child, lambda: bar.update(task, description=f"{title}  {_line(child)}")
+class Driver:
+    """One process's work on a sweep; `run()` does it and says whether it was interrupted."""
+
+    def __init__(
+        self,
+        file: Path | str,
+        found: Sequence[Source],
+        root: Path,
+        engine: Engine,
+        *,
+        workers: int,
+        retries: int,
+        console: Console,
+    ):
+        self.file, self.sources, self.root, self.engine = file, list(found), root, engine
+        self.workers, self.retries = workers, retries
+        self.display = live.Display(console)
+        self.journal = Journal(root)
+        attempts, causes = self.journal.attempts(), self.journal.causes()
+        self.states: dict[str, State] = {}
+        self._history = (attempts, causes)
+        self._pruned = self.journal.latest("pruned")
+        self.running: dict[str, _Running] = {}
+        # What ended, and None for a request to stop; its put may be called by a signal's handler.
+        self._ends: queue.SimpleQueue[tuple[Child, process.Outcome] | None] = queue.SimpleQueue()
+        self._wish = 0  # of the user, see process.STOP
+        self._again: list[Child] = []
+        self._active: set[str] = set()  # begun and not done with
+        self._places: dict[str, int] = {}
+        self._tries: Counter[str] = Counter()  # by this driver, without progress
+        self._owner: dict[str, list[Source]] = {}
+        self._looked = self._written = 0.0
+        self._cost = 0.0
+
+    # --- the children, and where they stand ---
+
+    @property
+    def todo(self) -> list[Child]:
+        """All known by now, each once."""
+        return list({c.id: c for s in self.sources for c in s.children}.values())
+
+    @property
+    def total(self) -> int:
+        """How many there will be."""
+        return sum(source.total for source in self.sources)
+
+    def state(self, child: Child) -> State:
+        """Where a child stands."""
+        if child.id not in self.states:
+            attempts, causes = self._history
+            self.states[child.id] = State(
+                attempts=attempts.get(child.id, 0), causes=list(causes.get(child.id, []))
             )
-    else:
-        verb = "resuming" if workdir.is_workdir(child.workdir) else "running"
-        console.print(f"{title}  {verb}", markup=False, highlight=False, soft_wrap=True)
-        code = run_child(child, lambda: None)
-    after = workdir.read(child.workdir, rows=False)
-    if code == 0 and after.status == "finished":
-        return "finished", "", after
-    if after.run.get("status") == "interrupted":
-        return "interrupted", after.cause or "stopped from outside; run again to resume", after
-    return "failed", _cause(code, after, _last_words(child.log, start)), after
+        return self.states[child.id]
+
+    def _place(self, child: Child) -> str:
+        place = self._places.setdefault(child.id, len(self._places) + 1)
+        return f"[{place}/{self.total}]"
+
+    # --- the loop ---
+
+    def run(self) -> bool:
+        """Bring every child to its end."""
+        self.journal.write("begin", sweep=str(self.file), workers=self.workers)
+        try:
+            with _stop_requests(self._heard), self.display.shown():
+                self._loop()
+        finally:
+            self.engine.close()
+        self.journal.write("end of driver", interrupted=self._wish > 0)
+        self.journal.close()
+        return self._wish > 0
+
+    def _heard(self) -> None:
+        self._wish = min(self._wish + 1, process.KILL)  # a second request ends children at once
+        self._ends.put(None)
+
+    def _loop(self) -> None:
+        while True:
+            if self._wish:
+                for running in self.running.values():
+                    running.wish = self._wish
+            else:
+                self._fill()
+            if not self.running:
+                return
+            with contextlib.suppress(queue.Empty):
+                self._take(self._ends.get(timeout=LOOK))
+                while True:
+                    self._take(self._ends.get_nowait())
+            now = time.monotonic()
+            if now - self._looked > LOOK:
+                self._look()
+                self._looked = now
+            if now - self._written > max(WRITE, 50 * self._cost):
+                self.write(interrupted=False)
+                self._cost = time.monotonic() - now
+                self._written = time.monotonic()
+
+    def _take(self, end: tuple[Child, process.Outcome] | None) -> None:
+        if end is not None:
+            self._settle(*end)
+
+    def _fill(self) -> None:
+        while len(self.running) < self.workers and not self._wish:
+            child = self._again.pop(0) if self._again else self._next()
+            if child is None:
+                return
+            self._start(child)
+
+    def _next(self) -> Child | None:
+        for source in self.sources:
+            while (child := source.next()) is not None:
+                owners = self._owner.setdefault(child.id, [])
+                if source not in owners:
+                    owners.append(source)
+                state = self.state(child)
+                if state.run is not None:  # two trials of one setting
+                    source.ended(child, state.status, state.run)
+                elif child.id not in self._active:
+                    return child
+        return None
+
+    def _start(self, child: Child) -> None:
+        self._active.add(child.id)
+        before = workdir.read(child.workdir, rows=False)
+        if before.status == "finished":
+            return self._end(child, "finished", "", before)
+        if child.id in self._pruned:
+            return self._end(child, "pruned", self._pruned[child.id]["cause"], before)
+        pid = process.trained_by(before)
+        if pid is not None and process.is_free(child):  # else it is ours, from before
+            cause = f"process {pid} is training it already"
+            return self._end(child, "failed", cause, before, final=False)
+        state = self.state(child)
+        state.status, state.attempts = "running", state.attempts + 1
+        place = self._place(child)
+        self.display.starts(place, child)
+        self.journal.write("start", id=child.id, workdir=child.workdir.name)
+        running = _Running(child, place, _step(before))
+        self.running[child.id] = running
+        threading.Thread(target=self._work, args=(running,), daemon=True).start()
+
+    def _work(self, running: _Running) -> None:
+        try:
+            outcome = self.engine.run(running.child, running.asked)
+        except Exception as e:  # of a library for clusters: the child may well be fine
+            text = " ".join(str(e).split()) or type(e).__name__
+            outcome = process.Outcome(1, text[:500], lost=True)
+        self._ends.put((running.child, outcome))
+
+    def _settle(self, child: Child, outcome: process.Outcome) -> None:
+        """An attempt has ended."""
+        running = self.running.pop(child.id)
+        after = workdir.read(child.workdir, rows=False)
+        status, cause = process.judge(outcome, after)
+        state = self.state(child)
+        if cause and not running.pruned:
+            state.causes.append(cause)
+        self.journal.write("end", id=child.id, status=status, cause=cause)
+        if running.pruned and status != "finished":
+            return self._end(child, "pruned", self._pruned[child.id]["cause"], after)
+        again = process.worth_a_retry(status, outcome, after)
+        if again and not self._wish:
+            advanced = _step(after) > running.step  # further than before: that costs no try
+            self._tries[child.id] += not advanced
+            if self._tries[child.id] <= self.retries:
+                state.status = "waiting"
+                text = f"{running.place} {child.label}  {status}: {cause}; again"
+                self.display.say(text, status)
+                self._again.append(child)
+                return None
+        return self._end(child, status, cause, after, final=not again)
+
+    def _end(
+        self, child: Child, status: str, cause: str, run: workdir.Run, *, final: bool = True
+    ) -> None:
+        """A child is done with: for this driver, or when `final` for good."""
+        self._active.discard(child.id)
+        state = self.state(child)
+        state.status, state.cause, state.run = status, cause, run
+        if final:
+            for source in self._owner.get(child.id, []):
+                source.ended(child, status, run)
+        end = cause or f"{run.result(METRIC) or float('nan'):.4f} bits/byte"
+        self.display.say(f"{self._place(child)} {child.label}  {status}: {end}", status)
+
+    def _look(self) -> None:
+        """Prune what should end, and show the rest."""
+        for running in self.running.values():
+            owners = self._owner.get(running.child.id, [])
+            if running.wish or not all(source.prune(running.child) for source in owners):
+                continue
+            step = _step(workdir.read(running.child.workdir, rows=False))
+            row = {"id": running.child.id, "cause": f"pruned at step {step}"}
+            self.journal.write("pruned", **row)
+            self._pruned[running.child.id] = row
+            running.pruned, running.wish = True, process.STOP
+        counts = Counter(s.status for s in self.states.values())
+        ended = {k: counts[k] for k in ("finished", "pruned", "failed", "interrupted")}
+        shown = {id: (r.place, r.child, r.began) for id, r in self.running.items()}
+        self.display.update(shown, ended, self.total)
+
+    def write(self, *, interrupted: bool) -> dict[str, Any]:
+        """`sweep.json` as things stand."""
+        states = {c.id: self.state(c) for c in self.todo}
+        searches = [s for source in self.sources if (s := source.summary())]
+        content = record.build(self.file, self.todo, states, searches, interrupted=interrupted)
+        record.write(content, self.root)
+        return content
+
+
+def _step(run: workdir.Run) -> int:
+    step = run.metrics[-1].get("step") if run.metrics else 0
+    return step if isinstance(step, int) else 0
 
 
 def run_sweep(
     file: Path | str,
     root: Path | str,
-    run_child: RunChild = spawn,
+    engine: Engine | None = None,
     *,
+    workers: int = 1,
+    retries: int = RETRIES,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Run every child of a sweep file under `root`, and write `sweep.json` and `comparison.html`.
+    """Run every child of a sweep file under `root`, and write `sweep.json` and `sweep.html`.
 
     Finished children are skipped; interrupted and failed ones run again in their workdir, which
-    resumes them. Ctrl-C lets the running child save, and the same call goes on from there. The
-    result is the content of `sweep.json`, with `interrupted` and, per child, `status` (finished,
-    failed, interrupted or waiting) and `cause`.
-    Errors: ValueError as `children`.
+    resumes them; one that crashed does so `retries` times by itself, not counting attempts that got
+    further than the one before. Ctrl-C lets the running children save, and the same call goes on
+    from there, also after this process was killed. The result is the content of `sweep.json`, with
+    `interrupted` and, per child, `status` (finished, pruned, failed, interrupted or waiting), its
+    `cause`, `attempts` and the `causes` of those that did not finish.
+    Errors: ValueError as `children.sources`, and when another process drives this sweep.
     """
     root, console = Path(root), console or Console()
-    todo = children(file, root)
+    found = sources(file, root)
     root.mkdir(parents=True, exist_ok=True)
-    states = {c.id: ("waiting", "") for c in todo}
-    interrupted = False
-    for i, child in enumerate(todo, 1):
-        place = f"[{i}/{len(todo)}]"
-        try:
-            with _terminable():
-                status, cause, run = _one(child, place, run_child, console)
-        except KeyboardInterrupt:
-            states[child.id] = ("interrupted", "")
-            interrupted = True
-            break
-        states[child.id] = (status, cause)
-        end = cause or f"{run.result('bits_per_byte') or math.nan:.4f} bits/byte"
-        text = f"{place} {child.label}  {status}: {end}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-        _write(file, root, todo, states, interrupted=False)
-    record = _write(file, root, todo, states, interrupted=interrupted)
-    arms = gather(todo)
-    title = f"Sweep {Path(file).stem}"
-    compare.write_comparison(arms, root / "comparison.html", title)
-    print_ranking(arms, console)
-    for c in record["children"]:
+    with process.driving(root):
+        driver = Driver(
+            file,
+            found,
+            root,
+            engine or Local(workers=workers),
+            workers=workers,
+            retries=retries,
+            console=console,
+        )
+        interrupted = driver.run()
+        content = driver.write(interrupted=interrupted)
+        _report(driver, content, console)
+    return content
+
+
+def _report(driver: Driver, content: dict[str, Any], console: Console) -> None:
+    seen = [c for c in driver.todo if driver.states[c.id].run is not None or c.workdir.exists()]
+    page = driver.root / "sweep.html"
+    if seen:
+        arms = gather(seen)
+        compare.write_comparison(arms, page, f"Sweep {Path(driver.file).stem}")
+        record.print_ranking(arms, console)
+    for c in content["children"]:
         if c["status"] == "failed":
-            text = f"failed: {c['label']}: {c['cause']} (log: {root / c['log']})"
+            text = f"failed: {c['label']}: {c['cause']} (log: {driver.root / c['log']})"
             console.print(text, markup=False, highlight=False, soft_wrap=True, style="red")
-    if interrupted:
+    if content["interrupted"]:
         console.print("Interrupted; the same command goes on from here.", markup=False)
-    console.print(f"Report: {root / 'comparison.html'}", markup=False, soft_wrap=True)
-    return record
-
-
-def gather(todo: Sequence[Child], *, rows: bool = True) -> list[compare.Arm]:
-    """The children's runs by arm and seed, in the sweep's order: the first arm is the baseline."""
-    names: dict[tuple[Any, ...], str] = {}
-    arms: dict[str, dict[int, workdir.Run]] = {}
-    for child in todo:
-        if child.setting not in names:
-            taken = child.arm in arms  # by an experiment of the same file name elsewhere
-            names[child.setting] = f"{child.arm} ({child.id[:4]})" if taken else child.arm
-        run = workdir.read(child.workdir, rows=rows)
-        seed = child.overrides.get(SEED, run.config.get(SEED, 0))
-        seed = seed if isinstance(seed, int) else 0
-        arms.setdefault(names[child.setting], {})[seed] = run
-    return [compare.Arm(name, runs) for name, runs in arms.items()]
-
-
-def _write(
-    file: Path | str,
-    root: Path,
-    todo: Sequence[Child],
-    states: Mapping[str, tuple[str, str]],
-    *,
-    interrupted: bool,
-) -> dict[str, Any]:
-    """`sweep.json`, replaced whole after every child."""
-    rows = []
-    for child in todo:
-        status, cause = states[child.id]
-        row: dict[str, Any] = {"id": child.id, "label": child.label, "arm": child.arm}
-        row |= {"experiment": child.experiment, "overrides": child.overrides}
-        row |= {"workdir": child.workdir.name, "log": f"logs/{child.log.name}"}
-        row |= {"status": status, "cause": cause}
-        run = workdir.read(child.workdir, rows=False)
-        if status == "finished":
-            keys = ("bits_per_byte", "nats_per_token", "steps", "tokens", "flops", "wall_seconds")
-            row |= {key: run.result(key) for key in (*keys, "tokens_per_second")}
-            if run.result("accuracy") is not None:
-                row["accuracy"] = run.result("accuracy")
-            row["manifest_hash"] = run.manifest_hash
-        rows.append(row)
-    arms = gather(todo, rows=False)
-    record = {
-        "sweep": str(file),
-        "interrupted": interrupted,
-        "children": rows,
-        "ranking": [
-            {"arm": a.name, "bits_per_byte": a.mean(), "by_seed": a.values()}
-            for a in compare.rank(arms)
-            if a.values()
-        ],
-        "differences": [
-            {"arm": d.arm, "baseline": d.baseline, "seeds": d.seeds}
-            | (dataclasses.asdict(d.paired) if d.paired else {})
-            for d in compare.differences(arms)
-        ],
-    }
-    fresh = root / "sweep.json.tmp"
-    fresh.write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
-    os.replace(fresh, root / "sweep.json")
-    return record
-
-
-def print_ranking(arms: Sequence[compare.Arm], console: Console) -> None:
-    """The arms by held-out bits/byte, with the paired difference to the first of the sweep."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("", justify="right")
-    table.add_column("arm", overflow="fold")
-    for name in ("bits/byte", "runs", "tokens", "tok/s"):
-        table.add_column(name, justify="right", no_wrap=True)
-    pairs = {d.arm: d.paired for d in compare.differences(arms)}
-    if any(pairs.values()):
-        table.add_column(f"against {arms[0].name}", justify="right", overflow="fold")
-    for place, arm in enumerate(compare.rank(arms), 1):
-        values = arm.values()
-        row = [str(place) if values else "-", arm.name]
-        row += [f"{arm.mean():.4f}" if values else "-", f"{len(values)}/{len(arm.runs)}"]
-        row += [si(arm.mean("tokens")), si(arm.mean("tokens_per_second"))]
-        if any(pairs.values()):
-            row.append(str(pairs.get(arm.name) or ""))
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
+    if seen:
+        console.print(f"Report: {page}", markup=False, soft_wrap=True)

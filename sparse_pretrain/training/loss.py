@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparse_pretrain import shapes
-from sparse_pretrain.model import lm
+from sparse_pretrain.model import lm, mtp
 from sparse_pretrain.sharding import ops
 
 
@@ -32,13 +32,22 @@ def loss_sums(definition, params, prices, batch: shapes.Batch, weight, parts: in
 
     `weight` is the whole batch's total weight and `parts` the number of micro-batches, so that
     shares add up to the large batch's loss.
+    Source: MTP's share 2412.19437, equations 24 and 25: every depth over all targets of the batch.
     """
     model = definition.merge(params, prices)
     hidden, aux = model(batch, train=True)
     total, nats = token_losses(model, hidden, batch)
     loss = total / weight + (aux.balance + aux.own) / parts
+    told = []
+    for depth, further in enumerate(aux.ahead, 1):
+        goal = mtp.targets(batch, depth)
+        total, each = token_losses(model, further, goal)
+        loss = loss + model.config.mtp.weight / len(aux.ahead) * total / weight
+        told.append((jnp.sum(each * goal.weights), jnp.sum(goal.weights)))
     market = jax.tree.map(lambda v: v / parts, aux.market)  # summed over parts: their mean
     report = {"nats": jnp.sum(nats * batch.weights), "load": aux.load, "market": market}
     if lm.trains_own(model.config):
         report["indexer_loss"] = aux.own / parts
+    if told:
+        report["mtp"] = tuple(jnp.stack(sums) for sums in zip(*told, strict=True))
     return loss, report

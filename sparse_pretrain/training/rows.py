@@ -19,6 +19,8 @@ def of_step(out: dict[str, Any], *, tokens: int, seconds: float) -> dict[str, An
     }
     if "indexer_loss" in out:
         row["indexer_loss"] = float(out["indexer_loss"])
+    if "mtp_loss" in out:  # 2, 3 .. tokens on
+        row["mtp_loss"] = np.asarray(out["mtp_loss"], np.float64).tolist()
     if out["max_vio"]:
         row["max_vio"] = float(_violations(out).mean())
         row["dead_experts"] = int(sum((x == 0).sum() for x in _loads(out)))

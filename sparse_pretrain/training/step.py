@@ -78,7 +78,7 @@ def make_train_step(
     Metrics are device scalars: `loss` nats per token, `bits_per_byte`, `grad_norm`, `lr`,
     `tokens`, and for experts `load` per layer group, `max_vio` per layer, and `market`: the price
     of each expert and the dual objective, where the router has them; `indexer_loss` nats per token
-    over all layers, where an attention trains one.
+    over all layers, where an attention trains one; `mtp_loss` [depths] nats per token counted.
     """
 
     def step(state: TrainState, batch: shapes.Batch):
@@ -112,6 +112,9 @@ def make_train_step(
         }
         if "indexer_loss" in report:
             metrics["indexer_loss"] = report["indexer_loss"]
+        if "mtp" in report:
+            nats, counted = report["mtp"]
+            metrics["mtp_loss"] = nats / jnp.maximum(counted, 1.0)
         game = replace.watch(state.game, report["load"])
         new = TrainState(state.step + 1, params, opt, router, game, average, state.key)
         new = new if mask is None else partial.stand_still(mask, state, new)

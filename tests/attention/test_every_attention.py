@@ -33,6 +33,7 @@ SETTINGS = {
         "default": {"heads": 4},
         "grouped": {"heads": 4, "kv_heads": 2, "head_dim": 16, "softcap": 5.0},
         "bare": {"heads": 3, "kv_heads": 1, "qk_norm": False},
+        "joint norm": {"heads": 4, "kv_heads": 2, "qk_norm_joint": True},
     },
     "mla": {
         "default": {"heads": 2, "kv_rank": 16, "nope_dim": 8, "rope_dim": 8, "v_dim": 12},

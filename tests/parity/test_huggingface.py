@@ -8,7 +8,7 @@ import pytest
 
 from sparse_pretrain.attention import full
 from sparse_pretrain.interop import huggingface
-from sparse_pretrain.model import lm
+from sparse_pretrain.model import lm, mtp
 from tests.parity import ours
 from tests.parity.cases import CASES
 
@@ -134,3 +134,31 @@ def test_mtp_layers_and_rotary_buffers_are_left_out(held):
     config, weights = held
     more = {"model.layers.3.eh_proj.weight": 0, "model.rotary_emb.inv_freq": 0}
     huggingface.from_hf(config, {**weights, **more})
+
+
+def test_mtp_layers_come_with_their_halves_in_place_and_share_the_trunks_ends(held):
+    """Theirs multiplies [embedding; hidden]: the checkpoint's order, not the paper's."""
+    config, weights = held
+    config = dataclasses.replace(config, mtp=mtp.Config(depth=1))
+    layer, last = "model.layers.3.", "model.layers.2."
+    rng = np.random.default_rng(2)
+    more = {layer + k.removeprefix(last): v for k, v in weights.items() if k.startswith(last)}
+    more |= {
+        layer + f"{name}.weight": rng.normal(size=32).astype(np.float32)
+        for name in ("enorm", "hnorm", "shared_head.norm")
+    }
+    e, h = rng.normal(size=(2, 32)).astype(np.float32)
+    more[layer + "eh_proj.weight"] = join = rng.normal(size=(32, 64)).astype(np.float32)
+    more[layer + "embed_tokens.weight"] = weights["model.embed_tokens.weight"]
+    more[layer + "shared_head.head.weight"] = weights["lm_head.weight"]
+    params, prices = huggingface.from_hf(config, weights | more)
+    ours = np.concatenate([h, e]) @ params["mtp_0"]["w_join"]
+    np.testing.assert_allclose(ours, join @ np.concatenate([e, h]), rtol=1e-4)
+    back = huggingface.to_hf(config, params, prices)
+    assert back.keys() == (weights | more).keys()
+    for name, value in (weights | more).items():
+        np.testing.assert_array_equal(back[name], value)
+    assert huggingface.to_hf_config(config)["num_nextn_predict_layers"] == 1
+    name = layer + "embed_tokens.weight"
+    with pytest.raises(ValueError, match=rf"^{name}: differs from model.embed_tokens"):
+        huggingface.from_hf(config, weights | more | {name: 2 * more[name]})

@@ -8,7 +8,7 @@ import pytest
 
 from sparse_pretrain import optim
 from sparse_pretrain.attention import full, mla
-from sparse_pretrain.model import block, ffn, lm
+from sparse_pretrain.model import block, ffn, lm, mtp
 from sparse_pretrain.optim import adamw, muon
 from sparse_pretrain.planning import memory
 from sparse_pretrain.routing import moe
@@ -40,7 +40,7 @@ def _bytes(tree):
     "optimizer", [adamw.Config(), muon.Config(), muon.Config(router="muon", per_head=True)]
 )
 def test_the_state_to_the_byte(optimizer, ema, tied):
-    config = dataclasses.replace(MODEL, tied=tied)
+    config = dataclasses.replace(MODEL, tied=tied, mtp=mtp.Config(depth=int(ema), block="dense"))
     definition = lm.define(config)
     tx = optim.TABLE[optimizer.KIND].build(optimizer, definition.dims, lambda n: 1e-3 * (n + 1.0))
     real = jax.eval_shape(lambda: state.create(definition, tx, 0, ema=ema))

@@ -26,6 +26,7 @@ SETTINGS = {
     "topk": {
         "default": {},
         "mixtral": {"aux": 0.02, "z": 0.0, "normalise": True},
+        "deepseek v2": {"z": 0.0, "balance": 0.1, "scale": 4.0, "groups": 4, "groups_kept": 2},
         "sigmoid, per sequence": {"score": "sigmoid", "aux": 0.0, "z": 0.0, "balance": 0.1},
     },
     "market": {

@@ -1,6 +1,5 @@
 """Sweeps with a fake trainer: identity, resuming, failures, interruption and the ranked result."""
 
-import functools
 import io
 import itertools
 import json
@@ -20,6 +19,7 @@ from rich.console import Console
 
 from sparse_pretrain.scaling import combinators, sweep
 from sparse_pretrain.scaling.children import children, load
+from sparse_pretrain.scaling.engines.local import Local
 
 FAKE_RUN = Path(__file__).parents[1] / "report" / "fake_run.py"
 
@@ -38,7 +38,8 @@ with open({{calls!r}}, "a") as f:
     f.write(workdir.name + "\\n")
 lr, seed = float(flags.get("optim.lr", 0.002)), int(flags.get("seed", 0))
 if lr < 0:
-    sys.exit(f"error: optim.lr: must be positive, got {{lr}}")
+    print(f"error: optim.lr: must be positive, got {{lr}}")
+    sys.exit(2)
 if lr > 1:
     os.kill(os.getpid(), signal.SIGKILL)
 resumed = workdir.exists()
@@ -64,9 +65,9 @@ def place(tmp_path):
         calls = tmp_path / "calls.txt"
         trainer = tmp_path / "trainer.py"
         experiment = tmp_path / "experiments" / "tiny.py"
-        run_child = staticmethod(
-            functools.partial(sweep.spawn, prefix=(sys.executable, str(tmp_path / "trainer.py")))
-        )
+
+        def engine(self, prefix=None, workers=1):
+            return Local(workers=workers, prefix=prefix or (sys.executable, str(self.trainer)))
 
         def file(self, body):
             path = tmp_path / "experiments" / "sweeps" / "s.py"
@@ -75,10 +76,11 @@ def place(tmp_path):
             path.write_text(text)
             return path
 
-        def run(self, file, run_child=None):
+        def run(self, file, prefix=None, workers=1, terminal=False, **more):
             self.out = io.StringIO()
-            console = Console(file=self.out, force_terminal=False, width=150)
-            return sweep.run_sweep(file, self.root, run_child or self.run_child, console=console)
+            console = Console(file=self.out, force_terminal=terminal, width=150)
+            engine, more = self.engine(prefix, workers), {"retries": 0, "workers": workers} | more
+            return sweep.run_sweep(file, self.root, engine, console=console, **more)
 
         def called(self):
             return self.calls.read_text().split() if self.calls.exists() else []
@@ -124,7 +126,7 @@ def test_ranks_skips_and_writes(place):
     assert [difference["low"], difference["high"]] == pytest.approx([want.low, want.high])
     assert difference["verdict"] == "lower"
     assert json.loads((place.root / "sweep.json").read_text()) == json.loads(json.dumps(record))
-    page = (place.root / "comparison.html").read_text()
+    page = (place.root / "sweep.html").read_text()
     assert "tiny optim.lr=0.01" in page
     table = [x for x in place.out.getvalue().splitlines() if re.match(r"[12] +tiny", x)]
     assert table[0].startswith("1  tiny optim.lr=0.01     2.0")
@@ -157,10 +159,10 @@ def test_failures_are_told_apart_and_do_not_stop_the_rest(place):
 
 def test_a_child_that_ends_without_a_result_failed(place):
     file = place.file('def get_sweep():\n    return [("experiments/tiny.py", {})]\n')
-    record = place.run(file, lambda child, poll: 0)
+    record = place.run(file, (sys.executable, "-c", ""))
     assert record["children"][0]["status"] == "failed"
     assert record["children"][0]["cause"] == "run.json is missing"
-    record = place.run(file, lambda child, poll: 3)
+    record = place.run(file, (sys.executable, "-c", "raise SystemExit(3)"))
     assert record["children"][0]["cause"] == "run.json is missing"
 
 
@@ -199,10 +201,11 @@ def test_polite_kill_does_what_an_interrupt_does(place):
         'def get_sweep():\n    return runs("experiments/tiny.py", param("optim.lr", [0.5]))\n'
     )
     code = f"""
-import functools, sys
+import sys
 from sparse_pretrain.scaling import sweep
-child = functools.partial(sweep.spawn, prefix=(sys.executable, {str(place.trainer)!r}))
-sweep.run_sweep({str(file)!r}, {str(place.root)!r}, child)
+from sparse_pretrain.scaling.engines.local import Local
+engine = Local(workers=1, prefix=(sys.executable, {str(place.trainer)!r}))
+sweep.run_sweep({str(file)!r}, {str(place.root)!r}, engine)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     workdir = children(file, place.root)[0].workdir
@@ -329,18 +332,12 @@ def test_shipped_experiments_go_by_their_names_anywhere(place, monkeypatch):
 
 def test_terminal_shows_a_line_per_child(place, monkeypatch):
     file = place.file('def get_sweep():\n    return [("experiments/tiny.py", {})]\n')
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=150)
-
-    def child(child, poll):
-        poll()
-        code = place.run_child(child, poll)
-        poll()
-        return code
-
-    sweep.run_sweep(file, place.root, child, console=console)
-    assert "40/40" in out.getvalue()
-    assert "bits/byte" in out.getvalue()
+    monkeypatch.setattr(sweep, "LOOK", 0.02)
+    place.run(file, terminal=True)
+    out = place.out.getvalue()
+    assert "0/1 done" in out
+    assert "starting" in out
+    assert "[1/1] tiny  finished: 2.0020 bits/byte" in out
 
 
 def test_combinators():

@@ -1,0 +1,167 @@
+"""grouped_matmul on a TPU's matrix units, accumulated in float32, forward and backward.
+
+Each step of the grid multiplies a tile of rows with a tile of one expert's matrix; which is read
+from tables (visits.py) before the step's copies start. A tile of the result is added up in order
+and stays in fast memory while its groups take turns: the same bits every time.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import device
+from kernels_pallas.grouped_matmul import visits
+
+_LIMIT = 56 << 20  # bytes of fast memory: the tiles' and what the compiler adds
+
+
+def _params(*semantics):
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=_LIMIT)
+
+
+def _dot(a, b, contract):
+    """Contract in float32; float32 operands are not rounded to bfloat16."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())),
+                           precision=precision, preferred_element_type=jnp.float32)
+
+
+def _rows_body(steps, transposed, tile, source, matrix, low, high, first, x, w, y, acc):
+    """One contracted step of one visit of a tile of the result."""
+    del tile, source, matrix
+    visit, step = pl.program_id(1), pl.program_id(2)
+    product = high[visit] > low[visit]
+
+    @pl.when(product)
+    def _():
+        part = _dot(x[...], w[...], (1, 1 if transposed else 0))
+        if steps == 1:
+            acc[...] = part
+        else:
+            acc[...] = jnp.where(step == 0, part, acc[...] + part)
+
+    @pl.when(product & (step == steps - 1))
+    def _():
+        row = lax.broadcasted_iota(jnp.int32, y.shape, 0)
+        mine = (row >= low[visit]) & (row < high[visit])
+        # the groups before, or nothing yet; what nobody uses is zero
+        before = jnp.where(first[visit] == 1, 0.0, y[...].astype(jnp.float32))
+        y[...] = jnp.where(mine, acc[...], before).astype(y.dtype)
+
+    @pl.when((high[visit] <= low[visit]) & (step == 0) & (first[visit] == 1))
+    def _():
+        y[...] = jnp.zeros_like(y)
+
+
+def _rows_times(x_RxK, w, layout, *, transposed):
+    """x times each expert's w [E, K, N], or the transpose of its w [E, N, K]: [R, N]."""
+    R, K = x_RxK.shape
+    N = w.shape[1] if transposed else w.shape[2]
+    m, k, n = visits.choose(layout, "transposed" if transposed else "rows", K, N,
+                            x_RxK.dtype.itemsize)
+    table = visits.of_rows(layout, m)
+    steps = K // k
+
+    def contracted(v, step, low, high):
+        # nothing new is loaded for a visit without a product
+        return jnp.where(high[v] > low[v], step, steps - 1)
+
+    def x_map(j, v, s, tile, source, matrix, low, high, first):
+        return source[v], contracted(v, s, low, high)
+
+    def w_map(j, v, s, tile, source, matrix, low, high, first):
+        at = contracted(v, s, low, high)
+        return (matrix[v], j, at) if transposed else (matrix[v], at, j)
+
+    def y_map(j, v, s, tile, *_):
+        return tile[v], j
+
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=6,
+        grid=(-(-N // n), table.count[0], steps),
+        in_specs=[pl.BlockSpec((m, k), x_map),
+                  pl.BlockSpec((None, n, k) if transposed else (None, k, n), w_map)],
+        out_specs=pl.BlockSpec((m, n), y_map),
+        scratch_shapes=[pltpu.VMEM((m, n), jnp.float32)],
+    )
+    return pl.pallas_call(
+        functools.partial(_rows_body, steps, transposed),
+        out_shape=jax.ShapeDtypeStruct((R, N), x_RxK.dtype), grid_spec=grid,
+        compiler_params=_params("parallel", "arbitrary", "arbitrary"),
+        interpret=device.target().interpret or False, name="grouped_matmul",
+    )(table.tile, table.source, table.matrix, table.low, table.high, table.first, x_RxK, w)
+
+
+def _weights_body(m, tile, expert, low, high, first, last, x, dy, dw, acc):
+    """Add a tile's rows of one group to the gradient of its matrix."""
+    del tile, expert
+    visit = pl.program_id(2)
+    whole = (low[visit] == 0) & (high[visit] == m)
+
+    @pl.when(first[visit] == 1)
+    def _():
+        acc[...] = jnp.zeros_like(acc)
+
+    @pl.when(whole)
+    def _():
+        acc[...] += _dot(x[...], dy[...], (0, 0))
+
+    @pl.when(jnp.logical_not(whole) & (high[visit] > low[visit]))
+    def _():
+        def mine(a):  # of both: rows of other groups, or beyond the buffer, may hold anything
+            row = lax.broadcasted_iota(jnp.int32, a.shape, 0)
+            return jnp.where((row >= low[visit]) & (row < high[visit]), a[...],
+                             jnp.zeros(a.shape, a.dtype))
+
+        acc[...] += _dot(mine(x), mine(dy), (0, 0))
+
+    @pl.when(last[visit] == 1)
+    def _():
+        dw[...] = acc[...].astype(dw.dtype)
+
+
+def _weight_gradient(x_RxD, dy_RxF, layout, dtype):
+    """The sum over each expert's rows of x^T dy: [E, D, F] in dtype."""
+    D, F, E = x_RxD.shape[1], dy_RxF.shape[1], layout.sizes.shape[0]
+    m, k, n = visits.choose(layout, "weights", D, F, x_RxD.dtype.itemsize)
+    table = visits.of_groups(layout, m)
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=6,
+        grid=(-(-D // k), -(-F // n), table.count[0]),
+        in_specs=[pl.BlockSpec((m, k), lambda i, j, v, tile, *_: (tile[v], i)),
+                  pl.BlockSpec((m, n), lambda i, j, v, tile, *_: (tile[v], j))],
+        out_specs=pl.BlockSpec((None, k, n), lambda i, j, v, tile, expert, *_: (expert[v], i, j)),
+        scratch_shapes=[pltpu.VMEM((k, n), jnp.float32)],
+    )
+    return pl.pallas_call(
+        functools.partial(_weights_body, m),
+        out_shape=jax.ShapeDtypeStruct((E, D, F), dtype), grid_spec=grid,
+        compiler_params=_params("parallel", "parallel", "arbitrary"),
+        interpret=device.target().interpret or False, name="grouped_matmul_weights",
+    )(table.tile, table.expert, table.low, table.high, table.first, table.last, x_RxD, dy_RxF)
+
+
+@jax.custom_vjp
+def grouped_matmul(x, w, layout):
+    """Each row of expert e times w[e], in x's dtype; rows of no group become zero."""
+    return _rows_times(x, w.astype(x.dtype), layout, transposed=False)
+
+
+def _forward(x, w, layout):
+    return grouped_matmul(x, w, layout), (x, w, layout)
+
+
+def _backward(residuals, dy):
+    x, w, layout = residuals
+    dy = dy.astype(x.dtype)
+    dx = _rows_times(dy, w.astype(x.dtype), layout, transposed=True)
+    return dx, _weight_gradient(x, dy, layout, w.dtype), None
+
+
+grouped_matmul.defvjp(_forward, _backward)

@@ -1,0 +1,170 @@
+"""What the TPU kernels of grouped_matmul do in which order: tiles, and visits of them as data.
+
+Row tiles lie at multiples of their height wherever groups start. A tile is visited once for each
+group that owns rows of it, in order, so that it stays in fast memory meanwhile; a group owns the
+rows up to the next group's start, so that every tile is visited and every row is written.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import blocks, device
+from kernels_pallas.grouped_matmul.tiles import owned
+
+# Bytes of fast memory for tiles; the smallest of these chips (TPU7x) has 64 MiB.
+VMEM = 40 << 20
+LANES = 128
+# Rows that a tile's height is a multiple of: bfloat16 is stored in pairs of 8.
+_ROWS = 16
+_HEIGHTS = (512, 256, 128)
+_WIDTHS = (1024, 768, 512, 384, 256, 128)
+
+
+class Tiles(NamedTuple):
+    """Sizes of one product: rows, contracted width of a step, and columns."""
+
+    m: int
+    k: int
+    n: int
+
+
+class Visits(NamedTuple):
+    """A table per column, [V] int32 each, of which the first `count` visits are made.
+
+    `tile` of the result; `source`, `matrix` the row tile and expert to load, those of the visit
+    before where there is nothing to multiply; `expert`; rows [low, high) of the tile that the
+    group uses; whether the visit is the `first` and the `last` of its tile or its expert.
+    """
+
+    count: Any
+    tile: Any
+    source: Any
+    matrix: Any
+    expert: Any
+    low: Any
+    high: Any
+    first: Any
+    last: Any
+
+
+def supports(x, w, layout) -> str | None:
+    """Return None, or why the TPU kernels cannot run this call."""
+    target = device.target()
+    if target.platform != "tpu":
+        return f"needs a TPU, the device is {target.kind or target.platform}"
+    if device.jax_version() < (0, 11):
+        return f"needs jax 0.11, this is {jax.__version__}"
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"needs bfloat16 or float32 rows, x is {x.dtype}"
+    if layout.rows == 0 or w.shape[0] == 0:
+        return f"needs rows and experts, there are {layout.rows} and {w.shape[0]}"
+    for name, width, columns in (("D", w.shape[1], w.shape[2]), ("F", w.shape[2], w.shape[1])):
+        if not _steps(width, columns, x.dtype.itemsize, _HEIGHTS[-1]):
+            return f"needs a width that fits in fast memory or a multiple of 128, {name} is {width}"
+    return None
+
+
+def _bytes(tiles: Tiles, itemsize: int) -> int:
+    """Fast memory of one product: operands and result twice, and the float32 sum."""
+    m, k, n = (-(-t // LANES) * LANES for t in tiles)
+    return 2 * itemsize * (m * k + k * n + m * n) + 4 * m * n
+
+
+def _steps(width: int, columns: int, itemsize: int, m: int) -> list[Tiles]:
+    """The tiles of this height that fit, the contracted width whole or in equal steps."""
+    n_all = [n for n in _WIDTHS if n < columns + LANES] if columns > LANES else [columns]
+    found = []
+    for n in n_all:
+        n = min(n, columns)
+        for steps in range(1, width // LANES + 1):
+            if width % steps == 0 and (steps == 1 or width // steps % LANES == 0):
+                tiles = Tiles(m, width // steps, n)
+                if _bytes(tiles, itemsize) <= VMEM:
+                    found.append(tiles)
+                    break
+        else:
+            if width < LANES and _bytes(Tiles(m, width, n), itemsize) <= VMEM:
+                found.append(Tiles(m, width, n))
+    return found
+
+
+def choose(layout, product: str, contracted: int, columns: int, itemsize: int) -> Tiles:
+    """Return the tiles of a product: tuned ones, or those of least work and traffic.
+
+    `product` is rows, transposed or weights (where `contracted` is the result's height).
+    """
+    R, E = layout.rows, layout.sizes.shape[0]
+    whole = -(-R // _ROWS) * _ROWS
+    heights = sorted({min(m, whole) for m in _HEIGHTS})
+    every = [t for m in heights for t in _options(product, m, contracted, columns, itemsize)]
+
+    def cost(tiles):
+        # every group ends in a tile of its own; an estimate that the tuner replaces
+        work = (R + E * tiles.m) * -(-columns // tiles.n) * tiles.n
+        if product == "weights":
+            work = work * (-(-contracted // tiles.k) * tiles.k) / contracted
+        return work * (1 + LANES / tiles.m) * (1 + LANES / tiles.n) * (1 + LANES / tiles.k)
+
+    as_blocks = [t._asdict() for t in every]
+    workload = {"product": product, "rows": R, "experts": E, "contracted": contracted,
+                "columns": columns, "itemsize": itemsize}
+    found = blocks.choose("grouped_matmul", "mosaic_tpu", workload,
+                          min(every, key=cost)._asdict(), as_blocks)
+    return Tiles(**found)
+
+
+def _options(product, m, contracted, columns, itemsize):
+    if product != "weights":
+        return _steps(contracted, columns, itemsize, m)
+    # of a gradient k is a tile's height in the result, which is float32 at most
+    sides = [[n for n in _WIDTHS if n < side + LANES] or [side] for side in (contracted, columns)]
+    return [t for k in sides[0] for n in sides[1]
+            if _bytes(t := Tiles(m, min(k, contracted), min(n, columns)), 4) <= VMEM]
+
+
+def _table(count_E, first_tile_E, layout, m):
+    """Number the visits: (count [1], expert [V], tile [V])."""
+    E = layout.sizes.shape[0]
+    ends = jnp.cumsum(count_E, dtype=jnp.int32)
+    visit = jnp.arange(-(-layout.rows // m) + E, dtype=jnp.int32)
+    expert = jnp.minimum((visit[:, None] >= ends[None, :]).sum(1, dtype=jnp.int32), E - 1)
+    tile = first_tile_E[expert] + visit - (ends - count_E)[expert]
+    return ends[-1:], expert, jnp.clip(tile, 0, -(-layout.rows // m) - 1)
+
+
+def _visits(count, expert, tile, by, layout, m):
+    """Fill in the columns; `by` is what runs of visits share: tiles or experts."""
+    sizes, starts = layout.sizes.astype(jnp.int32), layout.starts.astype(jnp.int32)
+    low = jnp.clip(starts[expert] - tile * m, 0, m)
+    high = jnp.clip(starts[expert] + sizes[expert] - tile * m, 0, m)
+    product = high > low
+    matrix, source = (jax.lax.cummax(jnp.where(product, x, 0)) for x in (expert, tile))
+    change = by[1:] != by[:-1]
+    edge = jnp.ones(1, bool)
+    visit = jnp.arange(by.shape[0], dtype=jnp.int32)
+    last = jnp.concatenate([change, edge]) | (visit == count[0] - 1)
+    first = jnp.concatenate([edge, change])
+    return Visits(count, tile, source, matrix, expert, low, high, first.astype(jnp.int32),
+                  last.astype(jnp.int32))
+
+
+def of_rows(layout, m: int) -> Visits:
+    """Return the visits of row tiles: every tile, once for each group that owns rows of it."""
+    have, starts = owned(layout), layout.starts.astype(jnp.int32)
+    first = starts // m
+    count = jnp.where(have > 0, (starts + have - 1) // m - first + 1, 0)
+    count, expert, tile = _table(count, first, layout, m)
+    return _visits(count, expert, tile, tile, layout, m)
+
+
+def of_groups(layout, m: int) -> Visits:
+    """Return the visits of groups: the tiles that hold rows they use, one where they use none."""
+    sizes, starts = layout.sizes.astype(jnp.int32), layout.starts.astype(jnp.int32)
+    first = starts // m
+    count = jnp.where(sizes > 0, (starts + sizes - 1) // m - first + 1, 1)
+    count, expert, tile = _table(count, first, layout, m)
+    return _visits(count, expert, tile, expert, layout, m)

@@ -1,0 +1,1 @@
+"""Scaling laws from the losses of runs: robust fits with intervals, and what they forecast."""

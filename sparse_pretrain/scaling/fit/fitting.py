@@ -1,0 +1,171 @@
+"""Fits a law to a table of runs: outliers by rule, many starts, intervals by bootstrap."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import sparse_pretrain
+from sparse_pretrain.scaling.fit import batched, law, laws, record, solve, tables
+
+BOOTSTRAP = 400
+HELD_OUT = 0.2  # of the runs, those of the most compute, forecast by a fit to the others
+FLOOR = 1e-3  # of the loss: residuals below it are no outliers, however exact the law is
+STARTS = 16  # of the grid that are followed; tests hold the result to more
+
+
+def fit(
+    table: tables.Table,
+    kind: str = "chinchilla",
+    *,
+    drop: str = "rule",
+    bootstrap: int = BOOTSTRAP,
+    delta: float = law.DELTA,
+    seed: int = 0,
+    follow: int = STARTS,
+    provenance: Mapping[str, Any] | None = None,
+) -> record.Fit:
+    """The law `kind` of the table's losses.
+
+    `drop` is 'rule' (tables.RULE), 'none', or 'highest:K' for the K highest losses. Refits of
+    resampled runs give percentile intervals; a fit without the runs of most compute forecasts
+    those, and its error is `held_out`. Source: as `laws.find(kind).source`.
+    Errors: ValueError naming the column or the number of runs when the table does not suffice.
+    """
+    found = laws.find(kind)
+    keep, dropped, rule = _drop(table, found, drop, delta, follow)
+    kept = table.take(keep)
+    size = len(found.parameters)
+    if len(kept) <= size:
+        raise ValueError(
+            f"runs: {len(kept)} of {len(table)} are left, and the law {kind} has {size} parameters"
+        )
+    features = found.build(columns(kept, found.columns))
+    _determined(features, found)
+    target = np.log(kept.loss)
+    best = _solve(features, target, found, delta, follow)
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(len(kept), np.full(len(kept), 1 / len(kept)), size=bootstrap)
+    samples = batched.minimise(
+        features,
+        np.tile(target, (bootstrap, 1)),
+        weights.astype(np.float64),
+        best.theta,
+        delta=delta,
+    )
+    rest = target - law.values(features, best.theta)
+    free = len(kept) - size
+    constants = {k: float(v) for k, v in found.constants(best.theta).items()}
+    tail = 50 * (1 - record.CONFIDENCE)
+    intervals = {
+        k: tuple(float(x) for x in np.percentile(v, [tail, 100 - tail]))
+        for k, v in found.constants(samples).items()
+    }
+    named = {k: kept.column(k) for k in ("flops", "loss", *found.columns)}
+    return record.Fit(
+        kind=kind,
+        theta=best.theta,
+        samples=samples,
+        constants=constants,
+        intervals=intervals,
+        dropped=dropped,
+        rule=rule,
+        runs=len(kept),
+        objective=best.loss,
+        delta=delta,
+        noise=float(np.sqrt((rest**2).sum() / free)),
+        span={k: (float(v.min()), float(v.max())) for k, v in named.items()},
+        held_out=_held_out(kept, found, delta, follow),
+        provenance={
+            "formula": found.formula,
+            "method": f"sum of Huber losses of log loss, delta {delta:g}; the best of "
+            f"{len(found.starts())} starts; {bootstrap} refits of resampled runs, seed {seed}",
+            "law_source": found.source,
+            "data": table.source,
+            "sha256": table.sha256,
+            "program": f"sparse-pretrain {sparse_pretrain.__version__}",
+            **(provenance or {}),
+        },
+    )
+
+
+def columns(table: tables.Table, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The table's columns by name. Errors: ValueError naming one that it does not have."""
+    return {name: table.column(name) for name in names}
+
+
+def _solve(features, target, found: laws.Law, delta: float, follow: int) -> solve.Found:
+    objective = law.Objective(features, target, np.ones(len(target)), delta)
+    return solve.minimise(objective, found.starts(), follow=follow)
+
+
+def _determined(features: law.Terms, found: laws.Law) -> None:
+    """ValueError when no run tells some constants apart: a column that never changes."""
+    for term, name in enumerate(found.columns):
+        if len(np.unique(features[min(term, len(features) - 1)].round(12), axis=0)) < 2:
+            raise ValueError(f"{name}: is the same in all runs, so its exponent cannot be fitted")
+
+
+def _drop(table, found, drop: str, delta: float, follow: int):
+    """(which runs stay, what is said of the others, the rule)."""
+    head, _, count = drop.partition(":")
+    keep, reasons = np.ones(len(table), bool), {}
+    if drop == "rule":
+        rule = tables.RULE
+        for i in np.flatnonzero(tables.undertrained(table)):
+            keep[i] = False
+            ratio = table.tokens[i] / table.params[i]
+            reasons[i] = f"{ratio:.3g} tokens per parameter"
+        while keep.sum() > len(found.parameters):
+            kept = table.take(keep)
+            features = found.build(columns(kept, found.columns))
+            best = _solve(features, np.log(kept.loss), found, delta, min(follow, 6))
+            rest = np.log(kept.loss) - law.values(features, best.theta)
+            far = np.abs(rest) > tables.DIVERGED * max(tables.spread(rest), FLOOR)
+            for i, off in zip(np.flatnonzero(keep)[far], rest[far], strict=True):
+                keep[i] = False
+                reasons[i] = f"{100 * off:+.1f} % off the law"
+            if not far.any():
+                break
+    elif drop == "none":
+        rule = "no run is dropped"
+    elif head == "highest" and count.isdigit() and int(count) < len(table):
+        rule = f"the {count} highest losses are dropped"
+        for i in np.argsort(-table.loss, kind="stable")[: int(count)]:
+            keep[i], reasons[i] = False, "among the highest losses"
+    else:
+        raise ValueError(
+            f"drop: must be rule, none or highest:K with K below {len(table)} runs, got {drop!r}"
+        )
+    said = tuple(
+        {
+            "run": table.label(i),
+            "params": float(table.params[i]),
+            "tokens": float(table.tokens[i]),
+            "loss": float(table.loss[i]),
+            "reason": reasons[i],
+        }
+        for i in sorted(reasons, key=lambda i: -table.loss[i])
+    )
+    return keep, said, rule
+
+
+def _held_out(table, found, delta: float, follow: int) -> dict[str, Any] | None:
+    """How well a fit to the runs of less compute forecasts those of the most."""
+    edge = np.quantile(table.flops, 1 - HELD_OUT)
+    early = table.flops <= edge * (1 + 1e-9)
+    if early.all() or early.sum() <= len(found.parameters) + 1:
+        return None
+    first, last = table.take(early), table.take(~early)
+    features = found.build(columns(first, found.columns))
+    best = _solve(features, np.log(first.loss), found, delta, min(follow, 6))
+    forecast = np.exp(law.values(found.build(columns(last, found.columns)), best.theta))
+    off = np.abs(forecast / last.loss - 1)
+    return {
+        "fitted_runs": len(first),
+        "forecast_runs": len(last),
+        "fitted_up_to_flops": float(first.flops.max()),
+        "forecast_up_to_flops": float(last.flops.max()),
+        "mean_abs_error": float(off.mean()),
+        "max_abs_error": float(off.max()),
+    }

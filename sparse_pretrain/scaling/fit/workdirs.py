@@ -1,0 +1,68 @@
+"""What a law needs of finished runs, read from their run.json and summary.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def rows(root: Path, depth: int = 4) -> tuple[list[dict[str, Any]], list[str]]:
+    """(a row per finished run at or below `root`, a line per run left out), sorted by folder.
+
+    Units: `params` model FLOPs per token of training over 6; `total_params`, `active_params`
+    parameters; `tokens` training targets; `loss` held-out nats/token; `seconds` of training,
+    `memory` bytes at the peak.
+    """
+    found: list[dict[str, Any]] = []
+    left: list[str] = []
+    for path in _find(root, depth):
+        run, summary = (_json(path / name) for name in ("run.json", "summary.json"))
+        if not run or run.get("status") != "finished" or not summary:
+            left.append(f"{path.name}: {(run or {}).get('status', 'no record')}")
+            continue
+        derived = run.get("derived") or {}
+        flops, tokens, loss = (summary.get(k) for k in ("flops", "tokens", "nats_per_token"))
+        if not (flops and tokens and loss):
+            left.append(f"{path.name}: its summary lacks flops, tokens or nats_per_token")
+            continue
+        total, active = (derived.get(k) or 0 for k in ("total_params", "active_params"))
+        found.append(
+            {
+                "label": path.name,
+                "name": run.get("name"),
+                "params": flops / tokens / 6,
+                "tokens": float(tokens),
+                "loss": float(loss),
+                "bits_per_byte": summary.get("bits_per_byte"),
+                "flops": float(flops),
+                "total_params": total,
+                "active_params": active,
+                "total_ratio": total / active if active else None,
+                "width": ((run.get("config") or {}).get("model") or {}).get("width"),
+                "seed": (run.get("config") or {}).get("seed"),
+                "lr": ((run.get("config") or {}).get("optim") or {}).get("lr"),
+                "seconds": summary.get("train_seconds"),
+                "tokens_per_second": summary.get("tokens_per_second"),
+                "memory": summary.get("peak_memory_bytes"),
+                "corpus": summary.get("manifest_hash") or "",
+                "commit": run.get("commit"),
+            }
+        )
+    return found, left
+
+
+def _find(root: Path, depth: int):
+    if (root / "run.json").is_file():
+        yield root
+        return
+    if depth == 0 or not root.is_dir():
+        return
+    for path in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        yield from _find(path, depth - 1)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
