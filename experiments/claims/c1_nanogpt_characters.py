@@ -9,6 +9,7 @@ Tested: nanoGPT's own model (4 layers, width 128, 804,096 parameters) trained in
     committed and which this reads. The GPU recipe has not been run.
 Criterion: 1.88 +- 0.04, 3/3, whole validation split.
 Cost: 3 runs of a minute on two cores.
+Result: PASS at 4468d0f: 1.899 / 1.900 / 1.900, 3/3; a 4-gram count model 1.669.
 """
 
 import json

@@ -10,6 +10,8 @@ Tested: our own runs over 2,048 tokens of the Python library, 0.8M tokens, five 
     held against the latent attention that it stands in for.
 Criterion: within 0.02 nats at T >= 256, 3/3 for each; the indexer's share at least 0.90 at k = T/8.
 Cost: 30 runs of two minutes on one core.
+Result: FAIL at 4468d0f: less full attention, nats per token: moba -0.025 (5/5), nsa -0.164 (5/5),
+    dsa -0.010 (4/5); share of the mass: indexer 0.46, oracle 0.60, recent 0.37.
 """
 
 import json
