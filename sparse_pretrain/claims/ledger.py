@@ -51,7 +51,8 @@ def _row(claim: base.Claim, result: dict[str, Any] | None) -> Row:
     interval = result["interval"]
     device = result["device"]
     kind = device["cpu"] if device["platform"] == "cpu" else device["kind"]
-    cores = f", {device['usable_cores']} cores" if device["platform"] == "cpu" else ""
+    count = device["usable_cores"]
+    cores = f", {count} core{'s' * (count > 1)}" if device["platform"] == "cpu" else ""
     return Row(
         *head,
         result["measured"],
@@ -82,7 +83,7 @@ def markdown(table: Sequence[Row]) -> str:
     ]
     for row in table:
         cells = (
-            row.id, f"{row.claim} ({row.source})", row.published, row.measured, row.criterion,
+            row.id, f"{row.claim} ({row.source.rstrip('.')})", row.published, row.measured, row.criterion,
             row.verdict + (f", {row.commit}" if row.commit else ""),
         )  # fmt: skip
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
