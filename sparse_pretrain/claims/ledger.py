@@ -82,8 +82,9 @@ def markdown(table: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in table:
+        claim = f"{row.claim} ({row.source.rstrip('.')})"
         cells = (
-            row.id, f"{row.claim} ({row.source.rstrip('.')})", row.published, row.measured, row.criterion,
+            row.id, claim, row.published, row.measured, row.criterion,
             row.verdict + (f", {row.commit}" if row.commit else ""),
         )  # fmt: skip
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")

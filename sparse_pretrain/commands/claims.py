@@ -23,7 +23,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", metavar="DIR", help="default: those of this installation")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--markdown", action="store_true", help="as the README shows it")
-    parser.add_argument("--report", action="store_true", help="write REPORT.md and each file's Result anew")
+    parser.add_argument(
+        "--report", action="store_true", help="write REPORT.md and each file's Result anew"
+    )
     parser.add_argument(
         "--readme", metavar="FILE", help="write the table between this file's two marks"
     )
