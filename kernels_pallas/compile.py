@@ -276,6 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # The assembler's report is printed where these are set.
     os.environ.update(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_RESOURCES="1")
+    # libtpu takes a lock as if it used a chip; several of these commands may run beside each other.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     jax.config.update("jax_platforms", "cpu")  # the plugins look for devices otherwise
     rows: list[Row] = []
     jobs = {chip.name: [(case, name) for case in chosen for name in

@@ -6,13 +6,23 @@ import numbers
 
 import jax.numpy as jnp
 
-from kernels_pallas.cross_entropy import reference, xla
+from kernels_pallas.cross_entropy import reference, tiles, xla
 from kernels_pallas.op import Backend, Op
+
+
+def _mosaic_tpu(*arrays, **options):
+    # Pallas takes 0.4 s to import, which only who runs it pays.
+    from kernels_pallas.cross_entropy import mosaic_tpu
+
+    return mosaic_tpu.cross_entropy(*arrays, **options)
+
 
 op = Op(
     "cross_entropy",
     (
         Backend("xla", xla.cross_entropy),
+        # Only where it is asked for, until it has run on a chip: PENDING.md.
+        Backend("mosaic_tpu", _mosaic_tpu, tiles.supports),
         Backend("reference", reference.cross_entropy),
     ),
 )
@@ -29,7 +39,7 @@ def cross_entropy(x_TxD, head, targets_T, weights_T, *, z_loss=0.0, softcap=None
     Shapes: x [T, D]; head [D, V] for head_layout 'DV' or [V, D] for 'VD' (a tied embedding, not
         transposed); targets int [T] in [0, V); weights float [T]. Returns the sum, a scalar, and
         nll [T], unweighted and without z_loss.
-    Units: nats; chunk in tokens, chosen by the backend when None.
+    Units: nats; chunk in tokens, chosen by the backend when None, for those that go by chunks.
     Errors: ValueError for shapes, dtypes or numbers that do not fit, and for an implementation
         that cannot run.
     Source: chunked as in Liger Kernel (2410.10989); z-loss from PaLM (2204.02311), section 5.

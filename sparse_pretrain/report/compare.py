@@ -87,9 +87,17 @@ def differences(arms: Sequence[Arm], *, key: str = METRIC) -> list[Difference]:
     return found
 
 
-def write_comparison(arms: Sequence[Arm], path: Path | str, title: str = "Comparison") -> Path:
+def write_comparison(
+    arms: Sequence[Arm],
+    path: Path | str,
+    title: str = "Comparison",
+    *,
+    head: str = "",
+    tail: str = "",
+) -> Path:
     """Write the page to `path` and return it; the first arm is the baseline.
 
+    `head` and `tail` are HTML before the ranking and behind everything.
     Errors: ValueError when there is no arm, or two have one name.
     """
     path = Path(path)
@@ -104,6 +112,7 @@ def write_comparison(arms: Sequence[Arm], path: Path | str, title: str = "Compar
         f'<h1>{html.text(title)}</h1><p class="soft">{len(arms)} arms, '
         f"{sum(len(a.runs) for a in arms)} runs</p>"
         + _warning(arms)
+        + head
         + html.section("Ranked by held-out bits/byte", _ranking(ranked), id="ranking")
         + html.section("Paired differences", _paired(arms), id="paired")
         + f'<div class="columns">{_curves(ranked)}'
@@ -112,6 +121,7 @@ def write_comparison(arms: Sequence[Arm], path: Path | str, title: str = "Compar
         + html.section("By domain, bits/byte", _domains(ranked), id="domains")
         + html.section("What differs", _settings(ranked), id="settings")
         + html.section("Runs", _runs(ranked), id="runs")
+        + tail
     )
     fresh = path.with_name(path.name + ".tmp")
     fresh.write_text(html.page(f"{title}: sparse-pretrain", body), encoding="utf-8")

@@ -57,6 +57,24 @@ class Run:
         """The evaluations, all of one set of targets: the last scores a larger one besides."""
         return [row | section(row, "between") for row in self.eval]
 
+    @property
+    def device(self) -> str:
+        """What it was trained on: the accelerator's name, else the processor's."""
+        found = section(self.run, "device")
+        kind = found.get("kind")
+        return str((found.get("cpu") or kind) if kind == "cpu" else kind or "")
+
+    @property
+    def chip_hours(self) -> float | None:
+        """Hours of all its chips, as far as it got; None when not known."""
+        chips, seconds = section(self.run, "device").get("count"), self.result("wall_seconds")
+        launches = self.run.get("launches")
+        if seconds is None and isinstance(launches, list):
+            parts = [x.get("seconds") for x in launches if isinstance(x, dict)]
+            seconds = sum(x for x in parts if isinstance(x, (int, float)))
+        good = isinstance(chips, int) and isinstance(seconds, (int, float))
+        return seconds * chips / 3600 if good else None
+
     def result(self, key: str) -> Any:
         """A final number: from the summary, else from the last row that has it, else None."""
         for row in (self.summary, *reversed(self.eval[-1:]), *reversed(self.metrics[-1:])):

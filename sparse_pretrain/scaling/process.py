@@ -138,6 +138,8 @@ def execute(
             return Outcome(INTERRUPTED)
         if workdir.read(child.workdir, rows=False).status == "finished":
             return Outcome(0)
+        if asked():
+            return Outcome(INTERRUPTED)
         command = [*prefix, *child.arguments()]
         with opened_log(child, command) as log:
             start = log.tell()

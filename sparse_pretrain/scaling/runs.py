@@ -25,11 +25,16 @@ RESULTS = (
     "compile_seconds",
 )
 DERIVED = ("total_params", "active_params", "train_flops_per_token")
+SETTINGS = 6  # keys that the table can still show; the files have them all
 COLOURS = {"finished": "green", "failed": "red", "interrupted": "yellow", "running": "cyan"}
 
 
-def describe(run: workdir.Run) -> dict[str, Any]:
-    """One row of the table, as plain data; unknown numbers are None."""
+def describe(run: workdir.Run, price: float | None = None) -> dict[str, Any]:
+    """One row of the table, as plain data; unknown numbers are None.
+
+    FLOPs and chip-hours of a run that did not finish are those so far.
+    Units: `price` of a chip-hour, in any currency, which is then that of `cost`.
+    """
     row: dict[str, Any] = {"name": run.name, "workdir": str(run.path), "status": run.status}
     row |= {"cause": run.cause, "step": run.metrics[-1].get("step") if run.metrics else None}
     row |= {key: run.result(key) for key in RESULTS}
@@ -39,6 +44,11 @@ def describe(run: workdir.Run) -> dict[str, Any]:
         row[key.rpartition(".")[2]] = workdir.dotted(run.config).get(key)
     row["manifest_hash"] = run.manifest_hash
     row |= {key: run.run.get(key) for key in ("commit", "created")}
+    chips, hours = workdir.section(run.run, "device").get("count"), run.chip_hours
+    row |= {"device": run.device or None, "chips": chips, "chip_hours": hours}
+    row["cost"] = hours * price if price is not None and hours is not None else None
+    if row["flops"] is None and row["tokens"] and row["train_flops_per_token"]:
+        row["flops"] = row["tokens"] * row["train_flops_per_token"]
     return row
 
 
@@ -49,9 +59,13 @@ def _order(row: dict[str, Any], sort: str) -> tuple[bool, Any]:
     return (value is None, 0 if value is None else value)
 
 
-def list_runs(root: Path | str, *, sort: str = "bits_per_byte") -> list[dict[str, Any]]:
+def list_runs(
+    root: Path | str, *, sort: str = "bits_per_byte", price: float | None = None
+) -> list[dict[str, Any]]:
     """A row per workdir at or below `root`, sorted by the column `sort`, unknown values last.
 
+    `config` holds what the runs do not agree on, by dotted key.
+    Units: `price` as `describe`.
     Errors: ValueError when `root` is no folder or `sort` no column.
     """
     root = Path(root)
@@ -60,13 +74,29 @@ def list_runs(root: Path | str, *, sort: str = "bits_per_byte") -> list[dict[str
     columns = describe(workdir.read(root, rows=False))
     if sort not in columns:
         raise ValueError(f"sort: {sort!r} is not one of {', '.join(columns)}")
-    rows = [describe(workdir.read(path, rows=False)) for path in workdir.find(root)]
+    found = [workdir.read(path, rows=False) for path in workdir.find(root)]
+    settings = differing([workdir.dotted(run.config) for run in found])
+    rows = [
+        describe(run, price) | {"config": setting}
+        for run, setting in zip(found, settings, strict=True)
+    ]
     rows.sort(key=lambda row: row["workdir"])
     # Columns of mixed types exist in broken files only; they sort as text then.
     known = [row[sort] for row in rows if row[sort] is not None]
     if not any(all(isinstance(v, kind) for v in known) for kind in ((int, float), str)):
         return sorted(rows, key=lambda row: (row[sort] is None, str(row[sort])))
     return sorted(rows, key=lambda row: _order(row, sort))
+
+
+def differing(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each configuration the keys on which they disagree, names left out; lacking ones are None.
+
+    A run that never wrote a configuration is no disagreement.
+    """
+    known = [config for config in configs if config]
+    keys = sorted({key for config in known for key in config} - {"name"})
+    keys = [key for key in keys if len({repr(config.get(key)) for config in known}) > 1]
+    return [{key: config.get(key) for key in keys} if config else {} for config in configs]
 
 
 def _number(value: Any, digits: int = 4) -> str:
@@ -100,8 +130,14 @@ def print_runs(
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("run", overflow="fold")
     table.add_column("status")
-    for name in ("bits/byte", "steps", "tokens", "active", "tok/s", "time", "corpus"):
+    priced = any(row.get("cost") is not None for row in rows)
+    names = ["bits/byte", "steps", "tokens", "active", "tok/s", "time", "corpus"]
+    for name in [*names, *(["cost"] if priced else [])]:
         table.add_column(name, justify="right", no_wrap=True)
+    keys = list(dict.fromkeys(key for row in rows for key in row.get("config", {})))
+    told = 0 < len(keys) <= SETTINGS
+    if told:
+        table.add_column("differs in", overflow="fold")
     for row in rows:
         status = Text(row["status"], style=COLOURS.get(row["status"], ""))
         table.add_row(
@@ -114,6 +150,8 @@ def print_runs(
             _si(row["tokens_per_second"]),
             clock(row["wall_seconds"]),
             (row["manifest_hash"] or "-")[:6],
+            *([_number(row["cost"], 2)] if priced else []),
+            *([Text(_setting(row["config"]))] if told else []),
         )
     console.print(table)
     for row in rows:
@@ -126,6 +164,10 @@ def print_runs(
             style="yellow",
             soft_wrap=True,
         )
+
+
+def _setting(config: dict[str, Any]) -> str:
+    return " ".join(f"{key}={_value(v)}" for key, v in config.items() if v is not None)
 
 
 def _label(row: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sparse_pretrain.report import compare, workdir
+from sparse_pretrain.report import compare, sweeps, workdir
 from sparse_pretrain.scaling import live, process, record
 from sparse_pretrain.scaling.children import Child
 from sparse_pretrain.scaling.engines import Engine
@@ -315,7 +315,10 @@ def _report(driver: Driver, content: dict[str, Any], console: Console) -> None:
     page = driver.root / "sweep.html"
     if seen:
         arms = gather(seen)
-        compare.write_comparison(arms, page, f"Sweep {Path(driver.file).stem}")
+        runs = [run for arm in arms for run in arm.runs.values()]
+        head, tail = sweeps.head(content, runs), sweeps.tail(content, runs)
+        title = f"Sweep {Path(driver.file).stem}"
+        compare.write_comparison(arms, page, title, head=head, tail=tail)
         record.print_ranking(arms, console)
     for c in content["children"]:
         if c["status"] == "failed":

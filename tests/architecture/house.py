@@ -39,6 +39,8 @@ FLOORS = {
     "sparse_pretrain.config": 5,
     "sparse_pretrain.planning": 5,
     "sparse_pretrain.scaling.fit": 5,
+    "sparse_pretrain.scaling.forecast": 5,
+    "sparse_pretrain.scaling.published": 5,
     "sparse_pretrain.training": 6,
     "sparse_pretrain.interop": 6,
     "sparse_pretrain.report": 7,

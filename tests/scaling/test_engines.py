@@ -25,7 +25,7 @@ flags = dict(a.removeprefix("--").split("=", 1) for a in sys.argv[1:])
 workdir, how = flags["workdir"], flags.get("config.how", "")
 os.makedirs(workdir, exist_ok=True)
 with open(workdir + "/where", "a") as f:
-    f.write(os.environ.get("RAY_NODE_ID", "") or os.environ.get("HOSTNAME", "") or "here")
+    f.write(os.environ.get("RAY_RAYLET_PID", "here"))
     f.write(" " + str(os.getppid()) + "\\n")
 if how == "mistake":
     print("error: optim.lr: must be positive")
@@ -106,10 +106,11 @@ def check_interrupt(place, name, **options):
 @pytest.fixture
 def cluster():
     """Two Ray nodes of a core each, on the loopback address."""
+    from sparse_pretrain.scaling.engines.on_ray import LOOPBACK, stay_on_loopback
+
+    stay_on_loopback()
     ray = pytest.importorskip("ray", reason="extra 'ray': ray is not installed")
     from ray.cluster_utils import Cluster
-
-    from sparse_pretrain.scaling.engines.on_ray import LOOPBACK
 
     node = {"num_cpus": 1, "include_dashboard": False, "node_ip_address": LOOPBACK}
     node["object_store_memory"] = 80 << 20

@@ -1,5 +1,6 @@
 """The table of runs: order, states and differences."""
 
+import csv
 import io
 import json
 import os
@@ -11,7 +12,7 @@ import time
 import pytest
 from rich.console import Console
 
-from sparse_pretrain.scaling import runs
+from sparse_pretrain.scaling import export, runs
 
 
 def console():
@@ -61,7 +62,7 @@ def test_sorted_by_any_column_with_unknown_last(root):
     assert {best[-1], best[-2]} == {"unreadable", "partial"}
     steps = [r["step"] for r in runs.list_runs(root, sort="step")]
     assert steps == [4, 7, 30, 60, 60, None]
-    for column in runs.list_runs(root)[0]:
+    for column in runs.list_runs(root)[0].keys() - {"config"}:
         assert len(runs.list_runs(root, sort=column)) == 6
     with pytest.raises(ValueError, match="sort: 'bits' is not one of name, workdir"):
         runs.list_runs(root, sort="bits")
@@ -93,6 +94,52 @@ def test_table_and_json(root):
     out = console()
     runs.print_runs([], console=out)
     assert out.file.getvalue() == "no runs here\n"
+
+
+def test_files_have_a_row_a_run_and_a_column_a_difference(tmp_path, fake_run):
+    for name, lr in (("a", 0.002), ("b", 0.004)):
+        config = {"optim": fake_run.CONFIG["optim"] | {"lr": lr}}
+        fake_run.write(tmp_path / name, steps=20, config=config, bits=lr)
+    launches = [{"seconds": 900.0}, {"seconds": 450.0}]
+    device = {"kind": "cpu", "cpu": "Fast 9000", "count": 2}
+    more = {"status": "interrupted", "launches": launches, "device": device}
+    fake_run.write(tmp_path / "c", steps=20, done=10, layers=2, **more)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/run.json").write_text("{")
+    rows = runs.list_runs(tmp_path, price=4.0)
+    export.write_csv(rows, tmp_path / "t.csv")
+    export.write_parquet(rows, tmp_path / "t.parquet")
+    with open(tmp_path / "t.csv", newline="") as file:
+        table = {os.path.basename(r["workdir"]): r for r in csv.DictReader(file)}
+    assert sorted(table) == ["a", "b", "c", "d"]
+    assert [table[k]["config.optim.lr"] for k in "abcd"] == ["0.002", "0.004", "0.002", ""]
+    assert "config.model.width" not in table["a"]  # all agree on it
+    a, c = table["a"], table["c"]
+    tokens = 20 * 32 * 256
+    assert float(a["loss"]) == float(a["nats_per_token"]) == pytest.approx(0.002 * 1.6)
+    assert float(a["flops"]) == tokens * 3.1e7 == float(a["params"]) * 6 * tokens
+    assert float(a["chip_hours"]) == 161.25 / 3600
+    # what did not finish counts as far as it got
+    assert (c["device"], c["chips"], c["status"]) == ("Fast 9000", "2", "interrupted")
+    assert float(c["chip_hours"]) == 2 * 1350 / 3600
+    assert float(c["cost"]) == 4 * 2 * 1350 / 3600
+    assert float(c["flops"]) == 10 * 32 * 256 * 3.1e7
+    assert table["d"]["cause"] == "run.json is unreadable"
+    parquet = pytest.importorskip("pyarrow.parquet", reason="extra 'parquet': pyarrow is missing")
+    kept = parquet.read_table(tmp_path / "t.parquet").to_pylist()
+    for row in kept:
+        text = {k: "" if v is None else str(v) for k, v in row.items()}
+        assert text == table[os.path.basename(row["workdir"])]
+    out = console()
+    runs.print_runs(rows, console=out)
+    assert "optim.lr=0.004" in out.file.getvalue()
+    assert "3.00" in out.file.getvalue()  # the cost of c
+
+
+def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"--parquet needs the package 'pyarrow' .*\[parquet\]"):
+        export.write_parquet([], tmp_path / "t.parquet")
 
 
 def test_table_warns_of_two_corpora(tmp_path, fake_run):

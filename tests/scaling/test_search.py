@@ -115,6 +115,12 @@ def test_tpe_finds_what_random_search_does_not_and_counts_its_trials(place):
     study = optuna.load_study(study_name=found["random"]["study"], storage=storage)
     assert study.best_value == found["random"]["best"]["value"]
     assert len(study.trials) == 24
+    page = (place.root / "sweep.html").read_text()
+    best = found["random"]["best"]
+    assert f'data-value="{best["value"]!r}"' in page
+    for part in ("search-0", "trials-0", "key-0-0", "key-0-1", "ranking"):
+        assert f'id="{part}"' in page
+    assert "24 complete" in page
 
 
 @pytest.mark.parametrize(

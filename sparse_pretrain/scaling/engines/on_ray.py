@@ -14,6 +14,14 @@ LOOPBACK = "127.0.0.1"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would call home
 
 
+def stay_on_loopback() -> None:
+    """Keeps Ray, imported after this, from putting this machine's outward address for 127.0.0.1.
+
+    It has one switch for that, named for the systems whose firewalls ask.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
+
 class OnRay:
     """A Ray task a child, spread over the machines.
 
@@ -32,6 +40,9 @@ class OnRay:
     ):
         options = options or {}
         engines.unknown_option("ray", options, OPTIONS)
+        address = options.get("address") or os.environ.get("RAY_ADDRESS")
+        if address is None or address.partition(":")[0] in (LOOPBACK, "localhost"):
+            stay_on_loopback()
         self._ray = engines.needs("ray", "ray", "--engine=ray")
         self._prefix = tuple(prefix)
         wants: dict[str, Any] = {
@@ -40,7 +51,6 @@ class OnRay:
         }
         if tpus := shared.number("ray", options, "tpus", 0.0):
             wants["resources"] = {"TPU": tpus}
-        address = options.get("address") or os.environ.get("RAY_ADDRESS")
         self._owner = not self._ray.is_initialized()
         if self._owner:
             self._connect(address, workers if wants["num_cpus"] <= 1 else None)
@@ -71,7 +81,7 @@ class OnRay:
             if asked() > wish:
                 wish = asked()
                 shared.ask_to_stop(child, wish)
-                if wish == process.KILL:
+                if wish == process.KILL or process.is_free(child):  # waiting for a machine
                     self._ray.cancel(task, force=True)
         try:
             return self._ray.get(task)

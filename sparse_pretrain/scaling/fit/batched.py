@@ -12,7 +12,7 @@ def minimise(
     features: law.Terms,
     targets_BxR: np.ndarray,
     weights_BxR: np.ndarray,
-    start: law.Vector,
+    start: law.Theta,
     *,
     delta: float = law.DELTA,
     rounds: int = ROUNDS,

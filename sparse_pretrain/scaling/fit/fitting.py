@@ -40,8 +40,8 @@ def fit(
         raise ValueError(
             f"runs: {len(kept)} of {len(table)} are left, and the law {kind} has {size} parameters"
         )
+    _determined(kept, found)
     features = found.build(columns(kept, found.columns))
-    _determined(features, found)
     target = np.log(kept.loss)
     best = _solve(features, target, found, delta, follow)
     rng = np.random.default_rng(seed)
@@ -53,12 +53,13 @@ def fit(
         best.theta,
         delta=delta,
     )
-    rest = target - law.values(features, best.theta)
     free = len(kept) - size
+    samples = best.theta + _widening(len(kept), free) * (samples - best.theta)
+    rest = target - law.values(features, best.theta)
     constants = {k: float(v) for k, v in found.constants(best.theta).items()}
     tail = 50 * (1 - record.CONFIDENCE)
     intervals = {
-        k: tuple(float(x) for x in np.percentile(v, [tail, 100 - tail]))
+        k: (float(np.percentile(v, tail)), float(np.percentile(v, 100 - tail)))
         for k, v in found.constants(samples).items()
     }
     named = {k: kept.column(k) for k in ("flops", "loss", *found.columns)}
@@ -79,7 +80,8 @@ def fit(
         provenance={
             "formula": found.formula,
             "method": f"sum of Huber losses of log loss, delta {delta:g}; the best of "
-            f"{len(found.starts())} starts; {bootstrap} refits of resampled runs, seed {seed}",
+            f"{len(found.starts())} starts; {bootstrap} refits of resampled runs, widened for "
+            f"{free} degrees of freedom, seed {seed}",
             "law_source": found.source,
             "data": table.source,
             "sha256": table.sha256,
@@ -87,6 +89,18 @@ def fit(
             **(provenance or {}),
         },
     )
+
+
+def _widening(runs: int, free: int) -> float:
+    """What a bootstrap of few runs is too narrow by, and Student's quantile over the normal's.
+
+    Resampled residuals are those of a fit, smaller by sqrt(free / runs) than those of the law.
+    Source: Efron and Tibshirani, "An introduction to the bootstrap" (1993), 9.4 and 12.4.
+    """
+    from scipy.special import ndtri, stdtrit
+
+    tail = 0.5 + record.CONFIDENCE / 2
+    return float(np.sqrt(runs / free) * stdtrit(free, tail) / ndtri(tail))
 
 
 def columns(table: tables.Table, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -99,10 +113,11 @@ def _solve(features, target, found: laws.Law, delta: float, follow: int) -> solv
     return solve.minimise(objective, found.starts(), follow=follow)
 
 
-def _determined(features: law.Terms, found: laws.Law) -> None:
-    """ValueError when no run tells some constants apart: a column that never changes."""
-    for term, name in enumerate(found.columns):
-        if len(np.unique(features[min(term, len(features) - 1)].round(12), axis=0)) < 2:
+def _determined(table: tables.Table, found: laws.Law) -> None:
+    """ValueError when a column never changes: no run tells its exponent from a factor."""
+    for name in found.columns:
+        values = np.log(table.column(name))
+        if np.ptp(values) < 1e-9:
             raise ValueError(f"{name}: is the same in all runs, so its exponent cannot be fitted")
 
 
@@ -139,7 +154,7 @@ def _drop(table, found, drop: str, delta: float, follow: int):
         )
     said = tuple(
         {
-            "run": table.label(i),
+            "run": table.label(int(i)),
             "params": float(table.params[i]),
             "tokens": float(table.tokens[i]),
             "loss": float(table.loss[i]),

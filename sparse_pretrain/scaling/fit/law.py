@@ -12,7 +12,9 @@ from jaxtyping import Float64
 
 DELTA = 1e-3  # of the Huber loss on log loss: Hoffmann et al. (2203.15556), appendix D.3
 Terms = Float64[np.ndarray, "terms runs parameters"]
-Vector = Float64[np.ndarray, " n"]
+Theta = Float64[np.ndarray, " parameters"]
+Real = np.ndarray | np.floating  # numpy gives a scalar for one parameter vector
+Runs = Float64[np.ndarray, " runs"]
 
 
 def values(features: Terms, theta: Float64[np.ndarray, "*batch parameters"]) -> np.ndarray:
@@ -22,13 +24,16 @@ def values(features: Terms, theta: Float64[np.ndarray, "*batch parameters"]) -> 
     return top + np.log(np.exp(z - top).sum(0))
 
 
-def _terms(features: Terms, theta: np.ndarray) -> np.ndarray:
+def _terms(features, theta):
     """Each term's exponent, [terms, *batch, runs]."""
     return np.stack([theta @ f.T for f in features])
 
 
-def slopes(features: Terms, theta: Vector) -> tuple[Vector, np.ndarray, np.ndarray]:
-    """(log of the law [runs], its gradient [runs, parameters], each term's share [terms, runs])."""
+def slopes(features, theta):
+    """(log of the law [runs], its gradient [runs, parameters], each term's share [terms, runs]).
+
+    Not annotated, as an optimizer calls it thousands of times and tests check every annotation.
+    """
     z = _terms(features, theta)
     top = z.max(0)
     share = np.exp(z - top)
@@ -46,8 +51,8 @@ class Objective:
     """
 
     features: Terms
-    target: Vector
-    weight: Vector
+    target: Runs
+    weight: Runs
     delta: float = DELTA
 
     @functools.cached_property
@@ -56,13 +61,13 @@ class Objective:
         f = self.features
         return (f[..., :, None] * f[..., None, :]).reshape(*f.shape[:2], -1)
 
-    def loss(self, theta: Float64[np.ndarray, "*batch parameters"]) -> np.ndarray:
+    def loss(self, theta: Float64[np.ndarray, "*batch parameters"]) -> Real:
         """The objective at each of a batch of parameters."""
         size = np.abs(values(self.features, theta) - self.target)
         inner = np.minimum(size, self.delta)
         return (self.weight * inner * (size - inner / 2)).sum(-1)
 
-    def loss_and_gradient(self, theta: Vector) -> tuple[float, Vector]:
+    def loss_and_gradient(self, theta):
         """For scipy's optimizers."""
         value, slope, _ = slopes(self.features, theta)
         rest = value - self.target
@@ -70,7 +75,7 @@ class Objective:
         loss = (self.weight * (np.abs(pull) * (np.abs(rest) - np.abs(pull) / 2))).sum()
         return float(loss), slope.T @ (self.weight * pull)
 
-    def hessian(self, theta: Vector) -> Float64[np.ndarray, "p p"]:
+    def hessian(self, theta: Theta) -> Float64[np.ndarray, "p p"]:
         """Second derivatives: exact away from the two kinks of each Huber term."""
         value, slope, share = slopes(self.features, theta)
         rest = value - self.target

@@ -37,7 +37,7 @@ class Law:
         """Where the optimizer starts."""
         return np.concatenate([np.hstack([GRID, np.tile(x, (len(GRID), 1))]) for x in self.extend])
 
-    def constants(self, theta: np.ndarray) -> dict[str, np.ndarray]:
+    def constants(self, theta: np.ndarray) -> dict[str, law.Real]:
         """The constants of the formula by name, of one or of many parameter vectors."""
         found = dict(zip(self.parameters, np.moveaxis(theta, -1, 0), strict=True))
         factors = {k.upper(): np.exp(v) for k, v in found.items() if len(k) == 1}
@@ -142,7 +142,7 @@ def dense(theta: np.ndarray, kind: str, expansion: float = 1.0) -> np.ndarray:
     return five
 
 
-def optimum(five: np.ndarray, flops: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def optimum(five: np.ndarray, flops: float) -> tuple[law.Real, law.Real, law.Real]:
     """(params, tokens, loss) where the law is least at C = 6 N D.
 
     Source: Hoffmann et al. (2203.15556), equation 4.

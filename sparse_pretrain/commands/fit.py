@@ -1,0 +1,146 @@
+"""`fit`: a scaling law from runs or from a CSV, with intervals and a page."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from sparse_pretrain.commands import errors
+
+EXAMPLES = """examples:
+  sparse-pretrain fit runs/isoflop
+  sparse-pretrain fit --csv=losses.csv --flops=1e21,1e22 --json
+  sparse-pretrain fit --csv=losses.csv --law=joint
+  sparse-pretrain fit --csv=losses.csv --drop=none --workdir=runs/fits/all
+
+A CSV has the column `loss` and two of `params` (or `Model Size`, `N`), `tokens` (`D`) and `flops`
+(`Training FLOP`, `C`); the third follows from C = 6 N D. The law `joint` needs `expansion` besides
+(all over active parameters), `sparse_attention` needs `keys` (those a token reads). fit.json and
+fit.html are written to the workdir; `forecast` and `plan` read fit.json.
+"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("runs", nargs="?", metavar="RUNS", help="a folder of finished runs")
+    parser.add_argument("--csv", metavar="FILE", help="a table of runs instead")
+    parser.add_argument(
+        "--law",
+        default="chinchilla",
+        metavar="LAW",
+        help="chinchilla (default), joint or sparse_attention",
+    )
+    parser.add_argument(
+        "--drop",
+        default="rule",
+        metavar="RULE",
+        help="which runs are left out: rule (default; printed), none, or highest:K losses",
+    )
+    parser.add_argument(
+        "--bootstrap", type=int, default=400, metavar="N", help="refits for intervals (400)"
+    )
+    parser.add_argument(
+        "--flops", default="", metavar="C,...", help="budgets to say the best size and tokens for"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
+    parser.add_argument(
+        "--workdir", metavar="DIR", help="where fit.json and fit.html go (default: runs/fits/NAME)"
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fit, write, print."""
+    if bool(args.runs) == bool(args.csv):
+        raise errors.Usage("fit: takes a folder of runs or --csv=FILE, one of the two")
+    if args.bootstrap < 40:
+        raise errors.Usage(
+            f"--bootstrap: an interval takes 40 refits or more, got {args.bootstrap}"
+        )
+    budgets = numbers(args.flops, "--flops")
+    from sparse_pretrain.commands import status
+    from sparse_pretrain.report import fits as page
+    from sparse_pretrain.scaling import forecast
+    from sparse_pretrain.scaling.fit import fitting, laws, tables
+
+    extra = laws.find(args.law).columns[2:]
+    left: list[str] = []
+    if args.csv:
+        where = Path(args.csv).expanduser()
+        table = tables.read_csv(where, extra)
+    else:
+        where = Path(args.runs).expanduser()
+        if not where.is_dir():
+            raise errors.Usage(f"fit: {where} is not a folder")
+        table, left = tables.from_runs(where, extra)
+    with status("fitting"):
+        fit = fitting.fit(
+            table,
+            args.law,
+            drop=args.drop,
+            bootstrap=args.bootstrap,
+            seed=args.seed,
+            provenance={"command": " ".join(args.argv)},
+        )
+        optimal = forecast.optimal(fit, budgets)
+    folder = Path(args.workdir or f"runs/fits/{where.stem}").expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "fit.json").write_text(json.dumps(fit.to_json(), indent=1) + "\n")
+    page.write(fit, table, folder / "fit.html", title=f"Law of {where.stem}", optimal=optimal)
+    if args.json:
+        out = fit.to_json(samples=False) | {"optimal": optimal, "left_out": left}
+        print(json.dumps(out, indent=1))
+    else:
+        show(fit, optimal, left)
+        print(f"\nReport  {folder / 'fit.html'}")
+    return 0
+
+
+def numbers(text: str, name: str) -> list[float]:
+    """The positive numbers of `a,b,...`. Errors: Usage naming the option and the part."""
+    found = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        try:
+            found.append(float(part))
+        except ValueError:
+            raise errors.Usage(f"{name}: {part!r} is not a number") from None
+        if not 0 < found[-1] < float("inf"):
+            raise errors.Usage(f"{name}: must be positive, got {part}")
+    return found
+
+
+def show(fit: Any, optimal: list[dict[str, Any]], left: list[str]) -> None:
+    """The fit for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sparse_pretrain.training.progress import si
+
+    console = Console()
+    console.print(fit.provenance["formula"], highlight=False, markup=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("constant")
+    for name in ("value", "95 % interval"):
+        table.add_column(name, justify="right")
+    for name, value in fit.constants.items():
+        low, high = fit.intervals[name]
+        table.add_row(name, f"{value:.6g}", f"{low:.4g} to {high:.4g}")
+    console.print(table)
+    held = fit.held_out
+    said = f"{100 * held['mean_abs_error']:.2f} % of the loss" if held else "too few runs"
+    lines = [
+        f"{fit.runs} runs; scatter about the law {100 * fit.noise:.2f} %; held-out forecast "
+        f"error: {said}",
+        f"dropped {len(fit.dropped)}: {fit.rule}",
+        *(f"  {r['run']}: loss {r['loss']:.4g}, {r['reason']}" for r in fit.dropped),
+        *(f"left out: {line}" for line in left),
+    ]
+    for row in optimal:
+        low, high = row["loss_interval"]
+        lines.append(
+            f"best at {row['flops']:.3g} FLOPs: {si(row['params'])} params, {si(row['tokens'])} "
+            f"tokens ({row['tokens_per_param']:.1f} a param), loss {row['loss']:.4f} "
+            f"[{low:.4f}, {high:.4f}], {row['validity']}"
+        )
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Published raw results, refitted: one function a claim, from the public files to its numbers."""
