@@ -17,8 +17,8 @@ import json
 import numpy as np
 
 from sparse_pretrain.claims import base, ngram, results
-from sparse_pretrain.data import published
 from sparse_pretrain.report import stats
+from sparse_pretrain.scaling.published import files
 
 PUBLISHED, WITHIN = 1.88, 0.04
 STEPS, TOKENS = 2000, 12 * 64
@@ -27,8 +27,8 @@ STEPS, TOKENS = 2000, 12 * 64
 def counts():
     """Nats per character of the count models of orders 1 to 5; nothing where the text is absent."""
     try:
-        text = published.find("tinyshakespeare/input.txt").read_text(encoding="utf-8")
-    except published.Missing:
+        text = files.find("tinyshakespeare/input.txt").read_text(encoding="utf-8")
+    except files.Absent:
         return {}
     symbols = {c: i for i, c in enumerate(sorted(set(text)))}
     ids = np.array([symbols[c] for c in text])

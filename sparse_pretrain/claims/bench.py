@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sparse_pretrain.claims import base
-from sparse_pretrain.data import published
+from sparse_pretrain.scaling.published import files
 
 SCALES = ("laptop", "h200")
 T = TypeVar("T")
@@ -31,8 +31,8 @@ class Bench:
     def data(self, name: str) -> Path:
         """A public file. Errors: NotRun saying where it can be had."""
         try:
-            return published.find(name)
-        except published.Missing as e:
+            return files.find(name)
+        except files.Absent as e:
             raise base.NotRun(str(e)) from None
 
     def size(self, laptop: T, h200: T) -> T:

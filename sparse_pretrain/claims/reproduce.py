@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparse_pretrain.claims import base, bench, results
+from sparse_pretrain.scaling.published import files
 
 
 class Verdict(NamedTuple):
@@ -44,7 +45,7 @@ def run_claim(
     began = time.perf_counter()
     try:
         outcome = claim.measure(place)
-    except base.NotRun as e:
+    except (base.NotRun, files.Absent) as e:
         return Verdict(claim, base.NOT_RUN, str(e), None, False)
     except ModuleNotFoundError as e:
         return Verdict(claim, base.NOT_RUN, f"needs the module {e.name}", None, False)

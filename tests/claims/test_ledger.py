@@ -8,7 +8,7 @@ import pytest
 
 from sparse_pretrain import cli
 from sparse_pretrain.claims import base, bench, ledger, ngram, reproduce, results
-from sparse_pretrain.data import published
+from sparse_pretrain.scaling.published import files
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = '''"""C99: The moon is made of cheese.
@@ -144,14 +144,14 @@ def test_a_criterion_that_moves_voids_the_verdict(claim, tmp_path):
 
 
 def test_missing_and_changed_public_files(tmp_path, monkeypatch):
-    monkeypatch.setenv(published.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(files.VARIABLE, str(tmp_path))
     monkeypatch.setenv("SPARSE_PRETRAIN_CACHE", str(tmp_path / "cache"))
     place = bench.Bench(tmp_path / "runs")
     with pytest.raises(base.NotRun, match=r"karpathy/makemore, names.txt"):
         place.data("names/names.txt")
     (tmp_path / "names").mkdir()
     (tmp_path / "names/names.txt").write_text("emma\n")
-    with pytest.raises(base.NotRun, match="sha256"):
+    with pytest.raises(ValueError, match="sha256"):
         place.data("names/names.txt")
 
 
@@ -208,8 +208,8 @@ def test_counts_on_shakespeare():
     import numpy as np
 
     try:
-        text = published.find("tinyshakespeare/input.txt").read_text()
-    except published.Missing as e:
+        text = files.find("tinyshakespeare/input.txt").read_text()
+    except files.Absent as e:
         pytest.skip(str(e))
     symbols = {c: i for i, c in enumerate(sorted(set(text)))}
     ids = np.array([symbols[c] for c in text])

@@ -13,6 +13,11 @@ VARIABLE = "SPARSE_PRETRAIN_DATA"
 
 # path below the data folder -> (public repository and path, first 16 digits of its sha256)
 KNOWN = {
+    "names/names.txt": ("karpathy/makemore, names.txt", "0a30b5557f192f32"),
+    "tinyshakespeare/input.txt": (
+        "karpathy/char-rnn, data/tinyshakespeare/input.txt",
+        "86c4e6aa9db7c042",
+    ),
     "published/chinchilla/svg_extracted_data.csv": (
         "epoch-research/analyzing-chinchilla, data/svg_extracted_data.csv",
         "193478df4e90f040",
