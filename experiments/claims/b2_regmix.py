@@ -10,11 +10,15 @@ Criterion: lowest, highest and the three named within 0.05; trees beat a line 13
 Cost: a minute or two.
 """
 
+import importlib.util
+
 from sparse_pretrain.claims import base
 
 
 def measure(bench):
     """Rank correlations in percent, by domain."""
+    if importlib.util.find_spec("lightgbm") is None:
+        raise base.NotRun("needs lightgbm, which the extra 'published' installs")
     from sparse_pretrain.scaling.published import regmix
 
     del bench
