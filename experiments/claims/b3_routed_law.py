@@ -7,6 +7,8 @@ Kind: REFIT.
 Tested: the law in log size and log effective experts, fitted to the runs of each router.
 Criterion: a within 0.002, b 0.012, c 0.001, cut-offs 20 %.
 Cost: seconds.
+Result: PASS at bfee571: S-Base -0.083, -0.118, 0.0099, 783B; RL-R -0.083, -0.123, 0.0112, 97B; Hash
+    -0.087, -0.138, 0.0126, 89B.
 """
 
 from sparse_pretrain.claims import base

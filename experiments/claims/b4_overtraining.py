@@ -6,6 +6,7 @@ Kind: REFIT.
 Tested: the law fitted to five runs, four at multiplier 1 and the smallest at 16.
 Criterion: 0.001 points.
 Cost: seconds.
+Result: PASS at bfee571: 0.7103 % and 0.7320 %.
 """
 
 from sparse_pretrain.claims import base

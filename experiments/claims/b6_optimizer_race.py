@@ -7,6 +7,7 @@ Tested: the published curves; where Muon's meets Adam's last loss. One run each.
 Criterion: order (SOAP and Muon, a tie, then Shampoo, then Adam), and Muon there 1.1 to 1.7 times
     sooner.
 Cost: under a second.
+Result: PASS at bfee571: soap 3.275, muon 3.276, shampoo 3.286, adam 3.341; Muon 1.18 times sooner.
 """
 
 from sparse_pretrain.claims import base

@@ -6,6 +6,7 @@ Kind: REFIT.
 Tested: our efficiency-leverage fit to the runs of fewer experts, on the runs of 512 left out.
 Criterion: every held-out run within 1 %.
 Cost: seconds.
+Result: PASS at bfee571: at worst S-Base 0.84 %, RL-R 0.98 %, Hash 0.89 %.
 """
 
 from sparse_pretrain.claims import base
