@@ -19,10 +19,11 @@ from sparse_pretrain.checkpoint import Config as CheckpointConfig
 from sparse_pretrain.data import Config as DataConfig
 from sparse_pretrain.model import ffn, lm
 from sparse_pretrain.optim import schedules
+from sparse_pretrain.sharding import mesh as meshes
+from sparse_pretrain.sharding import plans
 from sparse_pretrain.sharding.placement import Config as PlacementConfig
 
 SINKS = ("jsonl", "tensorboard", "wandb", "mlflow", "trackio")
-PLANS = ("single",)
 DEFAULT = "quickstart.py"
 DISTRIBUTION = "sparse-pretrain"
 
@@ -93,8 +94,9 @@ class Experiment(spec.Config):
 
     Units: `steps` optimizer steps, 0 to derive them from `tokens`; `tokens` training targets, 0
     for one epoch of the data; `accumulate` micro-batches per step; `ema` decay per step of the
-    averaged weights, 0 for none; `init_from` a workdir whose weights the run starts from, with
-    @best or @STEP after it for another checkpoint than the last.
+    averaged weights, 0 for none; `plan` and `mesh` (such as fsdp=2,expert=4) how the run is spread
+    over devices, see `sharding.plans`; `init_from` a workdir whose weights the run starts from,
+    with @best or @STEP after it for another checkpoint than the last.
     """
 
     name: str
@@ -104,6 +106,7 @@ class Experiment(spec.Config):
     accumulate: int = 1
     ema: float = 0.0
     plan: str = "single"
+    mesh: str = ""
     init_from: str = ""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: lm.Config
@@ -124,7 +127,8 @@ class Experiment(spec.Config):
         spec.require(self.seed < 2**32, f"seed: must be below 2**32, got {self.seed}")
         spec.positive(self, "accumulate")
         spec.require(0 <= self.ema < 1, f"ema: must be in [0, 1), got {self.ema}")
-        one_of("plan", self.plan, PLANS)
+        plans.find(self.plan)
+        meshes.parse(self.mesh)
         spec.require(
             self.data.batch % self.accumulate == 0,
             f"accumulate: {self.accumulate} does not divide data.batch {self.data.batch}",

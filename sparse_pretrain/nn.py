@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparse_pretrain.sharding import ops
+
 Module = nnx.Module
 
 
@@ -65,7 +67,14 @@ def numbers(values: Sequence[int], dims: Sequence[str]) -> Price:
 
 
 def read(variable: nnx.Variable) -> jax.Array:
-    """The array in a variable."""
+    """The array in a variable, as a layer uses it: a plan may keep it in parts between uses."""
+    if isinstance(variable, nnx.Param):
+        return ops.gathered(variable[...], variable.get_metadata()["dims"])
+    return variable[...]
+
+
+def stored(variable: nnx.Variable) -> jax.Array:
+    """The array in a variable as it is kept, for code that can use it in parts."""
     return variable[...]
 
 

@@ -20,7 +20,7 @@ op = Op(
 
 def flash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=None, scale,
           causal=True, window=None, softcap=None, sinks_H=None, ends_BxS=None, stride=1, span=1,
-          return_lse=False, block_q=None, block_k=None, implementation=None):
+          return_lse=False, block_q=None, block_k=None, first=None, implementation=None):
     """Attend: o[i] = sum_j softmax_j(scale q[i].k[j]) v[j] over the keys j that query i sees.
 
     Query i stands at position i + S - L (the last query at the last key), and sees key j when
@@ -32,6 +32,9 @@ def flash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=Non
     Keys that stand for several tokens: with `stride`, `span` or `ends`, query i stands at row i,
     and key j at the last row it covers, ends[j], or j stride + span - 1 without ends. The caller
     promises that ends[j] is never before that, so that keys can be left out unread.
+
+    `first` is the row of query 0 where the queries are a part of a row, in place of S - L, or of 0
+    for keys that stand for several tokens; a number or a traced int32 scalar.
 
     `return_lse` adds the logarithm of the softmax's denominator, sinks included, -1e30 for a row
     that sees nothing; gradients pass through it.
@@ -73,7 +76,7 @@ def flash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=Non
             raise ValueError(f"flash: {name}={x} must be a whole number above 0")
     return op(q, k, v, segments_q=segments_q, segments_k=segments_k, scale=scale, causal=causal,
               window=window, softcap=softcap, sinks_H=sinks_H, ends_BxS=ends_BxS, stride=stride,
-              span=span, return_lse=return_lse, block_q=block_q, block_k=block_k,
+              span=span, return_lse=return_lse, block_q=block_q, block_k=block_k, first=first,
               implementation=implementation)
 
 

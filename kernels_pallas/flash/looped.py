@@ -33,14 +33,16 @@ class _Blocks:
                 self.latest_M = self.marks.ends.reshape(len(marks.ends), -1, U).max((0, 2))
 
     def ranges(self, i):
-        return visits.ranges(self.plan, i, self.marks.any, self.latest_M)
+        start = 0 if self.marks.first is None else self.marks.first
+        return visits.ranges(self.plan, i, self.marks.any, self.latest_M, start)
 
     def bias(self, i, j, masked, segments_q, dtype):
         if not masked:
             return None
         plan, U = self.plan, self.plan.block_k
         cut = pairs.Marks(segments_q, *(None if x is None else _cut(x, j, U)
-                                        for x in (self.marks.segments_k, self.marks.ends)))
+                                        for x in (self.marks.segments_k, self.marks.ends)),
+                         self.marks.first)
         return pairs.bias_of(plan, i * plan.block_q, j * U, plan.block_q, U, cut, dtype)
 
 

@@ -36,11 +36,15 @@ class Plan(NamedTuple):
 
 
 class Marks(NamedTuple):
-    """What masks beside positions, each None or int: segments [B, L] and [B, S], ends [B, S]."""
+    """What masks beside positions, each None or int: segments [B, L] and [B, S], ends [B, S].
+
+    `first` [] is added to the plan's offset: the part of it that is not known when tracing.
+    """
 
     segments_q: Any = None
     segments_k: Any = None
     ends: Any = None
+    first: Any = None
 
     @property
     def any(self) -> bool:
@@ -79,6 +83,8 @@ def bias_of(plan, start_q, start_k, size_q, size_k, marks, dtype):
     every head, and costs more than the exponential.
     """
     position_Q = start_q + plan.offset + lax.iota(jnp.int32, size_q)
+    if marks.first is not None:
+        position_Q = position_Q + marks.first
     key_U = start_k + lax.iota(jnp.int32, size_k)
     ends_BxU = (key_U * plan.stride + (plan.span - 1))[None] if marks.ends is None else marks.ends
     behind_BxQxU = position_Q[None, :, None] - ends_BxU[:, None, :]

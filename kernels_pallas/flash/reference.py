@@ -6,10 +6,12 @@ import jax.numpy as jnp
 
 
 def visible(L, S, *, segments_q=None, segments_k=None, causal=True, window=None, ends_BxS=None,
-            stride=1, span=1):
+            stride=1, span=1, first=None):
     """Return the mask [B or 1, L, S] of the keys that each query sees."""
     strided = ends_BxS is not None or (stride, span) != (1, 1)
-    position_L = jnp.arange(L) + (0 if strided else S - L)  # plain: the last query at the last key
+    if first is None:
+        first = 0 if strided else S - L  # plain: the last query at the last key
+    position_L = jnp.arange(L) + first
     if ends_BxS is None:
         ends_BxS = (jnp.arange(S) * stride + span - 1)[None]
     ends_BxS = ends_BxS.astype(position_L.dtype)
@@ -28,7 +30,7 @@ def visible(L, S, *, segments_q=None, segments_k=None, causal=True, window=None,
 
 def flash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=None, scale,
           causal=True, window=None, softcap=None, sinks_H=None, ends_BxS=None, stride=1, span=1,
-          return_lse=False, block_q=None, block_k=None):
+          return_lse=False, block_q=None, block_k=None, first=None):
     """Attend densely; the block sizes mean nothing here."""
     del block_q, block_k
     (L, H), (S, K) = q_BxLxHxDk.shape[1:3], k_BxSxKxDk.shape[1:3]
@@ -38,7 +40,7 @@ def flash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=Non
     if softcap is not None:
         scores_BxHxLxS = jnp.tanh(scores_BxHxLxS / softcap) * softcap
     mask_BxLxS = visible(L, S, segments_q=segments_q, segments_k=segments_k, causal=causal,
-                         window=window, ends_BxS=ends_BxS, stride=stride, span=span)
+                         window=window, ends_BxS=ends_BxS, stride=stride, span=span, first=first)
     mask_BxHxLxS = jnp.broadcast_to(mask_BxLxS[:, None], scores_BxHxLxS.shape)
     scores_BxHxLxS = jnp.where(mask_BxHxLxS, scores_BxHxLxS, -jnp.inf)
     top_BxHxLx1 = scores_BxHxLxS.max(-1, keepdims=True)

@@ -10,7 +10,7 @@ from kernels_pallas.flash import pairs, visits
 def _bias(plan, q, k, masked, marks, dtype):
     if not (masked or marks.any):
         return None
-    segments_q, segments_k, ends = marks
+    segments_q, segments_k, ends, _ = marks
     cut = pairs.Marks(None if segments_q is None else segments_q[:, slice(*q)],
                       None if segments_k is None else segments_k[:, slice(*k)],
                       None if ends is None else ends[:, slice(*k)])

@@ -38,16 +38,17 @@ def keys(plan, start, stop, late=False):
         yield a, b, masked
 
 
-def ranges(plan, i, marked=False, latest_M=None):
+def ranges(plan, i, marked=False, latest_M=None, start=0):
     """Return (first, stop, masked) of key blocks for query block i: edge, inside, edge.
 
     `marked`: segments or given ends mask every block. `latest_M`: the last row at which a key of
-    each block ends, where that is given and there is a window.
+    each block ends, where that is given and there is a window. `start` is added to the offset.
     """
     Q, U = plan.block_q, plan.block_k
     blocks = -(-plan.S // U)
     whole = plan.S // U  # blocks without padding
-    first, last = i * Q + plan.offset, i * Q + Q - 1 + plan.offset
+    first = i * Q + plan.offset + start
+    last = first + Q - 1
     low, high, inside_low, inside_high = 0, blocks, 0, whole
     if plan.causal:
         high = _clip(-(-_ended(plan, last) // U), 0, blocks)

@@ -65,7 +65,7 @@ def _keys_back(x_NxDxS, B):
 def _forward(plan, q, k, v, marks, sinks):
     """Return o [B, L, H, Dv] and lse [B, K, G, L]."""
     K = k.shape[2]
-    way = unrolled if _few(plan) else looped
+    way = unrolled if _few(plan) and marks.first is None else looped
     o, lse = way.forward(plan, _heads_first(q, K), _keys_first(k), _keys_first(v), marks, sinks)
     return _heads_back(o), lse
 
@@ -89,7 +89,7 @@ def _attend_backward(plan, kept, gradients):
     delta_BxLxH = (do.astype(dtype) * o.astype(dtype)).sum(-1)
     # d score = weight (d weight - delta), and the gradient of lse by a score is the weight.
     delta = _heads_first(delta_BxLxH[..., None], K)[..., 0] - d_lse
-    way = unrolled if _few(plan) else looped
+    way = unrolled if _few(plan) and marks.first is None else looped
     dq, dk, dv = way.backward(plan, _heads_first(q, K), _heads_first_T(q, K), _keys_first(k),
                               _keys_first(v), _heads_first(do, K), _heads_first_T(do, K), marks,
                               lse, delta)
@@ -127,7 +127,7 @@ def _plan(L, S, *, scale=1.0, causal=True, window=None, softcap=None, stride=1, 
 
 def flash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=None, scale,
           causal=True, window=None, softcap=None, sinks_H=None, ends_BxS=None, stride=1, span=1,
-          return_lse=False, block_q=None, block_k=None):
+          return_lse=False, block_q=None, block_k=None, first=None):
     """Attend block by block."""
     (B, L, H), S = q_BxLxHxDk.shape[:3], k_BxSxKxDk.shape[1]
     plan = _plan(L, S, scale=scale, causal=causal, window=window, softcap=softcap, stride=stride,
@@ -135,7 +135,9 @@ def flash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=Non
     if segments_k is not None:
         # Padding equals no query's segment, so that it sees nothing and is not seen.
         segments_k = jnp.where(segments_k == 0, jnp.full_like(segments_k, -1), segments_k)
-    marks = pairs.Marks(segments_q, segments_k, ends_BxS)
+    if first is not None:
+        plan, first = plan._replace(offset=0), jnp.asarray(first, jnp.int32)
+    marks = pairs.Marks(segments_q, segments_k, ends_BxS, first)
     o, lse = _attend(plan, q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, marks, sinks_H)
     if not return_lse:
         return o

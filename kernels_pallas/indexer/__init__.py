@@ -3,7 +3,8 @@
 A score is I[t, s] = scale sum_j w[t, j] relu(q[t, j].k[s]), over J index heads and one key head.
 Query t sees key s as in `flash`: query t stands at row t, key s at the last row it covers, ends[s],
 or s stride + span - 1 without ends, never after the query and in its segment; segment 0 is padding
-and sees nothing. The caller promises that ends[s] is never before s stride + span - 1.
+and sees nothing. The caller promises that ends[s] is never before s stride + span - 1. Where the
+queries are a part of a row, `first` is the row of query 0: a number or a traced int32 scalar.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ listed = Op(
 
 
 def index_select(q_BxLxJxD, k_BxSxD, w_BxLxJ, *, top, segments_q=None, segments_k=None,
-                 ends_BxS=None, stride=1, span=1, scale=1.0, implementation=None):
+                 ends_BxS=None, stride=1, span=1, scale=1.0, first=0, implementation=None):
     """Choose the `top` visible keys of highest score, each once, -1 where fewer are visible.
 
     Of equal scores the lower key number is taken. The order along the last dim is by falling
@@ -59,12 +60,12 @@ def index_select(q_BxLxJxD, k_BxSxD, w_BxLxJ, *, top, segments_q=None, segments_
         raise ValueError(f"index_select: top={top} must be a whole number above 0")
     return op(q_BxLxJxD, k_BxSxD, w_BxLxJ, top=int(top), segments_q=segments_q,
               segments_k=segments_k, ends_BxS=ends_BxS, stride=stride, span=span, scale=scale,
-              implementation=implementation)
+              first=first, implementation=implementation)
 
 
 def index_kl_dense(q_BxLxJxD, k_BxSxD, w_BxLxJ, main_q_BxLxHxDk, main_k_BxSxKxDk, main_lse_BxLxH,
                    *, main_scale, segments_q=None, segments_k=None, ends_BxS=None, stride=1,
-                   span=1, scale=1.0, implementation=None):
+                   span=1, scale=1.0, first=0, implementation=None):
     """Return the divergence of the indexer's softmax from attention's mass over all visible keys.
 
     loss[t] = KL(p_t || softmax_s I[t, :]), p_t the sum over the H main heads of
@@ -92,7 +93,7 @@ def index_kl_dense(q_BxLxJxD, k_BxSxD, w_BxLxJ, main_q_BxLxHxDk, main_k_BxSxKxDk
         raise ValueError(f"{name}: main_lse {lse.shape}, expected {mq.shape[:3]}")
     return dense(q_BxLxJxD, k_BxSxD, w_BxLxJ, mq, mk, lse, main_scale=main_scale,
                  segments_q=segments_q, segments_k=segments_k, ends_BxS=ends_BxS, stride=stride,
-                 span=span, scale=scale, implementation=implementation)
+                 span=span, scale=scale, first=first, implementation=implementation)
 
 
 def index_kl_listed(q_BxLxJxD, k_BxSxD, w_BxLxJ, chosen_BxLxN, mass_BxLxN, *, scale=1.0,

@@ -10,10 +10,10 @@ def _wide(dtype):
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def _visible(L, S, segments_q, segments_k, ends, stride, span):
+def _visible(L, S, segments_q, segments_k, ends, stride, span, first):
     """[B or 1, L, S]."""
     ends = (jnp.arange(S) * stride + (span - 1))[None] if ends is None else ends
-    seen = ends[:, None, :] <= jnp.arange(L)[None, :, None]
+    seen = ends[:, None, :] <= first + jnp.arange(L)[None, :, None]
     if segments_q is not None:
         seen = seen & (segments_q[:, :, None] == segments_k[:, None, :])
         seen = seen & (segments_q != 0)[:, :, None]
@@ -39,11 +39,11 @@ def _divergence(scores, mass, seen):
 
 
 def index_select(q, k, w, *, top, segments_q=None, segments_k=None, ends_BxS=None, stride=1,
-                 span=1, scale=1.0):
+                 span=1, scale=1.0, first=0):
     """Sort every row."""
     L, S = q.shape[1], k.shape[1]
     q, k, w = jax.lax.stop_gradient((q, k, w))
-    seen = _visible(L, S, segments_q, segments_k, ends_BxS, stride, span)
+    seen = _visible(L, S, segments_q, segments_k, ends_BxS, stride, span, first)
     scores = jnp.where(seen, _scores(q, k, w, scale), -jnp.inf)
     order = jnp.argsort(-scores, axis=-1, stable=True)[..., :top].astype(jnp.int32)
     order = jnp.where(jnp.take_along_axis(scores, order, axis=-1) > -jnp.inf, order, -1)
@@ -51,9 +51,9 @@ def index_select(q, k, w, *, top, segments_q=None, segments_k=None, ends_BxS=Non
 
 
 def index_kl_dense(q, k, w, main_q, main_k, main_lse, *, main_scale, segments_q=None,
-                   segments_k=None, ends_BxS=None, stride=1, span=1, scale=1.0):
+                   segments_k=None, ends_BxS=None, stride=1, span=1, scale=1.0, first=0):
     """Hold all scores of all heads."""
-    seen = _visible(q.shape[1], k.shape[1], segments_q, segments_k, ends_BxS, stride, span)
+    seen = _visible(q.shape[1], k.shape[1], segments_q, segments_k, ends_BxS, stride, span, first)
     main_k = jnp.repeat(main_k, main_q.shape[2] // main_k.shape[2], axis=2)
     dtype = _wide(main_q.dtype)
     main_q, main_k, lse = (x.astype(dtype) for x in (main_q, main_k, main_lse))

@@ -43,11 +43,20 @@ class Plan(NamedTuple):
 
 
 class Marks(NamedTuple):
-    """What masks beside positions, each None or int: segments [B, L] and [B, S], ends [B, S]."""
+    """What masks beside positions, each None or int: segments [B, L] and [B, S], ends [B, S].
+
+    `first` [] is the row of query 0, None for 0.
+    """
 
     segments_q: Any = None
     segments_k: Any = None
     ends: Any = None
+    first: Any = None
+
+
+def _marks(segments_q, segments_k, ends, first):
+    known = isinstance(first, int) and first == 0
+    return Marks(segments_q, segments_k, ends, None if known else jnp.asarray(first, jnp.int32))
 
 
 def _wide(dtype):
@@ -55,11 +64,14 @@ def _wide(dtype):
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def _parts(L, S, stride, span):
-    """Return (first query, last query + 1, keys that may end before that) of every part."""
+def _parts(L, S, stride, span, whole=False):
+    """Return (first query, last query + 1, keys that may end before that) of every part.
+
+    `whole`: nobody knows where the queries stand, so any key may.
+    """
     count = PARTS if L > SHORT else 1
     edges = [L * i // count for i in range(count + 1)]
-    seen = [min(S, max(1, (b - span) // stride + 1)) for b in edges[1:]]
+    seen = [S if whole else min(S, max(1, (b - span) // stride + 1)) for b in edges[1:]]
     return list(zip(edges[:-1], edges[1:], seen, strict=True))
 
 
@@ -75,14 +87,14 @@ def keys_per_query(length, *, keys=None, stride=1, span=1):
     return sum((b - a) * seen for a, b, seen in parts) / length
 
 
-def _sweep(plan, S, width, xs, call, carry):
+def _sweep(plan, S, width, xs, call, carry, marks):
     """Run `call(carry, chunk of xs, its first row, keys)` over all queries; join what it returns.
 
     xs are [B, L, ...]; `width` numbers are held for every query and key.
     """
     B, L = xs[0].shape[:2]
     outs = []
-    for a, b, seen in _parts(L, S, plan.stride, plan.span):
+    for a, b, seen in _parts(L, S, plan.stride, plan.span, marks.first is not None):
         chunks = -(-(b - a) * seen * width * B // SCORES)
         C = -(-(b - a) // max(1, min(chunks, b - a)))
 
@@ -112,6 +124,8 @@ def _join(x, B, length):
 def _seen(plan, marks, first, C, keys, segments_q):
     """[B or 1, C, keys]: which keys each query of a chunk may see."""
     row = first + lax.iota(jnp.int32, C)
+    if marks.first is not None:
+        row = row + marks.first
     if marks.ends is None:
         ends = (lax.iota(jnp.int32, keys) * plan.stride + (plan.span - 1))[None]
     else:
@@ -136,14 +150,14 @@ def _score(plan, raw, w):
 
 
 def index_select(q_BxLxJxD, k_BxSxD, w_BxLxJ, *, top, segments_q=None, segments_k=None,
-                 ends_BxS=None, stride=1, span=1, scale=1.0):
+                 ends_BxS=None, stride=1, span=1, scale=1.0, first=0):
     """Score a chunk and take its best."""
     q, k, w = lax.stop_gradient((q_BxLxJxD, k_BxSxD, w_BxLxJ))
     (B, L, J), S = q.shape[:3], k.shape[1]
     if 0 in (B, L, S):
         return jnp.full((B, L, top), -1, jnp.int32)
     plan, dtype = Plan(float(scale), 1.0, stride, span), _wide(q.dtype)
-    marks = Marks(segments_q, segments_k, ends_BxS)
+    marks = _marks(segments_q, segments_k, ends_BxS, first)
     own = jnp.zeros((B, L), jnp.int32) if segments_q is None else segments_q
 
     def chunk(carry, x, first, keys):
@@ -155,7 +169,7 @@ def index_select(q_BxLxJxD, k_BxSxD, w_BxLxJ, *, top, segments_q=None, segments_
         spare = ((0, 0), (0, 0), (0, top - at.shape[-1]))
         return carry, jnp.pad(at, spare, constant_values=-1)
 
-    return _sweep(plan, S, J, (q, w, own), chunk, None)[1]
+    return _sweep(plan, S, J, (q, w, own), chunk, None, marks)[1]
 
 
 # The divergence over all visible keys.
@@ -208,7 +222,7 @@ def _dense_forward(plan, q, k, w, main_q, main_k, main_lse, marks):
         return carry, (loss, lse)
 
     xs = (q, w, _own_segments(marks, q), main_q, main_lse)
-    _, (loss, lse) = _sweep(plan, k.shape[1], _width(q, main_q), xs, chunk, None)
+    _, (loss, lse) = _sweep(plan, k.shape[1], _width(q, main_q), xs, chunk, None, marks)
     return loss, (q, k, w, main_q, main_k, main_lse, marks, lse)
 
 
@@ -238,7 +252,7 @@ def _dense_backward(plan, kept, cotangent):
     xs = (q, w, _own_segments(marks, q), lse, cotangent.astype(dtype), main_q, main_lse)
     B, S, D = k.shape
     dk = jnp.zeros((B, D, S), dtype)
-    dk, (dq, dw) = _sweep(plan, S, _width(q, main_q), xs, chunk, dk)
+    dk, (dq, dw) = _sweep(plan, S, _width(q, main_q), xs, chunk, dk, marks)
     return dq, narrow(jnp.swapaxes(dk, 1, 2), k.dtype), dw, None, None, None, None
 
 
@@ -247,7 +261,7 @@ _dense.defvjp(_dense_forward, _dense_backward)
 
 def index_kl_dense(q_BxLxJxD, k_BxSxD, w_BxLxJ, main_q_BxLxHxDk, main_k_BxSxKxDk, main_lse_BxLxH,
                    *, main_scale, segments_q=None, segments_k=None, ends_BxS=None, stride=1,
-                   span=1, scale=1.0):
+                   span=1, scale=1.0, first=0):
     """Compare chunk by chunk."""
     q, main = q_BxLxJxD, lax.stop_gradient((main_q_BxLxHxDk, main_k_BxSxKxDk, main_lse_BxLxH))
     dtype = _wide(q.dtype)
@@ -258,7 +272,7 @@ def index_kl_dense(q_BxLxJxD, k_BxSxD, w_BxLxJ, main_q_BxLxHxDk, main_k_BxSxKxDk
     # A row that sees nothing has a mass of exp(score - 1e30) = 0.
     main_lse = jnp.where(main_lse < EMPTY, -NOTHING, main_lse.astype(dtype))
     return _dense(plan, q, k_BxSxD, w_BxLxJ, main_q, jnp.swapaxes(main_k, 1, 2), main_lse,
-                  Marks(segments_q, segments_k, ends_BxS))
+                  _marks(segments_q, segments_k, ends_BxS, first))
 
 
 # The divergence over listed keys.

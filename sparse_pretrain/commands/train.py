@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ EXAMPLES = """examples:
   sparse-pretrain train --init-from=runs/quickstart --data=text_folder:notes \\
       --config.data.tokenizer=file:runs/quickstart/tokenizer.json --workdir=runs/notes
   sparse-pretrain train --init-from=runs/quickstart@best --workdir=runs/again
+  sparse-pretrain train --plan=fsdp_ep --mesh=fsdp=2,expert=4 --cpu-devices=8
 
 The same command again resumes an interrupted run. `sparse-pretrain config` lists every key.
 """
@@ -28,6 +30,34 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--workdir", metavar="DIR", help="where the run is written (default: runs/NAME)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no tables")
+    add_devices(parser)
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """The options that say which devices and processes there are."""
+    group = parser.add_argument_group("devices and processes")
+    group.add_argument(
+        "--plan",
+        metavar="NAME",
+        help="how the run is spread over devices: single, ddp, zero1, fsdp, fsdp_tp, fsdp_ep, "
+        "fsdp_ep_cp, fsdp_ep_pp and other products; short for --config.plan",
+    )
+    group.add_argument(
+        "--mesh",
+        metavar="AXIS=N,..",
+        help="devices along each axis, such as fsdp=2,expert=4; rows take what is left out; "
+        "short for --config.mesh",
+    )
+    group.add_argument(
+        "--cpu-devices", metavar="N", type=int, default=0,
+        help="train on N simulated devices of this CPU, to try a plan",
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", default="",
+        help="where process 0 listens; SLURM, Open MPI and Kubernetes are found without",
+    )
+    group.add_argument("--processes", metavar="N", type=int, default=0, help="how many there are")
+    group.add_argument("--process-id", metavar="I", type=int, default=-1, help="which this is")
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +98,9 @@ def resolve(args: argparse.Namespace):
         shorthand.append(f"data.source={args.data}")
     if args.init_from is not None:
         shorthand.append(f"init_from={args.init_from}")
+    for name in ("plan", "mesh"):
+        if getattr(args, name, None) is not None:
+            shorthand.append(f"{name}={getattr(args, name)}")
     return config.resolve(args.config, [*shorthand, *args.overrides])
 
 
@@ -76,6 +109,12 @@ def run(args: argparse.Namespace) -> int:
     if args.workdir is not None and Path(args.workdir).expanduser().is_file():
         raise errors.Usage(f"--workdir: {args.workdir!r} is a file, not a folder")
     experiment = resolve(args)
+
+    from sparse_pretrain.training import processes
+
+    if args.cpu_devices:
+        processes.simulate(args.cpu_devices)
+    processes.start(args.coordinator, args.processes, args.process_id)
     workdir = Path(args.workdir or f"runs/{experiment.name}").expanduser()
 
     from sparse_pretrain.report import write_report
@@ -85,7 +124,11 @@ def run(args: argparse.Namespace) -> int:
         loop.train(experiment, workdir, args.argv, quiet=args.quiet, on_finish=write_report)
     except recovery.Interrupted as e:
         raise errors.Stopped(str(e), errors.INTERRUPTED) from None
-    if not args.quiet:
+    except processes.PeerLost as e:
+        # not by the usual way out, on which jax waits minutes for the process that is gone
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        os._exit(errors.FAILED)
+    if not args.quiet and processes.lead():
         show(workdir)
     return 0
 

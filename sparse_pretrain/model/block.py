@@ -10,6 +10,7 @@ from sparse_pretrain.attention import base, full
 from sparse_pretrain.model import ffn, layers
 from sparse_pretrain.routing.base import Report
 from sparse_pretrain.shapes import AnyArray, Position
+from sparse_pretrain.sharding import ops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,14 +54,14 @@ class Block(nn.Module):
         if self.convolves:
             y = self.conv(y, context.segments)
         y, own = self.attention.attend(y, context)
-        x = x + y
+        x = ops.laid(x + y, "BLD")
         loss = jnp.zeros((), jnp.float32)
         if own is not None:
             counted = valid.astype(jnp.float32)
             loss = jnp.sum(own.astype(jnp.float32) * counted)
             loss = loss / jnp.maximum(jnp.sum(counted), 1.0)
         y, report = self.ffn(self.norm_ffn(x), valid, context.tokens, train=context.train)
-        return x + y, report, loss
+        return ops.laid(x + y, "BLD"), report, loss
 
     def decode(
         self,

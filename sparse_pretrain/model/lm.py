@@ -13,6 +13,7 @@ from sparse_pretrain.attention import base
 from sparse_pretrain.model import block, ffn, layers, mtp
 from sparse_pretrain.model.mtp import Config as MTPConfig
 from sparse_pretrain.shapes import AnyArray, Position
+from sparse_pretrain.sharding import ops
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float64": jnp.float64}
 REMAT = ("none", "full", "dots")
@@ -150,11 +151,12 @@ class LM(nn.Module):
     ) -> tuple[Float[Array, "B L D"], shapes.Aux]:
         c, dtype = self.config, DTYPES[self.config.dtype]
         context = base.Context(batch.segments, batch.positions, batch.tokens, train)
-        x = embedding = embed(nn.read(self.embedding), batch.tokens).astype(dtype)
+        x = embedding = ops.embed(embed, nn.stored(self.embedding), batch.tokens).astype(dtype)
         reports, zero = {}, jnp.zeros((), jnp.float32)
         losses = (zero, zero)  # balance of the routers, own losses of the attentions
         for i in range(len(c.prefix)):
-            x, report, own = getattr(self, f"prefix_{i}")(x, context)
+            layer = getattr(self, f"prefix_{i}")
+            x, report, own = ops.kept_apart(lambda x, layer=layer: layer(x, context))(x)
             reports[f"prefix_{i}"] = report
             losses = (losses[0] + report.balance, losses[1] + own)
 
@@ -242,7 +244,7 @@ def decode(
 
 def _remat(policy: str):
     if policy == "none":
-        return lambda f: f
+        return ops.kept_apart
     if policy == "full":
         return jax.checkpoint
     saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable

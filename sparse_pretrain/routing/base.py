@@ -50,8 +50,8 @@ def check_score(kind: str) -> None:
 
 def logits(x_BxLxD: Float[Array, "B L D"], w_DxE: Float[Array, "D E"]) -> Float[Array, "T E"]:
     """The gate's product in float32, tokens in one dim."""
-    x_TxD = x_BxLxD.reshape(-1, x_BxLxD.shape[-1]).astype(jnp.float32)
-    return ops.linear(x_TxD, w_DxE)
+    logits_BxLxE = ops.linear(x_BxLxD.astype(jnp.float32), w_DxE)
+    return logits_BxLxE.reshape(-1, logits_BxLxE.shape[-1])
 
 
 def score(kind: str, logits_TxE: Float[Array, "T E"]) -> Float[Array, "T E"]:

@@ -1,7 +1,7 @@
 """Experts on many devices: rows travel to their expert's device and back, inside `shard_map`.
 
-Axis names come as arguments; no mesh is read. Three ways, equal to one device in values and
-gradients, and none drops a pair, whatever the load:
+Axis names come as arguments; no mesh is read. `everywhere` takes what a plan says. Three ways,
+equal to one device in values and gradients, and none drops a pair, whatever the load:
 
 gathered   every device sees every token and computes its own experts' share; for small meshes.
 exchanged  each (token, expert) pair goes to its expert's device, in rounds of `chunk` rows per
@@ -22,8 +22,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas import device
 from kernels_pallas.rounding import narrow
 from sparse_pretrain.routing import experts
+from sparse_pretrain.sharding import ops
 
 
 class Wire(NamedTuple):
@@ -36,6 +38,34 @@ class Wire(NamedTuple):
     chunk: int
     ragged: bool
     agree: tuple[str, ...]
+
+
+def everywhere(
+    weights: experts.Weights,
+    x_BxLxD: Float[Array, "B L D"],
+    expert_TxC: Int[Array, "T C"],
+    weight_TxC: Float[Array, "T C"],
+) -> Float[Array, "B L D"]:
+    """`experts.run` wherever the plan has put tokens, experts and their hidden width.
+
+    Tokens travel by `exchanged`, ragged where the platform can; a hidden width in parts adds up.
+    """
+
+    def local(weights, x, expert, weight, axes):
+        args = weights, x.reshape(-1, x.shape[-1]), *(a.reshape(-1, C) for a in (expert, weight))
+        if axes.get("E"):
+            (axis,) = axes["E"]
+            y = exchanged(*args, axis=axis, ragged=device.platform() != "cpu")
+        else:
+            y = experts.run(*args)
+        if axes.get("F"):
+            y = narrow(jax.lax.psum(y.astype(jnp.float32), axes["F"]), x.dtype)
+        return y.reshape(x.shape)
+
+    (B, L, _), C = x_BxLxD.shape, expert_TxC.shape[1]
+    seats = (a.reshape(B, L, C) for a in (expert_TxC, weight_TxC))
+    dims = (("E.F", "E.F", "EF."), "BL.", "BL.", "BL.")
+    return ops.each_device(local, (weights, x_BxLxD, *seats), dims, "BL.")
 
 
 def gathered(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparse_pretrain import nn, spec
 from sparse_pretrain.model import layers
-from sparse_pretrain.routing import TABLE, base, copies, experts, sigmoid_bias
+from sparse_pretrain.routing import TABLE, base, copies, expert_parallel, experts, sigmoid_bias
 from sparse_pretrain.shapes import AnyArray
 from sparse_pretrain.sharding import ops
 
@@ -91,12 +91,12 @@ class MoE(nn.Module):
             expert = base.within_capacity(assignment.expert, weight, c.experts, seats)
             assignment = assignment._replace(expert=expert)
         weights = experts.Weights(*(nn.read(w) for w in (self.w_gate, self.w_up, self.w_down)))
-        expert, x_TxD = assignment.expert, x.reshape(-1, x.shape[-1])
+        expert = assignment.expert
         if c.copies:
             found = copies.slots(nn.read(self.phy2log), c.experts)
             weights = experts.Weights(*(copies.tie(w, found) for w in weights))
             expert = copies.choose(expert, found)
-        y = experts.run(weights, x_TxD, expert, assignment.weight).reshape(x.shape)
+        y = expert_parallel.everywhere(weights, x, expert, assignment.weight)
         if self.shared is not None:
             y = y + self.shared(x)
         load = base.count_load(assignment.expert, c.experts)

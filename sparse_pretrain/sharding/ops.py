@@ -1,31 +1,47 @@
 """Every kernel op as the model calls it: by logical dims, the identity wrapper on one device.
 
-The model never sees a mesh; when a plan shards a kernel's operands, the shard_map goes here.
+The model never sees a mesh. Under a plan, each kernel runs in a shard_map over the rows, tokens
+and heads of its device: Mosaic kernels cannot be partitioned automatically, and XLA's loops would
+be badly. Queries are cut along a row where the plan has a context axis, and keys gathered to it.
 """
 
-import jax.numpy as jnp
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from kernels_pallas.block_sparse import block_sparse
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from kernels_pallas.block_sparse import block_sparse as _block_sparse
 from kernels_pallas.block_sparse.xla import keys_per_query as block_sparse_keys_per_query
-from kernels_pallas.cross_entropy import cross_entropy
-from kernels_pallas.flash import flash
+from kernels_pallas.cross_entropy import cross_entropy as _cross_entropy
+from kernels_pallas.flash import flash as _flash
 from kernels_pallas.flash.xla import keys_per_query as flash_keys_per_query
 from kernels_pallas.grouped_matmul import Layout as GroupLayout
 from kernels_pallas.grouped_matmul import aligned as group_layout
 from kernels_pallas.grouped_matmul import grouped_matmul as grouped_linear
 from kernels_pallas.grouped_matmul import rows_needed as group_rows
-from kernels_pallas.indexer import index_kl_dense, index_kl_listed, index_select
+from kernels_pallas.indexer import index_kl_dense as _index_kl_dense
+from kernels_pallas.indexer import index_kl_listed as _index_kl_listed
+from kernels_pallas.indexer import index_select as _index_select
 from kernels_pallas.indexer.xla import keys_per_query as index_keys_per_query
 from kernels_pallas.linear import linear as _linear
-from kernels_pallas.token_sparse import token_mass, token_sparse
+from kernels_pallas.token_sparse import token_mass as _token_mass
+from kernels_pallas.token_sparse import token_sparse as _token_sparse
+from sparse_pretrain.sharding import apply
 
 __all__ = [
     "GroupLayout",
     "block_sparse",
     "block_sparse_keys_per_query",
     "cross_entropy",
+    "each_device",
+    "embed",
     "flash",
     "flash_keys_per_query",
+    "gathered",
     "group_layout",
     "group_rows",
     "grouped_linear",
@@ -33,10 +49,128 @@ __all__ = [
     "index_kl_dense",
     "index_kl_listed",
     "index_select",
+    "kept_apart",
+    "laid",
     "linear",
+    "rows_are_cut",
     "token_mass",
     "token_sparse",
 ]
+
+
+# --- layouts ---
+
+
+def laid(x, dims: str):
+    """x where the plan puts activations of these dims, '.' for a dim that is never cut."""
+    placed = apply.current()
+    if placed is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, placed.spec(dims, x.shape))
+
+
+def kept_apart(layer: Callable) -> Callable:
+    """The layer, its backward pass gathering parameters again in place of keeping them gathered."""
+    placed = apply.current()
+    if placed is None or not placed.plan.stored:
+        return layer
+    policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+    return jax.checkpoint(layer, policy=policy)
+
+
+def rows_are_cut() -> bool:
+    """Whether the tokens of one row lie on several devices."""
+    placed = apply.current()
+    return placed is not None and bool(placed.axes("L"))
+
+
+def gathered(w, dims: tuple[str, ...]):
+    """A parameter as a layer uses it: gathered from where it is stored, its gradient sent back."""
+    placed = apply.current()
+    if placed is None:
+        return w
+    dims = dims[len(dims) - w.ndim :]  # of one layer of a stack
+    stored, used = (placed.parameter(dims, w.shape, use) for use in ("stored", "used"))
+    if stored == used:
+        return w
+    return checkpoint_name(_gather(stored, used, w), GATHERED)
+
+
+GATHERED = "gathered"  # a parameter away from where it is stored, which no layer keeps
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(stored, used, w):
+    return jax.lax.with_sharding_constraint(w, used)
+
+
+_gather.defvjp(
+    lambda stored, used, w: (_gather(stored, used, w), None),
+    lambda stored, used, kept, dw: (jax.lax.with_sharding_constraint(dw, stored),),
+)
+
+
+def each_device(
+    function: Callable, args: Sequence[Any], dims: Sequence[Any], out: Any, *, heads=()
+) -> Any:
+    """`function` of each device's part of the arguments; as it is without a plan.
+
+    Shapes: a letter of `dims` per dim of an argument, '.' for one that every device has whole; for
+    an argument of several arrays, a tuple of such; `out` such letters, or several. Of the letters
+    in `heads` either all are cut or none, but those of size 1, which stay whole. The function is
+    called with `axes`, letter -> axes that cut it.
+    """
+    placed = apply.current()
+    if placed is None:
+        return function(*args, axes={})
+    arrays = [leaf for arg in args for leaf in jax.tree.leaves(arg)]
+    letters = []
+    for arg, named in zip(args, dims, strict=True):
+        if arg is not None:
+            letters += [named] if isinstance(named, str) else list(named)
+    found: dict[str, tuple[str, ...]] = {}
+    for array, named in zip(arrays, letters, strict=True):
+        assert array.ndim == len(named), (array.shape, named)
+        for letter, size in zip(named, array.shape, strict=True):
+            if letter == "." or (letter in heads and size == 1):
+                continue
+            axes = placed.cut("H" if letter in heads else letter, size)
+            found[letter] = min(found.get(letter, axes), axes, key=len)
+    if any(not found.get(letter, True) for letter in heads):
+        found |= dict.fromkeys(heads, ())
+
+    def spec(named, shape=None):
+        sizes = shape or (0,) * len(named)
+        cut = [
+            () if c in heads and size == 1 else found.get(c, ())
+            for c, size in zip(named, sizes, strict=True)
+        ]
+        return PartitionSpec(*map(apply.entry, cut))
+
+    specs = iter([spec(named, a.shape) for a, named in zip(arrays, letters, strict=True)])
+
+    def body(*parts):
+        with apply.one_device():
+            return function(*parts, axes=found)
+
+    return jax.shard_map(
+        body,
+        in_specs=jax.tree.map(lambda _: next(specs), tuple(args)),
+        out_specs=spec(out) if isinstance(out, str) else tuple(map(spec, out)),
+        axis_names=set(placed.mesh.axis_names) - placed.manual,
+        check_vma=False,  # the kernels' loops start from arrays that all devices share
+    )(*args)
+
+
+def _first(axes, queries: int, start: int = 0):
+    """The row at which this device's first query stands, None for the ops' own default."""
+    if not axes.get("L"):
+        return None
+    (axis,) = axes["L"]
+    return start + jax.lax.axis_index(axis) * queries
+
+
+# --- products ---
 
 
 def linear(x, w, contract: int = 1):
@@ -46,9 +180,35 @@ def linear(x, w, contract: int = 1):
     """
     inner, outer = w.shape[:contract], w.shape[contract:]
     lead = x.shape[: x.ndim - contract]
+    if apply.current() is not None:
+        return _spread(contract, x, w)
     size_in, size_out = _product(inner), _product(outer)
     y = _linear(jnp.reshape(x, (*lead, size_in)), jnp.reshape(w, (size_in, size_out)))
     return jnp.reshape(y, (*lead, *outer))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _spread(contract: int, x, w):
+    """`linear` without reshapes, which would mix dims that lie on different devices."""
+    return jnp.tensordot(x, w.astype(x.dtype), contract)
+
+
+def _spread_backward(contract, kept, dy):
+    x, w = kept
+    dy, lead = dy.astype(x.dtype), x.ndim - contract
+    outer = tuple(range(contract, w.ndim)), tuple(range(lead, dy.ndim))
+    dx = jax.lax.dot_general(dy, w.astype(x.dtype), ((outer[1], outer[0]), ((), ())))
+    rows = tuple(range(lead))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    dw = jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=wide)
+    return dx, dw.astype(w.dtype)
+
+
+# the product itself in the forward pass: a remat policy that keeps products must see one
+_spread.defvjp(
+    lambda contract, x, w: (jnp.tensordot(x, w.astype(x.dtype), contract), (x, w)),
+    _spread_backward,
+)
 
 
 def _product(dims) -> int:
@@ -56,3 +216,170 @@ def _product(dims) -> int:
     for d in dims:
         total *= d
     return total
+
+
+def embed(lookup: Callable, table_VxD, tokens_BxL):
+    """`lookup(table, tokens)`; each device looks up its part of the width for all tokens of others.
+
+    So a table that is cut along its width need not be gathered, nor its gradient summed: what
+    travels are the rows found, each to the device that has its token.
+    """
+    placed = apply.current()
+    if placed is None:
+        return lookup(table_VxD, tokens_BxL)
+    (B, L), D = tokens_BxL.shape, table_VxD.shape[1]
+    held = (*placed.parameter(("V", "D"), table_VxD.shape), None, None)[1]
+    width = held if isinstance(held, tuple) else (held,) if held else ()
+    rows, length = placed.cut("B", B), placed.cut("L", L)
+    more = [tuple(a for a in axes if a not in width) for axes in (rows, length)]
+
+    def local(table, tokens):
+        x = lookup(table, tokens)
+        cuts = [a for a in (*rows, *length) if a in width]
+        sizes = [placed.sizes[a] for a in cuts]
+        k = sum(a in rows for a in cuts)  # the rows' axes lead, those of the length come after
+        b, n = tokens.shape[0], tokens.shape[1]
+        b, n = b // _product(sizes[:k]), n // _product(sizes[k:])
+        x = x.reshape(*sizes[:k], b, *sizes[k:], n, x.shape[-1])
+        for axis in reversed(width):  # the innermost first, so that the width comes in order
+            if axis in cuts:
+                at = cuts.index(axis)
+                at += at >= k
+                x = jax.lax.all_to_all(x, axis, at, x.ndim - 1, tiled=True)
+            else:
+                x = jax.lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True)
+        return x.reshape(b, n, D)
+
+    # in the order in which the parts above end up
+    out = (*more[0], *(a for a in rows if a in width)), (
+        *more[1], *(a for a in length if a in width)
+    )
+    x = jax.shard_map(
+        local,
+        in_specs=(PartitionSpec(None, held), PartitionSpec(*map(apply.entry, more))),
+        out_specs=PartitionSpec(*map(apply.entry, out)),
+        axis_names=set(placed.mesh.axis_names) - placed.manual,
+        check_vma=False,
+    )(table_VxD, tokens_BxL)
+    return laid(x, "BL.")
+
+
+def cross_entropy(x_BxLxD, head, targets_BxL, weights_BxL, **options):
+    """(the sum over all tokens [], nats per token [B, L]) of `kernels_pallas.cross_entropy`.
+
+    Shapes: x [B, L, D]; head and options as there. Along a tensor axis tokens are dealt out too.
+    """
+
+    def local(x, head, targets, weights, axes):
+        del axes
+        total, nats = _cross_entropy(
+            x.reshape(-1, x.shape[-1]), head, targets.reshape(-1), weights.reshape(-1), **options
+        )
+        return total.reshape(1, 1), nats.reshape(targets.shape)
+
+    args = (x_BxLxD, head, targets_BxL, weights_BxL)
+    # a sum per device, which are then added: their number is that of the tokens' parts
+    totals, nats = each_device(local, args, ("BT.", "..", "BT", "BT"), ("BT", "BT"))
+    return jnp.sum(totals), nats
+
+
+# --- attention ---
+
+
+def flash(q, k, v, *, segments_q=None, segments_k=None, sinks_H=None, ends_BxS=None, **options):
+    """As `kernels_pallas.flash`."""
+    strided = ends_BxS is not None or {"stride", "span"} & set(options)
+    start = 0 if strided else k.shape[1] - q.shape[1]
+    segments_k = segments_q if segments_k is None else segments_k
+
+    def local(q, k, v, segments_q, segments_k, sinks, ends, axes):
+        first = _first(axes, q.shape[1], start)
+        return _flash(
+            q, k, v, segments_q=segments_q, segments_k=segments_k, sinks_H=sinks, ends_BxS=ends,
+            **options, **({} if first is None else {"first": first}),
+        )
+
+    args = (q, k, v, segments_q, segments_k, sinks_H, ends_BxS)
+    dims = ("BLH.", "B.K.", "B.K.", "BL", "B.", "H", "B.")
+    out = ("BLH.", "BLH") if options.get("return_lse") else "BLH."
+    return each_device(local, args, dims, out, heads=("H", "K"))
+
+
+def block_sparse(q, k, v, blocks_BxLxGxN, starts_BxM, **options):
+    """As `kernels_pallas.block_sparse`."""
+
+    def local(*args, axes):
+        del axes
+        return _block_sparse(*args, **options)
+
+    args = (q, k, v, blocks_BxLxGxN, starts_BxM)
+    dims = ("BLH.", "B.K.", "B.K.", "BLG.", "B.")
+    out = ("BLH.", "BLH") if options.get("return_lse") else "BLH."
+    return each_device(local, args, dims, out, heads=("H", "K", "G"))
+
+
+def token_sparse(q, kv, chosen, **options):
+    """As `kernels_pallas.token_sparse`."""
+
+    def local(*args, axes):
+        del axes
+        return _token_sparse(*args, **options)
+
+    out = ("BLH.", "BLH") if options.get("return_lse") else "BLH."
+    return each_device(local, (q, kv, chosen), ("BLH.", "B..", "BL."), out)
+
+
+def token_mass(q, kv, chosen, lse, **options):
+    """As `kernels_pallas.token_sparse.token_mass`; without gradients, also across devices."""
+
+    def local(*args, axes):
+        mass = _token_mass(*args, **options)
+        return jax.lax.psum(mass, axes["H"]) if axes.get("H") else mass
+
+    args = jax.lax.stop_gradient((q, kv, chosen, lse))
+    return each_device(local, args, ("BLH.", "B..", "BL.", "BLH"), "BL.")
+
+
+def index_select(q, k, w, *, segments_q=None, segments_k=None, ends_BxS=None, **options):
+    """As `kernels_pallas.indexer`."""
+
+    def local(q, k, w, segments_q, segments_k, ends, axes):
+        first = _first(axes, q.shape[1])
+        return _index_select(
+            q, k, w, segments_q=segments_q, segments_k=segments_k, ends_BxS=ends, **options,
+            **({} if first is None else {"first": first}),
+        )
+
+    segments_k = segments_q if segments_k is None else segments_k
+    args = (q, k, w, segments_q, segments_k, ends_BxS)
+    return each_device(local, args, ("BL..", "B..", "BL.", "BL", "B.", "B."), "BL.")
+
+
+def index_kl_dense(
+    q, k, w, main_q, main_k, main_lse, *, segments_q=None, segments_k=None, ends_BxS=None,
+    **options,
+):
+    """As `kernels_pallas.indexer`."""
+
+    def local(q, k, w, main_q, main_k, main_lse, segments_q, segments_k, ends, axes):
+        first = _first(axes, q.shape[1])
+        return _index_kl_dense(
+            q, k, w, main_q, main_k, main_lse, segments_q=segments_q, segments_k=segments_k,
+            ends_BxS=ends, **options, **({} if first is None else {"first": first}),
+        )
+
+    segments_k = segments_q if segments_k is None else segments_k
+    args = (q, k, w, main_q, main_k, main_lse, segments_q, segments_k, ends_BxS)
+    dims = ("BL..", "B..", "BL.", "BL..", "B...", "BL.", "BL", "B.", "B.")
+    return each_device(local, args, dims, "BL")
+
+
+def index_kl_listed(q, k, w, chosen, mass, **options):
+    """As `kernels_pallas.indexer`."""
+
+    def local(*args, axes):
+        del axes
+        return _index_kl_listed(*args, **options)
+
+    args = (q, k, w, chosen, mass)
+    return each_device(local, args, ("BL..", "B..", "BL.", "BL.", "BL."), "BL")

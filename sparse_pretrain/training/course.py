@@ -50,7 +50,9 @@ class Course:
         return _once(
             self._evaluators,
             self.stage(n).model,
-            lambda: evaluate.Evaluator(self.definition(n), data.domains, accuracy=task),
+            lambda: evaluate.Evaluator(
+                self.definition(n), data.domains, accuracy=task, placed=self._p.placed
+            ),
         )
 
     def compiled(self, n: int) -> bool:
@@ -77,6 +79,7 @@ class Course:
             ema=e.ema,
             seq=stage.seq if stage.seq != e.data.seq else 0,
             train=stage.train,
+            placed=self._p.placed,
         )
         made = made.lower(state, batch).compile()
         self._record.compiled(time.perf_counter() - began)

@@ -13,6 +13,7 @@ from sparse_pretrain import nn, shapes
 from sparse_pretrain.games import prices
 from sparse_pretrain.model import lm
 from sparse_pretrain.shapes import AnyArray
+from sparse_pretrain.sharding import apply
 from sparse_pretrain.training import loss
 
 FIRST = 64  # tokens in the first bucket of positions
@@ -35,12 +36,16 @@ class Evaluator:
     """
 
     def __init__(
-        self, definition: nn.Definition, domains: tuple[str, ...], *, accuracy: bool = False
+        self,
+        definition: nn.Definition,
+        domains: tuple[str, ...],
+        *,
+        accuracy: bool = False,
+        placed: apply.Placed | None = None,
     ):
         self._domains = domains
         self._rows = rows = max(len(domains), 1)
 
-        @jax.jit
         def step(params, prices, batch: shapes.Batch):
             """Sums of nats, targets, bytes, perhaps hits, by domain and position; loads, gaps."""
             model = definition.merge(params, prices)
@@ -63,7 +68,11 @@ class Evaluator:
             gaps = {g: told["gap"] for g, told in aux.market.items() if "gap" in told}
             return sums, aux.load, gaps
 
-        self._step = step
+        self._placed = placed
+        jit: Any = jax.jit if placed is None else placed.jit
+        # every process reads the sums
+        everywhere = {} if placed is None else {"out_shardings": placed.replicated}
+        self._step = jit(step, **everywhere)
 
     def __call__(self, params: Any, prices: Any, batches: Iterable[shapes.Batch]) -> dict[str, Any]:
         """Nats per token and bits per byte, in total and per domain; `load`, pairs per expert.
@@ -91,6 +100,10 @@ class Evaluator:
         length = 0
         for batch in batches:
             length = batch.tokens.shape[1]
+            if self._placed is not None:
+                # rows are those of all processes, which hold equal shares
+                _, count = self._placed.share(batch.tokens.shape[0])
+                batch = self._placed.put(batch, batch.tokens.shape[0] * count)
             sums = self._step(params, prices, batch)
             if pending is not None:  # read one batch late, so that the device is never idle
                 add(*pending)

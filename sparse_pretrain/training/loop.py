@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -16,6 +17,7 @@ from sparse_pretrain.planning import chips
 from sparse_pretrain.training import (
     course,
     metrics,
+    processes,
     progress,
     record,
     recovery,
@@ -53,6 +55,7 @@ def train(
 
 def _train(experiment, workdir, argv, quiet, on_finish) -> dict[str, Any]:
     began = time.perf_counter()
+    quiet = quiet or not processes.lead()
     run.prepare_process()
     summary = run.finished(experiment, workdir)
     if summary is not None:
@@ -63,7 +66,7 @@ def _train(experiment, workdir, argv, quiet, on_finish) -> dict[str, Any]:
             prepared = run.prepare(experiment, workdir)
         _say(quiet, f"{run.headline(prepared.experiment, prepared.derived)}; {workdir}")
         summary = Trainer(prepared, workdir, argv, quiet=quiet, began=began).run()
-    if on_finish is not None:
+    if on_finish is not None and processes.lead():
         on_finish(workdir)
     return summary
 
@@ -105,7 +108,9 @@ class Trainer:
             _say(self.quiet, f"note: config.{note}")
         run.check_phases(e, self.workdir, p.dataset.train_tokens)
         game = replace.start(e.model) if e.placement.every else {}
-        train_state = state.create(p.definition, p.tx, e.seed, ema=e.ema > 0, game=game)
+        train_state = state.create(
+            p.definition, p.tx, e.seed, ema=e.ema > 0, game=game, placed=p.placed
+        )
         batches = p.dataset.train()
         if self.saver.latest() is not None:
             train_state, cursor = self.saver.restore(train_state)
@@ -122,7 +127,8 @@ class Trainer:
             params, prices = checkpoint.init_from(
                 source, train_state.params, train_state.router, done
             )
-            average = jax.tree.map(np.copy, params) if e.ema else {}
+            copy = np.copy if p.placed is None else jnp.copy
+            average = jax.tree.map(copy, params) if e.ema else {}
             train_state = train_state._replace(params=params, router=prices, ema=average)
         return train_state, batches
 
@@ -134,19 +140,23 @@ class Trainer:
         Whatever stops it is written to run.json before it is raised again; what keeps it from
         starting leaves the workdir as it was.
         """
-        with recovery.alone(self.workdir):
+        with recovery.alone(self.workdir) if processes.lead() else contextlib.nullcontext():
             try:
-                return self._run()
+                summary = self._run()
             except BaseException as e:
+                e = processes.lost(e) or e
                 if self.begun:
                     stopped = isinstance(e, (recovery.Interrupted, KeyboardInterrupt))
                     status = "interrupted" if stopped else "failed"
                     reason = str(e).strip().splitlines()[0] if str(e) else type(e).__name__
                     with contextlib.suppress(OSError):  # of a full disk: `e` says it already
                         self.record.write(status=status, error=reason)
-                raise
-            finally:
+                if isinstance(e, processes.PeerLost):  # who would wait for it, waits for ever
+                    raise e from None
                 self.saver.close()
+                raise
+            self.saver.close()
+            return summary
 
     def _run(self) -> dict[str, Any]:
         checkpoint.warm()
@@ -155,15 +165,20 @@ class Trainer:
         self.record.open()
         self.begun = True
         # with it the weights can be used when the corpus that made it is gone
-        self.p.dataset.tokenizer.save(self.workdir / run.TOKENIZER)
-        writer = metrics.Writer(self.workdir, self.experiment.log, self.record.content, step=start)
+        if processes.lead():
+            self.p.dataset.tokenizer.save(self.workdir / run.TOKENIZER)
+        writer: Any = metrics.Silent()
+        if processes.lead():
+            writer = metrics.Writer(
+                self.workdir, self.experiment.log, self.record.content, step=start
+            )
         bar = _NoBar() if self.quiet else progress.Bar(self.steps, start=start)
         with writer:
             self.writer = writer
             if start < self.steps:
                 first = next(batches)
                 with _quietly(self.quiet, "compiling the training step"):
-                    self.course.step(start + 1, train_state, first)
+                    self.course.step(start + 1, train_state, self.p.put(first))
                 with bar, recovery.stop_requests() as asked:
                     train_state = self._loop(train_state, first, batches, bar, asked)
             summary = self._finish(train_state)
@@ -174,21 +189,24 @@ class Trainer:
         e = self.experiment
         self.peak, _ = chips.peak_flops()
         pending, first, clock = None, int(train_state.step), time.perf_counter()
+        stop = processes.Stop(asked)
         for n in range(first + 1, self.steps + 1):
             if not self.course.compiled(n):  # a phase begins
                 if pending is not None:
                     self._report(*pending, clock, bar)
                     pending = None
-                self.course.step(n, train_state, batch)
+                self.course.step(n, train_state, self.p.put(batch))
                 clock = time.perf_counter()
-            train_state, out = self.course.step(n, train_state, batch)(train_state, batch)
+            rows_here = self.p.put(batch)
+            train_state, out = self.course.step(n, train_state, rows_here)(train_state, rows_here)
             if e.placement.every and n % e.placement.every == 0:
                 train_state = replace.replace(train_state, e.placement)
             cursor = batches.get_state()
             if pending is not None:
                 clock = self._report(*pending, clock, bar)
             pending = (n, out, batch)
-            save = bool(asked) or self.saver.due(n)
+            asked_now = stop.now(n)
+            save = asked_now or self.saver.due(n)
             score = n < self.steps and e.eval.every > 0 and n % e.eval.every == 0
             if save or score or n == self.steps:
                 clock = self._report(*pending, clock, bar)
@@ -203,7 +221,7 @@ class Trainer:
                     self._evaluate(train_state, n)
             if save or score:
                 clock = time.perf_counter()
-            if asked and n < self.steps:
+            if asked_now and n < self.steps:
                 self.saver.wait()
                 raise recovery.Interrupted(
                     f"stopped at step {n} of {self.steps}; the checkpoint is written, run the same "
@@ -273,10 +291,13 @@ class Trainer:
             self._evaluate(train_state, self.steps)
         assert self.scores is not None
         self.saver.close()
+        sample = self._sample(train_state)
+        if not processes.lead():
+            return {}
         steps = metrics.read_rows(self.workdir / "metrics.jsonl")
         seconds = sum(r["step_seconds"] for r in steps[1:])
         tokens = self.p.run.tokens_per_step * max(len(steps) - 1, 0)
-        d, sample = self.p.derived, self._sample(train_state)
+        d = self.p.derived
         wall, training = self.record.total("seconds"), sum(r["step_seconds"] for r in steps)
         summary = {
             "name": self.experiment.name,
@@ -309,11 +330,15 @@ class Trainer:
         s = self.experiment.sample
         if not s.tokens or not self.p.dataset.tokenizer.is_text:
             return None
+        held = (train_state.ema or train_state.params, train_state.router)
+        if self.p.placed is not None:
+            held = self.p.placed.whole(held)
+        if not processes.lead():
+            return None
         with _quietly(self.quiet, "writing a sample"):
             text = generate.generate(
                 self.course.definition(self.steps),
-                train_state.ema or train_state.params,
-                train_state.router,
+                *held,
                 self.p.dataset.tokenizer,
                 s.prompt,
                 tokens=s.tokens,

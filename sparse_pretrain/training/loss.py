@@ -15,16 +15,15 @@ def token_losses(
     """(weighted sum of nats + z-loss [], nats per token [B, L])."""
     c = model.config
     head, layout = model.head_weight()
-    total, nats = ops.cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]),
+    return ops.cross_entropy(
+        hidden,
         head,
-        batch.targets.reshape(-1),
-        batch.weights.reshape(-1),
+        batch.targets,
+        batch.weights,
         z_loss=c.z_loss,
         softcap=c.softcap or None,
         head_layout=layout,
     )
-    return total, nats.reshape(batch.targets.shape)
 
 
 def loss_sums(definition, params, prices, batch: shapes.Batch, weight, parts: int):

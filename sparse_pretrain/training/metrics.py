@@ -275,6 +275,21 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class Silent:
+    """A Writer that writes nothing: that of every process but the one that does."""
+
+    def train(self, step: int, row: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    eval = moe = train
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        return None
+
+
 class Writer:
     """Sends each row of a run to every configured sink; `step` is the step resumed from.
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from sparse_pretrain import checkpoint
-from sparse_pretrain.training import metrics, run
+from sparse_pretrain.training import metrics, processes, run
 
 FILE = "run.json"
 REFRESH = 10.0  # seconds of a killed process that the record may miss
@@ -82,6 +82,8 @@ class Record:
         """The file anew, with changed fields and the time so far."""
         self._clock()
         self.content |= {**changes, "launches": self.launches}
+        if not processes.lead():
+            return
         write_json(self.path, self.content)
         self._written = time.perf_counter()
 

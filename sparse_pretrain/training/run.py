@@ -12,7 +12,8 @@ from sparse_pretrain import config as configs
 from sparse_pretrain.model import lm
 from sparse_pretrain.optim import schedules
 from sparse_pretrain.planning import flops, memory
-from sparse_pretrain.training import progress
+from sparse_pretrain.sharding import apply
+from sparse_pretrain.training import processes, progress
 
 TOKENIZER = "tokenizer.json"  # in the workdir
 
@@ -29,6 +30,11 @@ class Prepared:
     tx: Any
     derived: dict[str, Any]
     stages: tuple[phases.Stage, ...]
+    placed: apply.Placed | None = None
+
+    def put(self, batch: Any) -> Any:
+        """This process's rows of a batch, where the plan wants them."""
+        return batch if self.placed is None else self.placed.put(batch, self.experiment.data.batch)
 
 
 def prepare(experiment: configs.Experiment, workdir: Path | None = None) -> Prepared:
@@ -40,12 +46,19 @@ def prepare(experiment: configs.Experiment, workdir: Path | None = None) -> Prep
     fresh = workdir is None or not checkpoint.steps(workdir)
     if experiment.init_from and fresh:
         start_from(experiment)  # looked at before the data, whose preparation can take minutes
-    dataset = data.load(experiment.data, seed=experiment.seed)
+    placed = processes.place(experiment.plan, experiment.mesh, experiment.accumulate)
+    index, count = (0, 1) if placed is None else placed.share(experiment.data.batch)
+    dataset = data.load(
+        experiment.data, seed=experiment.seed, process_index=index, process_count=count
+    )
     experiment, run = configs.complete(
         experiment, vocab=dataset.vocab, train_tokens=dataset.train_tokens
     )
     definition = lm.define(experiment.model)
     stages = experiment.stages(run.steps)
+    if placed is not None:
+        for stage in stages:
+            check_plan(placed, experiment, lm.define(stage.model), stage.seq)
     schedule = schedules.make(
         experiment.schedule,
         peak=experiment.optim.lr,
@@ -56,7 +69,22 @@ def prepare(experiment: configs.Experiment, workdir: Path | None = None) -> Prep
     # the optimizer multiplies by the schedule and each group's share of the peak
     tx = optim.TABLE[experiment.optim.KIND].build(experiment.optim, definition.dims, schedule)
     derived = derive(experiment, run) | {"train_tokens": dataset.train_tokens}
-    return Prepared(experiment, dataset, definition, run, schedule, tx, derived, stages)
+    return Prepared(experiment, dataset, definition, run, schedule, tx, derived, stages, placed)
+
+
+def check_plan(
+    placed: apply.Placed, experiment: configs.Experiment, definition: nn.Definition, length: int
+) -> None:
+    """Errors: ValueError naming the field of what the plan cannot do with this run."""
+    try:
+        placed.check(definition, rows=experiment.data.batch, length=length)
+    except ValueError as e:
+        raise ValueError(f"config.{e}") from None
+    spec.require(
+        not experiment.placement.every,
+        f"config.placement.every: {experiment.placement.every} moves copies of experts, which it "
+        f"does on one device only, not under plan {placed.plan.name}",
+    )
 
 
 def start_from(experiment: configs.Experiment) -> tuple[Path, int]:

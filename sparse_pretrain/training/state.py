@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_pretrain import nn, optim
+from sparse_pretrain.sharding import apply
 
 
 class TrainState(NamedTuple):
@@ -25,10 +26,47 @@ class TrainState(NamedTuple):
 
 
 def create(
-    definition: nn.Definition, tx: Any, seed: int, *, ema: bool, game: Any = None
+    definition: nn.Definition,
+    tx: Any,
+    seed: int,
+    *,
+    ema: bool,
+    game: Any = None,
+    placed: apply.Placed | None = None,
 ) -> TrainState:
-    """The state before the first step; one compiled call, so that nothing is built op by op."""
+    """The state before the first step; one compiled call, so that nothing is built op by op.
 
+    Under a plan every device makes its own part, the same numbers as one device would.
+    """
+    build = _builder(definition, tx, ema, game)
+    if placed is None:
+        return jax.jit(build)(jax.random.key(seed))
+    where = shardings(jax.eval_shape(build, jax.random.key(seed)), definition, placed)
+    # the key comes as a number, for one array is not on all processes' devices
+    return placed.jit(lambda: build(jax.random.key(seed)), out_shardings=where)()
+
+
+def abstract(
+    definition: nn.Definition, tx: Any, *, ema: bool, game: Any = None, placed: apply.Placed
+) -> TrainState:
+    """The state's shapes and where each lies, without arrays: what a step is lowered for."""
+    shapes = jax.eval_shape(_builder(definition, tx, ema, game), jax.random.key(0))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        shardings(shapes, definition, placed),
+    )
+
+
+def shardings(shapes: TrainState, definition: nn.Definition, placed: apply.Placed) -> TrainState:
+    """Where each leaf of a state lies: optimizer state and averages as the plan's optimizer."""
+    laid = {f: placed.lay(getattr(shapes, f), definition) for f in shapes._fields}
+    for field in ("opt", "ema"):
+        laid[field] = placed.lay(getattr(shapes, field), definition, "optimizer")
+    return TrainState(**laid)
+
+
+def _builder(definition, tx, ema, game):
     def build(key):
         init_key, key = jax.random.split(key)
         params, prices = definition.init(init_key)
@@ -42,4 +80,4 @@ def create(
             key=key,
         )
 
-    return jax.jit(build)(jax.random.key(seed))
+    return build

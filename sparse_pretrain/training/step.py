@@ -10,7 +10,9 @@ import optax
 from sparse_pretrain import nn, optim, shapes
 from sparse_pretrain.games import prices
 from sparse_pretrain.model import lm
+from sparse_pretrain.sharding import apply
 from sparse_pretrain.training import loss, partial, replace
+from sparse_pretrain.training import state as states
 from sparse_pretrain.training.state import TrainState
 
 Step = Callable[[TrainState, shapes.Batch], tuple[TrainState, dict[str, Any]]]
@@ -39,6 +41,7 @@ def gradients(
     batch: shapes.Batch,
     accumulate: int,
     mask: Any = None,
+    placed: apply.Placed | None = None,
 ):
     """(gradients of the batch's loss, report of sums); equal to one large batch to rounding.
 
@@ -52,7 +55,7 @@ def gradients(
             return loss.loss_sums(definition, p, state.router, part, weight, accumulate)
 
         (_, report), grads = jax.value_and_grad(share, has_aux=True)(params)
-        return grads, report
+        return (grads if placed is None else placed.hold(grads, definition)), report
 
     if accumulate == 1:
         return sums(state.params, batch)
@@ -69,11 +72,13 @@ def make_train_step(
     ema: float = 0.0,
     seq: int = 0,
     train: str = "all",
+    placed: apply.Placed | None = None,
 ) -> Step:
     """The jitted step `(state, batch) -> (state, metrics)`; the state it is given is consumed.
 
     The rows of a batch are cut to `seq` tokens first, if that is not 0. With `train="indexer"` only
-    what the attentions train by losses of their own moves, and prices do not.
+    what the attentions train by losses of their own moves, and prices do not. `placed` is the plan
+    that the state and batches are laid out by, if they are.
 
     Metrics are device scalars: `loss` nats per token, `bits_per_byte`, `grad_norm`, `lr`,
     `tokens`, and for experts `load` per layer group, `max_vio` per layer, and `market`: the price
@@ -84,7 +89,9 @@ def make_train_step(
     def step(state: TrainState, batch: shapes.Batch):
         batch = cut(batch, seq) if seq else batch
         mask = partial.own_mask(config, state.params) if train == "indexer" else None
-        grads, report = gradients(definition, state, batch, accumulate, mask)
+        grads, report = gradients(definition, state, batch, accumulate, mask, placed)
+        if placed is not None:
+            grads = placed.hold(grads, definition, "optimizer")
         norm = replace.gradient_norm(grads, state.router)
         updates, opt = tx.update(grads, state.opt, state.params, norm=norm)
         params = optax.apply_updates(state.params, updates)
@@ -120,4 +127,15 @@ def make_train_step(
         new = new if mask is None else partial.stand_still(mask, state, new)
         return new, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if placed is None:
+        return jax.jit(step, donate_argnums=0)
+
+    def laid(state: TrainState, batch: shapes.Batch):
+        new, metrics = step(state, batch)
+        where = states.shardings(new, definition, placed)
+        hold = jax.lax.with_sharding_constraint
+        # every process reads the metrics, so they are the same everywhere
+        everywhere = jax.tree.map(lambda x: hold(x, placed.replicated), metrics)
+        return jax.tree.map(hold, new, where), everywhere
+
+    return placed.jit(laid, donate_argnums=0)
