@@ -8,6 +8,7 @@ Tested: 8 experts of width 128, one chosen, against 64 of width 16, eight chosen
     parameters; three paired seeds, loss-free balance, one rate for both, no shared expert.
 Criterion: 64 top-8 below 8 top-1 on held-out text, 3/3.
 Cost: 6 runs, a few minutes.
+Result: PASS at f6b2f03: 2.138 to 2.050 nats/byte, 3/3.
 """
 
 from sparse_pretrain.claims import arms, base
