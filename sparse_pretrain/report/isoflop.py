@@ -41,16 +41,16 @@ def plot(arm: str, own: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
     for colour, flops in enumerate(sorted({row["budget"] for row in rows})):
         part = sorted((r["params"], r["loss"]) for r in rows if r["budget"] == flops)
         x, y = np.array(part).T
-        style = {"linestyle": "none", "marker": "o", "markersize": 4}
-        chart.points(x, y, colour=colour, label=f"{flops:.2g} FLOPs", **style)
+        name = f"{flops:.2g} FLOPs"
+        chart.points(x, y, colour=colour, label=name, linestyle="none", markersize=4)
         found = vertices.get(flops)
         if found:
             a, b, c, middle = found["coefficients"]
             at = np.linspace(np.log(x[0]), np.log(x[-1]), 60)
             chart.line(np.exp(at), a * (at - middle) ** 2 + b * (at - middle) + c, colour=colour)
             if found["inside"]:
-                least = [found["params"]], [found["loss"]]
-                chart.points(*least, colour=colour, marker="*", markersize=9)
+                x, y = np.array([found["params"]]), np.array([found["loss"]])
+                chart.points(x, y, colour=colour, marker="*", markersize=9)
     return chart.svg(f"iso-FLOP curves of {arm}")
 
 

@@ -154,7 +154,7 @@ def _further(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> tuple[float, float
     spread = variance * (1 + at @ np.linalg.pinv(x.T @ x) @ at)
     half = float(stdtrit(free, 0.975)) * spread**0.5
     middle = float(at @ weights)
-    return tuple(float(np.exp(v)) for v in (middle, middle - half, middle + half))
+    return float(np.exp(middle)), float(np.exp(middle - half)), float(np.exp(middle + half))
 
 
 def read(where: Path | str) -> record.Fit:

@@ -256,3 +256,33 @@ def test_the_command_prints_json_and_writes_a_page(noisy, tmp_path, capsys):
     assert "http-equiv" not in page
     assert "src=" not in page
     assert forecast.read(tmp_path / "out").constants["E"] == pytest.approx(out["E"])
+
+
+def workdir(path, params, tokens, loss, corpus="c"):
+    """A finished run's records, as far as a fit reads them."""
+    path.mkdir(parents=True)
+    derived = {"total_params": 3 * params, "active_params": params}
+    (path / "run.json").write_text(json.dumps({"status": "finished", "derived": derived}))
+    summary = {"flops": 6 * params * tokens, "tokens": tokens, "nats_per_token": loss}
+    (path / "summary.json").write_text(json.dumps(summary | {"manifest_hash": corpus}))
+
+
+def test_runs_are_read_from_their_folders(tmp_path, capsys):
+    table = grid()
+    for i in range(len(table)):
+        row = (table.params[i], table.tokens[i], table.loss[i])
+        workdir(tmp_path / "runs" / f"run{i:02d}", *row)
+    (tmp_path / "runs" / "broken").mkdir()
+    (tmp_path / "runs" / "broken" / "run.json").write_text('{"status": "failed"}')
+    command = ["fit", str(tmp_path / "runs"), "--bootstrap=40", f"--workdir={tmp_path / 'out'}"]
+    assert cli.main([*command, "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["alpha"] == pytest.approx(TRUTH["alpha"], rel=1e-4)
+    assert out["left_out"] == ["broken: failed"]
+    assert cli.main([*command, "--law=sparse_attention"]) == 2
+    assert "they do not say 'keys'" in capsys.readouterr().err
+    assert cli.main([*command, "--law=joint"]) == 2
+    assert "expansion: is the same in all runs" in capsys.readouterr().err
+    workdir(tmp_path / "runs" / "other", 1e8, 1e9, 3.0, corpus="d")
+    assert cli.main(command) == 2
+    assert "different corpora: c, d" in capsys.readouterr().err
