@@ -125,11 +125,12 @@ def kills(count: int, workers: int, warm: bool, killed: int, seconds: float, see
                 driver.wait()
                 hit["driver"] += 1
                 driver = start(folder, workers, warm, seconds)
-            elif pid := _at_work(folder, rng):
+                continue
+            while not (pid := _at_work(folder, rng)) and driver.poll() is None:
+                time.sleep(0.002)
+            if pid:
                 os.kill(pid, signal.SIGKILL)
                 hit["run"] += 1
-            else:
-                hit["missed"] += 1
         code = driver.wait()
         return {
             "warm": warm,
