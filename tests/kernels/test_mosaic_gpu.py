@@ -43,14 +43,6 @@ def hopper(cores):
                          plgpu.InterpretGPUParams(detect_races=True))
 
 
-def quick(function):
-    """jax.jit; on CPU without the optimizations that an interpreter's callbacks gain nothing by."""
-    if device.target().platform != "cpu":
-        return jax.jit(function)
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0,
-                                               "xla_llvm_disable_expensive_passes": True})
-
-
 def oracle(x, w, dy, layout):
     """Loop over experts and their rows in float64."""
     x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
@@ -110,7 +102,7 @@ def compiled():
     def products(x, w, dy, sizes):
         return run(x, w, dy, aligned(sizes, pairs=384))
 
-    function = quick(products)
+    function = jax.jit(products)
     return lambda x, w, dy, layout: function(x, w, dy, layout.sizes)
 
 

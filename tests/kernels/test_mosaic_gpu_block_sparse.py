@@ -13,7 +13,7 @@ import pytest
 from kernels_pallas import device, numerics
 from kernels_pallas.block_sparse import block_sparse, explain, gpu_plan, specs
 from kernels_pallas.chips import CHIPS
-from tests.kernels.test_mosaic_gpu import hopper, quick, recent, runs
+from tests.kernels.test_mosaic_gpu import hopper, recent, runs
 
 NAMES = ("o", "lse", "dq", "dk", "dv")
 SMALL = [name for name in specs.HOPPER if name.startswith("tile_")]
@@ -47,7 +47,7 @@ def oracle(spec, arguments, cotangents):
 
 def compiled(spec, cores=2):
     """Values and gradients from the kernels, for any numbers of one workload's shapes."""
-    @quick
+    @jax.jit
     def run(q, k, v, blocks, starts, do, d_lse):
         def call(q, k, v):
             return block_sparse(q, k, v, blocks, starts, block=spec.block, scale=spec.Dk**-0.5,

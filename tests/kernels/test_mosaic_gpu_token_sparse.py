@@ -13,7 +13,7 @@ import pytest
 from kernels_pallas import device, numerics
 from kernels_pallas.chips import CHIPS
 from kernels_pallas.token_sparse import gpu_plan, mass, op, specs, token_mass, token_sparse
-from tests.kernels.test_mosaic_gpu import hopper, quick, recent, runs
+from tests.kernels.test_mosaic_gpu import hopper, recent, runs
 
 NAMES = ("o", "lse", "dq", "dkv", "mass")
 SMALL = [name for name in specs.HOPPER if name.startswith("tile_")]
@@ -46,7 +46,7 @@ def oracle(spec, arguments, cotangents):
 
 def compiled(spec, cores=2):
     """Values, gradients and masses from the kernels, for any numbers of one workload's shapes."""
-    @quick
+    @jax.jit
     def run(q, kv, chosen, do, d_lse):
         def call(q, kv):
             return token_sparse(q, kv, chosen, v_dim=spec.v_dim, scale=spec.Dk**-0.5,
