@@ -203,6 +203,11 @@ _TABLE: tuple[tuple[Op, Any, Any, Any, tuple[int, ...], Any], ...] = (
 OPS = tuple(row[0].name for row in _TABLE)
 
 
+def _specs(module: Any) -> dict[str, Any]:
+    """All workloads of an op: its small ones, those of training, and those for tensor cores."""
+    return module.PARITY | module.SPEED | getattr(module, "HOPPER", {})
+
+
 def cases(ops: tuple[str, ...] = (), specs: tuple[str, ...] = (), *, abstract: bool = False,
           speed: bool = False, parity: bool = False, dtype: str | None = None) -> Iterator[Case]:
     """Yield the cases of these ops and specs, all of them when none are named.
@@ -215,12 +220,12 @@ def cases(ops: tuple[str, ...] = (), specs: tuple[str, ...] = (), *, abstract: b
         if name not in OPS:
             raise ValueError(f"op {name!r} is unknown; there are {', '.join(OPS)}")
     chosen = [row for row in _TABLE if not ops or row[0].name in ops]
-    known = {name for row in chosen for name in row[2].PARITY | row[2].SPEED}
+    known = {name for row in chosen for name in _specs(row[2])}
     for name in specs:
         if name not in known:
             raise ValueError(f"spec {name!r} is unknown; there are {', '.join(sorted(known))}")
     for op, call, module, arguments, wrt, work in chosen:
-        for name, spec in (module.PARITY | module.SPEED).items():
+        for name, spec in _specs(module).items():
             if specs and name not in specs:
                 continue
             if (speed and name not in module.SPEED) or (parity and name not in module.PARITY):

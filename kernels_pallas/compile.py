@@ -107,7 +107,7 @@ def _assembler_report(text: str) -> _Report:
     shared = [int(n) for n in re.findall(r"smem_scratch_bytes=(\d+)", text)]
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
     spilled = [int(a) + int(b) for a, b in
-               re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)]
+               re.findall(r"stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)]
     shared = shared[len(shared) - len(registers):] or [0] * len(registers)
     return list(zip(registers, shared, spilled, strict=True))
 
@@ -174,7 +174,7 @@ def compile_case(case: Case, direction: str, chip: Chip, sharding: Any,
         finally:
             said = output()
             _fill_in(row, _assembler_report(said))
-            row.serialized = "C7510" in said  # ptxas: wgmma instructions are serialized
+            row.serialized = "wgmma.mma_async instructions are serialized" in said  # ptxas
     row.temp_bytes = int(memory.temp_size_in_bytes)
     row.io_bytes = int(memory.argument_size_in_bytes + memory.output_size_in_bytes)
     row.roofline_seconds = max(row.flops / chip.peak, row.io_bytes / chip.bandwidth)

@@ -82,6 +82,18 @@ def platform() -> str:
     return jax.default_backend()
 
 
+def lacks_hopper() -> str | None:
+    """Return None, or why kernels for Hopper's tensor cores cannot run on the device."""
+    at = target()
+    if at.platform != "gpu":
+        return f"needs an NVIDIA GPU, the device is {at.kind or at.platform}"
+    if at.capability is None or at.capability[0] != 9:
+        return f"needs Hopper's tensor cores (9.0), the device {at.kind} is {at.capability}"
+    if jax_version() < (0, 11):
+        return f"needs jax 0.11, this is {jax.__version__}"
+    return None
+
+
 def kind() -> str:
     """Return the device's kind as a file name, such as 'nvidia_h200', 'cpu' or 'cpu_amx'."""
     here = target()

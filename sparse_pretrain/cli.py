@@ -25,6 +25,7 @@ COMMANDS = {
     "runs": "the table of runs, or what differs between two",
     "sweep": "run every setting of a sweep file and rank the results",
     "fit": "a scaling law from runs or a CSV, with intervals and a page",
+    "isoflop": "plan and run a grid of sizes and tokens per budget, fit it, say what to run next",
     "placement": "replay a run's expert loads on devices: balance, bytes moved, simulated gain",
     "reproduce": "run published claims to a verdict: PASS, FAIL or NOT RUN",
     "claims": "the ledger of claims: published, measured, criterion, verdict",

@@ -95,3 +95,18 @@ SPEED = {
     "nsa_4k": Spec(B=1, L=4096, K=1, G=1, N=16, Dk=64, Dv=64, block=64, dtype="bfloat16"),
     "nsa_32k": Spec(B=1, L=32768, K=1, G=1, N=16, Dk=64, Dv=64, block=64, dtype="bfloat16"),
 }
+
+# For tensor cores: bfloat16 and whole tiles. Small ones first, awkward for tiles of 128 rows; then
+# heads of 128 and lengths that are too long for a bench on CPU.
+_TENSOR = Spec(dtype="bfloat16", B=1, K=1, Dk=64, Dv=64, block=64)
+HOPPER = {
+    "tile_any": dataclasses.replace(_TENSOR, L=70, S=192, G=1, choice="any"),
+    "tile_one_token": dataclasses.replace(_TENSOR, L=1, S=128, G=1, choice="any"),
+    "tile_none": dataclasses.replace(_TENSOR, L=9, S=64, choice="none"),
+    "tile_shared": dataclasses.replace(_TENSOR, B=2, L=45, S=256, block=128, H=8, K=2, G=4,
+                                       Dk=128, choice="any"),
+    "tile_documents": dataclasses.replace(_TENSOR, L=300, H=3, K=1, G=3, N=2, documents=3, spare=2),
+    "tile_three_heads": dataclasses.replace(_TENSOR, L=86, S=128, H=3, G=1, Dv=128, choice="one"),
+    "moba_64k": dataclasses.replace(_TENSOR, L=65536, H=16, K=4, G=16, Dk=128, Dv=128, block=512),
+    "nsa_64k": dataclasses.replace(_TENSOR, L=65536, H=64, K=4, G=4, N=16, Dk=128, Dv=128),
+}

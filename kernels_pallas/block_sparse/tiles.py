@@ -40,10 +40,11 @@ def distinct(blocks_xN, count):
     return jnp.where(none, -1, blocks_xN.astype(jnp.int32))
 
 
-def cut(group_RxN, groups, size, multiple):
+def cut(group_RxN, groups, size, multiple, method="scan"):
     """Cut the pairs into tiles of `size`, a whole number of `multiple` of them.
 
-    Shapes: group int32 [rows, N], the pair's group or `groups` for none.
+    Shapes: group int32 [rows, N], the pair's group or `groups` for none. `method` is that of
+    `jnp.searchsorted`: a GPU launches every step of a loop, and wants it unrolled.
     """
     i32 = jnp.int32
     rows, N = group_RxN.shape
@@ -52,14 +53,16 @@ def cut(group_RxN, groups, size, multiple):
     group_P = group_RxN.reshape(-1)
     order_P = jnp.argsort(group_P, stable=True).astype(i32)
     sorted_P = group_P[order_P]
-    ends_E = jnp.searchsorted(sorted_P, jnp.arange(groups, dtype=i32), side="right").astype(i32)
+    ends_E = jnp.searchsorted(sorted_P, jnp.arange(groups, dtype=i32), side="right",
+                              method=method).astype(i32)
     sizes_E = jnp.diff(ends_E, prepend=jnp.zeros(1, i32))
     first_E = ends_E - sizes_E
     tiles_E = (sizes_E + (size - 1)) // size
     ends_of_tiles_E = jnp.cumsum(tiles_E, dtype=i32)
     first_tile_E = ends_of_tiles_E - tiles_E
 
-    group_Z = jnp.searchsorted(ends_of_tiles_E, jnp.arange(Z, dtype=i32), side="right")
+    group_Z = jnp.searchsorted(ends_of_tiles_E, jnp.arange(Z, dtype=i32), side="right",
+                               method=method)
     group_Z = jnp.minimum(group_Z.astype(i32), groups - 1)
     offset_Z = (jnp.arange(Z, dtype=i32) - first_tile_E[group_Z]) * size
     offset_ZxT = offset_Z[:, None] + jnp.arange(size, dtype=i32)[None, :]

@@ -16,22 +16,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import device
+from kernels_pallas import device, hopper
 from kernels_pallas.grouped_matmul import tiles
 from kernels_pallas.grouped_matmul.tiles import COLUMNS, TILE_K, TILE_M, Tiles
 
 _HALF = TILE_M // 2  # rows of one warpgroup
-
-
-def _i32(x):
-    return jnp.asarray(x, jnp.int32)
-
-
-def _shared(shape, dtype):
-    """Shared memory in the layout that copy engine and tensor cores share: 128-byte rows."""
-    wide = 128 // jnp.dtype(dtype).itemsize
-    layout = (plgpu.TilingTransform((8, wide)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, dtype, transforms=layout)
 
 
 def _persistent(decode, load, multiply, place, plan: Tiles, total, refs):
@@ -44,8 +33,8 @@ def _persistent(decode, load, multiply, place, plan: Tiles, total, refs):
     """
     full, empty, out_smem = refs
     core, warpgroup = lax.axis_index("core"), lax.axis_index("warpgroup")
-    stages = _i32(plan.stages)
-    share = lax.div(total - core + _i32(plan.cores - 1), _i32(plan.cores))  # total >= 0
+    stages = hopper.i32(plan.stages)
+    share = lax.div(total - core + hopper.i32(plan.cores - 1), hopper.i32(plan.cores))  # total >= 0
 
     @pl.when(warpgroup == 2)
     def _():
@@ -67,7 +56,7 @@ def _persistent(decode, load, multiply, place, plan: Tiles, total, refs):
             lax.fori_loop(0, tile.steps, stage, None)
             return done + tile.steps
 
-        lax.fori_loop(0, share, fill, _i32(0))
+        lax.fori_loop(0, share, fill, hopper.i32(0))
 
     @pl.when(warpgroup < 2)
     def _():
@@ -110,7 +99,7 @@ def _persistent(decode, load, multiply, place, plan: Tiles, total, refs):
 
             return done + tile.steps
 
-        lax.fori_loop(0, share, produce, _i32(0))
+        lax.fori_loop(0, share, produce, hopper.i32(0))
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -128,9 +117,9 @@ def _launch(body, plan: Tiles, out, a_stage, b_stage):
         body,
         out_type=out,
         scratch_types=dict(
-            a_smem=_shared((plan.stages, *a_stage), jnp.bfloat16),
-            b_smem=_shared((plan.stages, *b_stage), jnp.bfloat16),
-            out_smem=_shared(slots, out.dtype),
+            a_smem=hopper.shared((plan.stages, *a_stage), jnp.bfloat16),
+            b_smem=hopper.shared((plan.stages, *b_stage), jnp.bfloat16),
+            out_smem=hopper.shared(slots, out.dtype),
             full=plgpu.Barrier(num_arrivals=2, num_barriers=plan.stages),
             empty=plgpu.Barrier(num_arrivals=2, num_barriers=plan.stages),
         ),
@@ -163,7 +152,7 @@ def _rows_times(x_RxK, w, layout, *, transposed):
             # column tiles in strips of `across`; in a strip, all of an item's before the next's
             strip = lax.div(number, used * across)
             within = number - strip * used * across
-            item = lax.div(within, _i32(across))
+            item = lax.div(within, hopper.i32(across))
             n = (strip * across + within - item * across) * plan.n
             first = pl.multiple_of(items_gmem[item, 1], plan.grain)
             steps = items_gmem[item, 3] * (K // TILE_K)
@@ -218,9 +207,9 @@ def _weight_gradient(x_RxD, dy_RxF, layout, dtype):
         mine = pl.ds(warpgroup * _HALF, _HALF)
 
         def decode(number):
-            item = lax.div(number, _i32(m_tiles * n_tiles))
+            item = lax.div(number, hopper.i32(m_tiles * n_tiles))
             within = number - item * (m_tiles * n_tiles)
-            m = lax.div(within, _i32(n_tiles))
+            m = lax.div(within, hopper.i32(n_tiles))
             first = pl.multiple_of(groups_gmem[item, 1], plan.grain)
             return _Tile(expert=groups_gmem[item, 0], first=first, steps=groups_gmem[item, 2],
                          last=groups_gmem[item, 3], writes=True,
@@ -256,7 +245,7 @@ def _weight_gradient(x_RxD, dy_RxF, layout, dtype):
             plgpu.copy_smem_to_gmem(smem, dw_gmem.at[tile.expert, rows, columns],
                                     commit_group=False)
 
-        _persistent(decode, load, multiply, place, plan, _i32(E * m_tiles * n_tiles),
+        _persistent(decode, load, multiply, place, plan, hopper.i32(E * m_tiles * n_tiles),
                     (full, empty, out_smem))
 
     kernel = _launch(body, plan, jax.ShapeDtypeStruct((E, D, F), dtype), (TILE_K, TILE_M),

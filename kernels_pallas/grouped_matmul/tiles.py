@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 
 from kernels_pallas import blocks, device
@@ -40,13 +39,9 @@ class Tiles:
 
 def supports(x, w, layout) -> str | None:
     """Return None, or why the Hopper kernels cannot run this call."""
-    target = device.target()
-    if target.platform != "gpu":
-        return f"needs an NVIDIA GPU, the device is {target.kind or target.platform}"
-    if target.capability is None or target.capability[0] != 9:
-        return f"needs Hopper's tensor cores (9.0), the device {target.kind} is {target.capability}"
-    if device.jax_version() < (0, 11):
-        return f"needs jax 0.11, this is {jax.__version__}"
+    reason = device.lacks_hopper()
+    if reason is not None:
+        return reason
     if x.dtype != jnp.bfloat16:
         return f"needs bfloat16 rows, x is {x.dtype}"
     if w.dtype not in (jnp.bfloat16, jnp.float32):

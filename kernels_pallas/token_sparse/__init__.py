@@ -7,12 +7,28 @@ import numbers
 import jax.numpy as jnp
 
 from kernels_pallas.op import Backend, Op
-from kernels_pallas.token_sparse import reference, xla
+from kernels_pallas.token_sparse import gpu_plan, reference, xla
+
+
+def _mosaic_gpu(*args, **kwargs):
+    # Pallas takes 0.4 s to import, which only who runs it pays.
+    from kernels_pallas.token_sparse import mosaic_gpu
+
+    return mosaic_gpu.token_sparse(*args, **kwargs)
+
+
+def _mass_mosaic_gpu(*args, **kwargs):
+    from kernels_pallas.token_sparse import mosaic_gpu
+
+    return mosaic_gpu.token_mass(*args, **kwargs)
+
 
 op = Op(
     "token_sparse",
     (
         Backend("xla", xla.token_sparse),
+        # Only where it is asked for, until it has run on a chip: PENDING.md.
+        Backend("mosaic_gpu", _mosaic_gpu, gpu_plan.supports),
         Backend("reference", reference.token_sparse),
     ),
 )
@@ -20,6 +36,7 @@ mass = Op(
     "token_mass",
     (
         Backend("xla", xla.token_mass),
+        Backend("mosaic_gpu", _mass_mosaic_gpu, gpu_plan.supports_mass),
         Backend("reference", reference.token_mass),
     ),
 )

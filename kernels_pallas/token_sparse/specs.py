@@ -81,3 +81,16 @@ SPEED = {
     "csa_32k": Spec(B=1, L=32768, S=8192, H=8, N=128, Dk=64, v_dim=64, unique=True,
                     dtype="bfloat16"),
 }
+
+# For tensor cores, in bfloat16. Small ones first, awkward for 64 tokens at once and two queries a
+# tile; then one that is too large for a bench on CPU.
+_TENSOR = Spec(dtype="bfloat16", B=1, lse=True)
+HOPPER = {
+    "tile_any": dataclasses.replace(_TENSOR, L=3, S=70, N=63, choice="any"),
+    "tile_one_query": dataclasses.replace(_TENSOR, B=3, L=1, S=130, N=64, H=1),
+    "tile_none": dataclasses.replace(_TENSOR, L=4, N=3, choice="none"),
+    "tile_one": dataclasses.replace(_TENSOR, L=6, S=129, N=2, H=64, choice="one"),
+    "tile_past": dataclasses.replace(_TENSOR, L=9, S=260, N=130, H=9, Dk=128, v_dim=80),
+    "csa_64k": dataclasses.replace(_TENSOR, L=65536, S=16384, H=64, N=512, Dk=128, v_dim=128,
+                                   unique=True),
+}

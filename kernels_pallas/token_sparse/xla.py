@@ -50,7 +50,7 @@ def plan_of(scale, v_dim, queries, N):
     return Plan(float(scale), v_dim, -(-queries // min(chunks, queries)))
 
 
-def _distinct(rows_BxLxN, nothing):
+def distinct(rows_BxLxN, nothing):
     """Return the lists sorted, with `nothing` for a repetition."""
     ordered = jnp.sort(rows_BxLxN, axis=-1)
     again = ordered[..., 1:] == ordered[..., :-1]
@@ -166,7 +166,7 @@ def token_sparse(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, *, v_dim, scale, unique=Fa
         lse = jnp.full((B, L, H), NOTHING, _wide(o.dtype))
     else:
         at = rows.numbered(chosen_BxLxN, S)
-        at = at if unique else _distinct(at, B * S)
+        at = at if unique else distinct(at, B * S)
         o, lse = _attend(plan_of(scale, v_dim, B * L, N), q_BxLxHxDk, kv_BxSxDk, at)
     return (o, lse) if return_lse else o
 

@@ -156,7 +156,8 @@ def search(
     more than `parallel` workers some wait. `sampler` is tpe, cma (two or more numbers), random or
     grid (choices only); `pruner` is none, asha (the better 1 of `factor` goes on, from `warmup`
     steps on) or median. Pruning reads `metric` in eval.jsonl, the end result is summary.json's.
-    `fixed` is set in every trial.
+    `fixed` is set in every trial. A run that fails by itself is a failed trial, and counts; one
+    that was killed is not, and runs again.
     Errors: ValueError naming the field.
     """
     space = tuple(space)

@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from sparse_pretrain import config as configs
+from sparse_pretrain.planning import flops
 from sparse_pretrain.scaling.fit import laws, record
 
+SHIPPED = Path(__file__).with_name("fit") / "shipped"
 REACH = 4.0  # times beyond the fitted span: as far as the planted laws and our own runs were tested
 
 
@@ -74,15 +77,15 @@ def optimal(fit: record.Fit, budgets: Sequence[float] = (), expansion: float = 1
     five = laws.dense(fit.theta, fit.kind, expansion)
     many = laws.dense(fit.samples, fit.kind, expansion)
     out = []
-    for flops in budgets or [fit.span["flops"][1] * k for k in (1, REACH, REACH**2)]:
-        params, tokens, value = (float(x) for x in laws.optimum(five, flops))
-        drawn = laws.optimum(many, flops)
+    for budget in budgets or [fit.span["flops"][1] * k for k in (1, REACH, REACH**2)]:
+        params, tokens, value = (float(x) for x in laws.optimum(five, budget))
+        drawn = laws.optimum(many, budget)
         (n_low, n_high), (d_low, d_high), (l_low, l_high) = (
             [float(x) for x in np.nanpercentile(d, [2.5, 97.5])] for d in drawn
         )
         out.append(
             {
-                "flops": float(flops),
+                "flops": float(budget),
                 "params": params,
                 "params_interval": [n_low, n_high],
                 "tokens": tokens,
@@ -90,13 +93,81 @@ def optimal(fit: record.Fit, budgets: Sequence[float] = (), expansion: float = 1
                 "tokens_per_param": tokens / params,
                 "loss": value,
                 "loss_interval": [l_low, l_high],
-                "validity": validity(fit, {"flops": flops, "params": params, "tokens": tokens})[0],
+                "validity": validity(fit, {"flops": budget, "params": params, "tokens": tokens})[0],
             }
         )
     return out
 
 
-def read(path: Path | str) -> record.Fit:
-    """The fit of a file, or of a folder that holds fit.json. Errors: ValueError as record.read."""
-    path = Path(path).expanduser()
-    return record.read(path / "fit.json" if path.is_dir() else path)
+def of_config(fit: record.Fit, experiment: configs.Experiment, tokens: float) -> dict[str, Any]:
+    """The loss of a configuration after `tokens`, as `loss` says it.
+
+    Its size is training FLOPs per token over 6, so that C = 6 N D is what is counted; `expansion`
+    follows from the model where the law takes it. `accuracy` is None, with the reason
+    beside it: no law here goes from loss to accuracy.
+    Errors: ValueError when the vocabulary is not filled in, or the law needs what no model says.
+    """
+    model, seq = experiment.model, experiment.data.seq
+    if not model.vocab:
+        raise ValueError("config.model.vocab: 0 until the data is known; a forecast needs it")
+    counts = flops.parameters(model)
+    size = flops.train_flops_per_token(model, seq, experiment.tokens_per_step).model / 6
+    given = {"params": size, "tokens": float(tokens)}
+    if fit.kind == "joint":
+        given["expansion"] = counts.total / counts.active
+    if fit.kind == "sparse_attention":
+        raise ValueError("keys: what this model reads a token is not known; give it to `loss`")
+    said = loss(fit, **given) | given
+    return said | {"accuracy": None, "accuracy_validity": "outside validity: no fit of accuracy"}
+
+
+def cost(rows: Sequence[Mapping[str, Any]], params: float, tokens: float) -> dict[str, Any]:
+    """Seconds of training and bytes at the peak of a run like the finished `rows`.
+
+    log seconds is fitted to log params and log tokens, log memory to log params, each with the
+    95 % Student interval of a further run; they hold for the machine and the load of the rows.
+    Errors: ValueError below five rows.
+    """
+    if len(rows) < 5:
+        raise ValueError(f"rows: a forecast of cost takes 5 finished runs, got {len(rows)}")
+    column = lambda key: np.log([float(row[key]) for row in rows])  # noqa: E731
+    one = np.ones(len(rows))
+    size, length = column("params"), column("tokens")
+    at = np.array([1.0, np.log(params), np.log(tokens)])
+    seconds = _further(np.column_stack([one, size, length]), column("seconds"), at)
+    memory = _further(np.column_stack([one, size]), column("memory"), at[:2])
+    return {
+        "seconds": seconds[0],
+        "seconds_interval": list(seconds[1:]),
+        "memory": memory[0],
+        "memory_interval": list(memory[1:]),
+    }
+
+
+def _further(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> tuple[float, float, float]:
+    """(value, low, high) of a further observation of a log-linear law."""
+    from scipy.special import stdtrit
+
+    weights = np.linalg.lstsq(x, y, rcond=None)[0]
+    free = len(y) - x.shape[1]
+    variance = float(((y - x @ weights) ** 2).sum() / free)
+    spread = variance * (1 + at @ np.linalg.pinv(x.T @ x) @ at)
+    half = float(stdtrit(free, 0.975)) * spread**0.5
+    middle = float(at @ weights)
+    return float(np.exp(middle)), float(np.exp(middle - half)), float(np.exp(middle + half))
+
+
+def read(where: Path | str) -> record.Fit:
+    """The fit of a file, of a folder that holds fit.json, or a shipped one by name.
+
+    Errors: ValueError as record.read, naming the fits that ship.
+    """
+    shipped = {path.stem: path for path in SHIPPED.glob("*.json")}
+    path = Path(where).expanduser()
+    if path.is_dir():
+        return record.read(path / "fit.json")
+    if not path.exists() and str(where) in shipped:
+        return record.read(shipped[str(where)])
+    if not path.exists():
+        raise ValueError(f"fit: there is no file {path}; fits that ship: {', '.join(shipped)}")
+    return record.read(path)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sparse_pretrain import config as configs
 from sparse_pretrain import data
 from sparse_pretrain.scaling import sizes
@@ -138,31 +140,119 @@ def write(root: Path, grid: Sequence[Point]) -> Path:
     return root / SWEEP
 
 
-def inline(file: Path, root: Path, say: Any = print) -> list[str]:
-    """Train a sweep file's unfinished children one after the other in this process.
+def run(file: Path, root: Path, *, workers: int = 1, warm: bool = True, console: Any = None) -> Any:
+    """Train the grid through the sweep machinery: resumable, finished runs skipped.
 
-    For runs of seconds: a process of its own costs each of them more than its training. Finished
-    ones are skipped and stopped ones resumed, as `sweep` does with the same folder. Returns a line
-    for each that failed.
+    `warm` keeps a worker's process for all its runs, as many are shorter than a start.
+    Returns the sweep's record.
     """
-    from sparse_pretrain.report import workdir
-    from sparse_pretrain.scaling import children
-    from sparse_pretrain.training import loop, recovery
+    from sparse_pretrain.scaling import sweep
+    from sparse_pretrain.scaling.engines import local
 
-    todo, failed = children.children(file, root), []
-    for i, child in enumerate(todo, 1):
-        if workdir.read(child.workdir, rows=False).status == "finished":
-            continue
-        say(f"[{i}/{len(todo)}] {child.label}")
-        given = [flag.removeprefix("--config.") for flag in child.arguments()[1:-1]]
-        try:
-            experiment = configs.resolve(child.config, given)
-            argv = ["sparse-pretrain", "train", *child.arguments()]
-            summary = loop.train(experiment, child.workdir, argv, quiet=True)
-            say(f"[{i}/{len(todo)}] {summary['bits_per_byte']:.4f} bits/byte")
-        except recovery.Interrupted:
-            raise
-        except (ValueError, RuntimeError) as e:
-            failed.append(f"{child.label}: {e}")
-            say(f"failed: {failed[-1]}")
-    return failed
+    engine = local.Local(workers=workers, warm=warm)
+    return sweep.run_sweep(file, root, engine, workers=workers, console=console)
+
+
+def read(root: Path) -> list[Point]:
+    """The plan in a workdir. Errors: ValueError when it holds none."""
+    path = root / PLAN
+    if not path.is_file():
+        raise ValueError(f"workdir: {root} holds no {PLAN}")
+    return [Point(**row) for row in json.loads(path.read_text())]
+
+
+def results(root: Path) -> list[dict[str, Any]]:
+    """A row per finished run of the grid in `root`: its point, and what `workdirs.rows` says of it.
+
+    Errors: ValueError as `read`.
+    """
+    from sparse_pretrain.scaling import children
+    from sparse_pretrain.scaling.fit import workdirs
+
+    grid = read(root)
+    todo = children.children(root / SWEEP, root)
+    found = {row["label"]: row for row in workdirs.rows(root)[0]}
+    out = []
+    for point, child in zip(grid, todo, strict=True):
+        row = found.get(child.workdir.name)
+        if row:
+            out.append({"arm": point.arm, "budget": point.budget} | row)
+    return out
+
+
+def analyse(rows: Sequence[dict[str, Any]], *, bootstrap: int = 400) -> dict[str, Any]:
+    """What a grid's finished runs say: by arm the law, the parabolas and their bias, the next run;
+    between the first arm and each other the efficiency leverage.
+
+    An arm of too few runs has None for its law. `fits` holds the laws themselves.
+    """
+    from sparse_pretrain.scaling.fit import leverage
+
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    said: dict[str, Any] = {"arms": {}, "leverage": {}, "fits": {}, "tables": {}}
+    for arm in arms:
+        own = [row for row in rows if row["arm"] == arm]
+        said["arms"][arm], said["fits"][arm], said["tables"][arm] = _arm(arm, own, bootstrap)
+    first = said["fits"][arms[0]] if arms else None
+    for arm in arms[1:]:
+        other = said["fits"][arm]
+        if first is not None and other is not None:
+            edge = sorted({row["budget"] for row in rows})
+            said["leverage"][arm] = [leverage.between(first, other, c) for c in edge]
+    return said
+
+
+def _arm(arm: str, rows: list[dict[str, Any]], bootstrap: int) -> tuple[dict[str, Any], Any, Any]:
+    from sparse_pretrain.scaling.fit import fitting, parabola, tables
+
+    column = lambda key: np.array([row[key] for row in rows], np.float64)  # noqa: E731
+    table = tables.Table(
+        params=column("params"),
+        tokens=column("tokens"),
+        loss=column("loss"),
+        labels=tuple(row["label"] for row in rows),
+        source=f"{arm}, corpus {rows[0]['corpus']}",
+    )
+    budget = column("budget")
+    vertices = parabola.budgets(budget, table.params, table.loss)
+    found: dict[str, Any] = {
+        "runs": len(rows),
+        "parabolas": vertices,
+        "exponent": parabola.exponent(vertices),
+        "stated_bias": parabola.STATED_BIAS,
+    }
+    try:
+        fit = fitting.fit(table, bootstrap=bootstrap)
+    except ValueError as e:
+        return found | {"law": None, "why": str(e)}, None, table
+    found["law"] = fit.to_json(samples=False)
+    found["bias"] = parabola.bias(fit, budget, table.params)
+    found["next"] = next_runs(fit, table)
+    return found, fit, table
+
+
+def next_runs(fit: Any, table: Any, beyond: float = 4.0) -> list[dict[str, Any]]:
+    """The three runs worth buying next for a forecast at `beyond` times the largest budget.
+
+    Candidates are sizes within and one step outside the fitted span at budgets up to `beyond` times
+    the largest.
+    """
+    from sparse_pretrain.scaling.fit import design, laws
+
+    edge = fit.span["flops"][1]
+    target = laws.optimum(fit.theta, beyond * edge)
+    low, high = fit.span["params"]
+    pairs = [
+        (float(size), float(flops / 6 / size))
+        for flops in edge * np.array([0.1, 0.3, 1.0, 2.0, beyond])
+        for size in np.geomspace(low / 1.5, high * 1.5, 9)
+    ]
+    pairs = [p for p in pairs if p[1] >= fit.span["tokens"][0]]
+    rows = design.next_run(fit, pairs, (float(target[0]), float(target[1])))
+    for row in rows[:3]:
+        row["why"] = (
+            f"of {len(rows)} runs tried on paper it takes most off the variance of the forecast at "
+            f"{beyond:g} times the largest budget for its compute: half-width "
+            f"{100 * row['half_width']:.2f} % to {100 * row['after']:.2f} % of the loss"
+        )
+    return rows[:3]

@@ -144,18 +144,29 @@ def execute(
         with opened_log(child, command) as log:
             start = log.tell()
             # Its own session: the terminal's Ctrl-C must reach it once, through us, and not twice.
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=(claim.fileno(),),
-                env={**os.environ, **environment} if environment else None,
-            )
+            with _heard_interrupts():
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    pass_fds=(claim.fileno(),),
+                    env={**os.environ, **environment} if environment else None,
+                )
             pin(process.pid, cores)
             code = wait(process, asked)
         return Outcome(code, last_words(child.log, start))
+
+
+@contextlib.contextmanager
+def _heard_interrupts() -> Iterator[None]:
+    """What starts in here hears an interrupt; Ray's processes block it, and theirs inherit that."""
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -73,8 +73,7 @@ class Study:
         self._told = sum(trial.state.is_finished() for trial in trials)
         assert all(trial.state.is_finished() for trial in trials[: self._told])
         self._asked = self._told  # those beyond are handed out again: their runs resume
-        for trial in trials[: self._told]:
-            self._child(trial)
+        self.closed = {self._child(trial).id for trial in trials[: self._told]}
 
     def _distribution(self, r: Range) -> Any:
         kinds = self._optuna.distributions

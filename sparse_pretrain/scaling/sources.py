@@ -1,6 +1,6 @@
 """What a sweep has to run, as far as it is known."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +16,10 @@ class Source(Protocol):
     @property
     def children(self) -> Sequence[Child]:
         """Those known by now, in order."""
+
+    @property
+    def closed(self) -> Collection[str]:
+        """The ids of those that were decided before this process, and are not handed out again."""
 
     @property
     def total(self) -> int:
@@ -39,6 +43,7 @@ class Fixed:
 
     def __init__(self, todo: Sequence[Child]):
         self.children = list(todo)
+        self.closed: frozenset[str] = frozenset()
         self._place = 0
 
     @property

@@ -88,6 +88,10 @@ class Driver:
         self._owner: dict[str, list[Source]] = {}
         self._looked = self._written = 0.0
         self._cost = 0.0
+        for source in self.sources:
+            for child in source.children:
+                if child.id in source.closed:
+                    self._recall(child)
 
     # --- the children, and where they stand ---
 
@@ -183,7 +187,7 @@ class Driver:
         before = workdir.read(child.workdir, rows=False)
         if before.status == "finished":
             return self._end(child, "finished", "", before)
-        if child.id in self._pruned:
+        if child.id in self._pruned and self._prunes(child):  # not if the sweep says otherwise now
             return self._end(child, "pruned", self._pruned[child.id]["cause"], before)
         pid = process.trained_by(before)
         if pid is not None and process.is_free(child):  # else it is ours, from before
@@ -245,8 +249,7 @@ class Driver:
     def _look(self) -> None:
         """Prune what should end, and show the rest."""
         for running in self.running.values():
-            owners = self._owner.get(running.child.id, [])
-            if running.wish or not all(source.prune(running.child) for source in owners):
+            if running.wish or not self._prunes(running.child):
                 continue
             step = _step(workdir.read(running.child.workdir, rows=False))
             row = {"id": running.child.id, "cause": f"pruned at step {step}"}
@@ -257,6 +260,22 @@ class Driver:
         ended = {k: counts[k] for k in ("finished", "pruned", "failed", "interrupted")}
         shown = {id: (r.place, r.child, r.began) for id, r in self.running.items()}
         self.display.update(shown, ended, self.total)
+
+    def _prunes(self, child: Child) -> bool:
+        owners = self._owner.get(child.id, [])
+        return bool(owners) and all(source.prune(child) for source in owners)
+
+    def _recall(self, child: Child) -> None:
+        """What an earlier process came to about a child that is not run again."""
+        state, run = self.state(child), workdir.read(child.workdir, rows=False)
+        pruned = self._pruned.get(child.id)
+        state.run, state.status = run, "failed"
+        if run.status == "finished":
+            state.status = "finished"
+        elif pruned:
+            state.status, state.cause = "pruned", pruned["cause"]
+        else:
+            state.cause = state.causes[-1] if state.causes else run.cause
 
     def write(self, *, interrupted: bool) -> dict[str, Any]:
         """`sweep.json` as things stand."""

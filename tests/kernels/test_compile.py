@@ -162,9 +162,10 @@ def test_a_gpu_is_described_as_xla_reads_it():
 @pytest.mark.slow
 @pytest.mark.skipif(CHIPS["h200"].missing() is not None,
                     reason=f"needs {CHIPS['h200'].missing()}, of the extra 'compile'")
-def test_grouped_matmul_compiles_for_a_hopper_gpu():
-    argv = ["--target", "h200", "--op", "grouped_matmul", "--spec", "tile_edges", "--json"]
-    argv += ["--backend", "mosaic_gpu"]
+@pytest.mark.parametrize(("op", "spec"), [
+    ("grouped_matmul", "tile_edges"), ("block_sparse", "nsa_64k"), ("token_sparse", "csa_64k")])
+def test_it_compiles_for_a_hopper_gpu(op, spec):
+    argv = ["--target", "h200", "--op", op, "--spec", spec, "--json", "--backend", "mosaic_gpu"]
     done = subprocess.run([sys.executable, "-m", "kernels_pallas.compile", *argv], cwd=ROOT,
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]

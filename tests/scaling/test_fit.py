@@ -163,11 +163,54 @@ def test_a_fit_survives_its_file(fitted, tmp_path):
         record.read(path)
 
 
+def test_a_shipped_fit_forecasts_a_configuration_and_says_that_it_reaches_too_far():
+    import dataclasses
+
+    from sparse_pretrain import config
+    from sparse_pretrain.planning import flops
+
+    fit = forecast.read("chinchilla")
+    assert fit.constants["E"] == pytest.approx(1.81724, abs=1e-4)
+    experiment = config.resolve("dense_baseline")
+    with pytest.raises(ValueError, match=r"model\.vocab"):
+        forecast.of_config(fit, experiment, 1e6)
+    model = dataclasses.replace(experiment.model, vocab=4096)
+    experiment = dataclasses.replace(experiment, model=model)
+    said = forecast.of_config(fit, experiment, 1e6)
+    work = flops.train_flops_per_token(model, experiment.data.seq).model
+    params, tokens = work / 6, 1e6
+    law = 1.81722 + 477.826 / params**0.34731 + 2143.42 / tokens**0.367172
+    assert said["loss"] == pytest.approx(law, rel=1e-3)
+    assert said["interval"][0] < said["loss"] < said["interval"][1]
+    assert said["validity"].startswith("outside validity: flops")
+    assert said["accuracy_validity"].startswith("outside validity")
+    with pytest.raises(ValueError, match="fits that ship: chinchilla"):
+        forecast.read("chinchila")
+
+
+def test_a_cost_forecast_holds_the_runs_to_come(rng):
+    def row(params, tokens):
+        noise = np.exp(0.05 * rng.standard_normal(2))
+        seconds, memory = 1e-9 * params**0.8 * tokens * noise[0], 1e6 * params**0.3 * noise[1]
+        return {"params": params, "tokens": tokens, "seconds": seconds, "memory": memory}
+
+    rows = [row(n, d) for n in (1e4, 3e4, 1e5) for d in (1e5, 1e6, 1e7)]
+    held = 0
+    for _ in range(40):
+        true = row(2e5, 2e7)
+        said = forecast.cost(rows, 2e5, 2e7)
+        low, high = said["seconds_interval"]
+        held += low <= true["seconds"] <= high
+    assert held >= 34
+    assert said["memory"] == pytest.approx(1e6 * 2e5**0.3, rel=0.2)
+    with pytest.raises(ValueError, match="takes 5 finished runs, got 4"):
+        forecast.cost(rows[:4], 1e5, 1e6)
+
+
 @pytest.mark.parametrize(
-    ("header", "third"),
-    [("Model Size,Training FLOP,loss", "flops"), ("N,D,loss", "tokens"), ("flops,tokens,loss", "")],
+    "header", ["Model Size,Training FLOP,loss", "N,D,loss", "flops,tokens,loss"]
 )
-def test_columns_go_by_many_names(header, third, tmp_path):
+def test_columns_go_by_many_names(header, tmp_path):
     params, tokens = 1e8, 2e9
     values = {"Model Size": params, "N": params, "D": tokens, "tokens": tokens}
     values |= dict.fromkeys(("Training FLOP", "flops"), 6 * params * tokens) | {"loss": 3.0}
@@ -213,3 +256,33 @@ def test_the_command_prints_json_and_writes_a_page(noisy, tmp_path, capsys):
     assert "http-equiv" not in page
     assert "src=" not in page
     assert forecast.read(tmp_path / "out").constants["E"] == pytest.approx(out["E"])
+
+
+def workdir(path, params, tokens, loss, corpus="c"):
+    """A finished run's records, as far as a fit reads them."""
+    path.mkdir(parents=True)
+    derived = {"total_params": 3 * params, "active_params": params}
+    (path / "run.json").write_text(json.dumps({"status": "finished", "derived": derived}))
+    summary = {"flops": 6 * params * tokens, "tokens": tokens, "nats_per_token": loss}
+    (path / "summary.json").write_text(json.dumps(summary | {"manifest_hash": corpus}))
+
+
+def test_runs_are_read_from_their_folders(tmp_path, capsys):
+    table = grid()
+    for i in range(len(table)):
+        row = (table.params[i], table.tokens[i], table.loss[i])
+        workdir(tmp_path / "runs" / f"run{i:02d}", *row)
+    (tmp_path / "runs" / "broken").mkdir()
+    (tmp_path / "runs" / "broken" / "run.json").write_text('{"status": "failed"}')
+    command = ["fit", str(tmp_path / "runs"), "--bootstrap=40", f"--workdir={tmp_path / 'out'}"]
+    assert cli.main([*command, "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["alpha"] == pytest.approx(TRUTH["alpha"], rel=1e-4)
+    assert out["left_out"] == ["broken: failed"]
+    assert cli.main([*command, "--law=sparse_attention"]) == 2
+    assert "they do not say 'keys'" in capsys.readouterr().err
+    assert cli.main([*command, "--law=joint"]) == 2
+    assert "expansion: is the same in all runs" in capsys.readouterr().err
+    workdir(tmp_path / "runs" / "other", 1e8, 1e9, 3.0, corpus="d")
+    assert cli.main(command) == 2
+    assert "different corpora: c, d" in capsys.readouterr().err

@@ -164,9 +164,16 @@ def test_pruned_runs_stay_pruned(place):
     place.search("trials=10, parallel=1, sampler='random', pruner='median', seed=2")
     first = place.run("median", Fake())
     engine = Fake()
-    assert trials(place.run("median", engine)) == trials(first)
+    again = place.run("median", engine)
+    assert trials(again) == trials(first)
     assert engine.begun == []
-    assert "pruned" in {c["status"] for c in first["children"]}
+    states = [{c["id"]: c["status"] for c in record["children"]} for record in (first, again)]
+    assert states[0] == states[1]
+    assert set(states[0].values()) == {"finished", "pruned"}
+    # without pruning they are run to their end, and no others
+    place.search("trials=10, parallel=1, sampler='random', seed=2")
+    assert {s for s, *_ in trials(place.run("median", engine))} == {"complete"}
+    assert set(engine.begun) == {id for id, s in states[0].items() if s == "pruned"}
 
 
 def test_grid_is_every_point_once(place):

@@ -164,8 +164,9 @@ def from_runs(root: Path | str, extra: Sequence[str] = ()) -> tuple[Table, list[
     """(the finished runs at or below a folder, what was left out and why).
 
     `params` is the model FLOPs per token of training over 6, so that C = 6 N D is what was counted;
-    `loss` the held-out nats/token. `extra` may hold `total_ratio`, all parameters over active ones.
-    Errors: ValueError when no run is finished, or the runs saw different corpora.
+    `loss` the held-out nats/token. `extra` may hold `expansion`, all parameters over active ones.
+    Errors: ValueError when no run is finished, the runs saw different corpora, or a column of
+    `extra` is nothing that runs say.
     """
     from sparse_pretrain.scaling.fit import workdirs
 
@@ -175,6 +176,9 @@ def from_runs(root: Path | str, extra: Sequence[str] = ()) -> tuple[Table, list[
     corpora = sorted({row["corpus"] for row in rows})
     if len(corpora) > 1:
         raise ValueError(f"runs: the runs saw different corpora: {', '.join(corpora)}")
+    for name in extra:
+        if name not in rows[0]:
+            raise ValueError(f"runs: they do not say {name!r}; give it in a CSV")
     column = lambda key: np.array([row[key] for row in rows], np.float64)  # noqa: E731
     table = Table(
         params=column("params"),

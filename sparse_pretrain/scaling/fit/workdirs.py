@@ -36,7 +36,7 @@ def rows(root: Path, depth: int = 4) -> tuple[list[dict[str, Any]], list[str]]:
                 "flops": float(flops),
                 "total_params": total,
                 "active_params": active,
-                "total_ratio": total / active if active else None,
+                "expansion": total / active if active else None,
                 "width": ((run.get("config") or {}).get("model") or {}).get("width"),
                 "seed": (run.get("config") or {}).get("seed"),
                 "lr": ((run.get("config") or {}).get("optim") or {}).get("lr"),

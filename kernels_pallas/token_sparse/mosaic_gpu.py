@@ -1,0 +1,301 @@
+"""Attention to listed tokens on Hopper's tensor cores: bfloat16, accumulated in float32.
+
+Hopper's copy engine takes no lists, so a chunk's tokens are gathered first, in the order in which
+the kernels read them. Each of the two multiplying warpgroups of a program has a query of its own:
+its heads are the rows of the products, filled up to 64, its tokens their columns. Keys are values
+too, all of their dims, of which the first v_dim are kept. The gradient of the tokens is computed by
+query and added up by token in mosaic_gpu_bwd.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas import hopper, rows
+from kernels_pallas.token_sparse import mosaic_gpu_bwd
+from kernels_pallas.token_sparse.gpu_plan import HALF, Plan, plan_of
+from kernels_pallas.token_sparse.xla import distinct
+
+# A row that lists nothing, and the largest score that counts as nothing.
+NOTHING, EMPTY = -1e30, -1e29
+LOG2E = math.log2(math.e)
+_F32, _BF16 = jnp.float32, jnp.bfloat16
+_ROW, _COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+_SHAPE = (HALF, HALF)
+
+
+def _over_tiles(plan: Plan, attend, by_row, keyed, outs, **keywords):
+    """Call `attend` for every pair of queries, each warpgroup with a query's rows and tokens."""
+    tiles = jnp.arange(plan.tiles, dtype=jnp.int32)
+    used = jnp.full(1, plan.tiles, jnp.int32)
+    return hopper.over_tiles(attend, by_row, keyed, outs, steps=plan.steps, step_rows=hopper.X,
+                             group=tiles, used=used, split=True, kept=plan.kept, **keywords)
+
+
+def _shape(plan: Plan, rest, dtype, by_step=False):
+    n = plan.tiles * (plan.steps * hopper.X if by_step else 2 * plan.kept)
+    return jax.ShapeDtypeStruct((n, *rest), dtype)
+
+
+def _forward_tiles(plan: Plan, q, kv, bias):
+    """Return o [Z x 2 x kept, D] and lse [Z x 2 x kept]."""
+    factor = plan.scale * LOG2E
+
+    def attend(by_row, keys, _, spare):
+        (q_smem,) = by_row
+        result = (HALF, plan.D)
+
+        def part(kv_smem, bias_smem, old=None):
+            def score(acc):
+                plgpu.wgmma(acc, q_smem, kv_smem.transpose((1, 0)))
+                return acc[...]
+
+            raw = pl.run_scoped(score, plgpu.ACC(_SHAPE, _F32))
+            bias = plgpu.load(bias_smem, layout=_COLUMN)
+            scores = raw * factor + hopper.spread(bias, _SHAPE, 1)
+            top = jnp.maximum(scores.max(axis=1), EMPTY if old is None else old[0])
+            weights = jnp.exp2(scores - hopper.spread(top, _SHAPE, 0))
+            total = weights.sum(axis=1)
+
+            def weigh(acc):
+                hopper.weigh(acc, weights.astype(_BF16), kv_smem, *spare)
+                return acc[...]
+
+            o = pl.run_scoped(weigh, plgpu.ACC(result, _F32))
+            if old is None:
+                return top, total, o
+            shrink = jnp.exp2(old[0] - top)
+            return top, old[1] * shrink + total, old[2] * hopper.spread(shrink, result, 0) + o
+
+        def later(c, old):
+            return keys(c, functools.partial(part, old=old))
+
+        top, total, o = lax.fori_loop(1, plan.steps, later, keys(0, part))
+        some = total > 0
+        total = jnp.where(some, total, 1.0)
+        lse = jnp.where(some, top * (1 / LOG2E) + jnp.log(total), NOTHING)
+        return o / hopper.spread(total, result, 0), lse
+
+    spare = [_SHAPE] if hopper.interpreted() else []
+    outs = [_shape(plan, (plan.D,), _BF16), _shape(plan, (), _F32)]
+    return _over_tiles(plan, attend, [q], [kv, bias], outs, scratch=spare)
+
+
+def _backward_tiles(plan: Plan, q, do, lse2, delta, kv, bias):
+    """Return dq [Z x 2 x kept, D] and the gradient of every gathered token [Z x steps x X, D].
+
+    `lse2` is to base 2, 1e30 for rows that see nothing; `do` is filled up with zeros to D.
+    """
+    factor = plan.scale * LOG2E
+
+    def attend(by_row, keys, emit, memory):
+        q_smem, do_smem, lse_smem, delta_smem = by_row
+        weights_smem, d_scores_smem = memory
+        less, delta = (plgpu.load(x, layout=_ROW) for x in (lse_smem, delta_smem))
+
+        def sum_up(dq):
+            def step(c, _):
+                def part(kv_smem, bias_smem):
+                    def both(score, d_weight):
+                        plgpu.wgmma(score, q_smem, kv_smem.transpose((1, 0)))
+                        plgpu.wgmma(d_weight, do_smem, kv_smem.transpose((1, 0)))
+                        raw = plgpu.wgmma_accumulator_load(score, wait_n=1)
+                        bias = plgpu.load(bias_smem, layout=_COLUMN)
+                        scores = raw * factor + hopper.spread(bias, _SHAPE, 1)
+                        weights = jnp.exp2(scores - hopper.spread(less, _SHAPE, 0))
+                        more = d_weight[...] - hopper.spread(delta, _SHAPE, 0)
+                        return weights, weights * more * plan.scale
+
+                    acc = plgpu.ACC(_SHAPE, _F32)
+                    weights, d_scores = pl.run_scoped(both, acc, acc)
+                    weights_smem[...] = weights.astype(_BF16)
+                    d_scores_smem[...] = d_scores.astype(_BF16)
+                    plgpu.commit_smem()
+                    plgpu.wgmma(dq, d_scores_smem, kv_smem)
+
+                    def gradient(acc):
+                        plgpu.wgmma(acc, d_scores_smem.transpose((1, 0)), q_smem)
+                        plgpu.wgmma(acc, weights_smem.transpose((1, 0)), do_smem)
+                        return acc[...]
+
+                    return pl.run_scoped(gradient, plgpu.ACC((HALF, plan.D), _F32))
+
+                emit(c, [keys(c, part)])
+
+            lax.fori_loop(0, plan.steps, step, None)
+            return dq[...]
+
+        return [pl.run_scoped(sum_up, plgpu.ACC((HALF, plan.D), _F32))]
+
+    return _over_tiles(plan, attend, [q, do, lse2, delta], [kv, bias],
+                       [_shape(plan, (plan.D,), _BF16)], scratch=[_SHAPE, _SHAPE],
+                       part_outs=[_shape(plan, (plan.D,), _BF16, by_step=True)])
+
+
+def _mass_tiles(plan: Plan, q, lse2, kv):
+    """Return the weight of every gathered token, summed over heads [Z x steps x X]."""
+    factor = plan.scale * LOG2E
+
+    def attend(by_row, keys, emit, _):
+        q_smem, lse_smem = by_row
+        less = plgpu.load(lse_smem, layout=_COLUMN)
+
+        def step(c, _):
+            def part(kv_smem):
+                def score(acc):
+                    plgpu.wgmma(acc, kv_smem, q_smem.transpose((1, 0)))
+                    return acc[...]
+
+                raw = pl.run_scoped(score, plgpu.ACC(_SHAPE, _F32))
+                return jnp.exp2(raw * factor - hopper.spread(less, _SHAPE, 1)).sum(axis=1)
+
+            emit(c, [keys(c, part)])
+
+        lax.fori_loop(0, plan.steps, step, None)
+        return []
+
+    return _over_tiles(plan, attend, [q, lse2], [kv], [],
+                       part_outs=[_shape(plan, (), _F32, by_step=True)])[0]
+
+
+# Around the kernels.
+
+
+def _by_tile(plan: Plan, x, fill=0):
+    """Return [chunk, H, ...] as the rows of tiles: [Z x 128, ...], filled up."""
+    widths = ((0, 2 * plan.tiles - x.shape[0]), (0, HALF - plan.H),
+              *((0, plan.D - d) for d in x.shape[2:]))
+    x = jnp.pad(x, widths, constant_values=fill)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _of_tiles(plan: Plan, x):
+    """Return results [Z x 2 x kept, ...] by query: [chunk, H, ...]."""
+    return x.reshape(-1, plan.kept, *x.shape[1:])[:plan.chunk, :plan.H]
+
+
+def _in_steps(plan: Plan, at):
+    """Return the lists [chunk, N] in the order of the kernels: tile, step, query, token."""
+    widths = ((0, 2 * plan.tiles - at.shape[0]), (0, plan.steps * HALF - plan.N))
+    at = jnp.pad(at, widths, constant_values=plan.B * plan.S)
+    return at.reshape(plan.tiles, 2, plan.steps, HALF).swapaxes(1, 2).reshape(-1)
+
+
+def _of_steps(plan: Plan, x):
+    """Undo it: [chunk, N]."""
+    x = x.reshape(plan.tiles, plan.steps, 2, HALF).swapaxes(1, 2)
+    return x.reshape(2 * plan.tiles, -1)[:plan.chunk, :plan.N]
+
+
+def _bias(plan: Plan, at):
+    """0 for a token and NOTHING for none."""
+    return jnp.where(at < plan.B * plan.S, 0, NOTHING).astype(_F32)
+
+
+def _table(plan: Plan, kv):
+    """Return the tokens of the batch end to end and a row of zeros, as wide as in memory."""
+    return jnp.pad(rows.laid(kv), ((0, 0), (0, plan.D - plan.Dk)))
+
+
+def _forward_chunk(plan: Plan, table, _, chunk):
+    q, at = chunk
+    at = _in_steps(plan, at)
+    o, lse = _forward_tiles(plan, _by_tile(plan, q), rows.read(table, at), _bias(plan, at))
+    return None, (_of_tiles(plan, o)[..., :plan.v_dim], _of_tiles(plan, lse))
+
+
+def _backward_chunk(plan: Plan, table, d_table, chunk):
+    q, do, lse2, delta, at = chunk
+    at = _in_steps(plan, at)
+    dq, d_tokens = _backward_tiles(
+        plan, _by_tile(plan, q), _by_tile(plan, do), _by_tile(plan, lse2, -NOTHING),
+        _by_tile(plan, delta), rows.read(table, at), _bias(plan, at))
+    d_table += mosaic_gpu_bwd.add_up(d_tokens, at, d_table.shape[0])
+    return d_table, _of_tiles(plan, dq)[..., :plan.Dk]
+
+
+def _scan(plan: Plan, step, carry, xs):
+    """Go through the queries [B, L, ...] by chunks; results are [B, L, ...]."""
+    xs = [rows.in_chunks(x, plan.chunk, fill) for x, fill in xs]
+    if xs[0].shape[0] == 1:  # no loop to compile
+        carry, out = step(carry, [x[0] for x in xs])
+        out = jax.tree.map(lambda x: x[None], out)
+    else:
+        carry, out = lax.scan(step, carry, xs)
+    return carry, jax.tree.map(lambda x: rows.out_of_chunks(x, plan.B, plan.L), out)
+
+
+def _forward(plan: Plan, q, kv, at):
+    step = functools.partial(_forward_chunk, plan, _table(plan, kv))
+    return _scan(plan, step, None, [(q, 0), (at, plan.B * plan.S)])[1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan, q, kv, at):
+    return _forward(plan, q, kv, at)
+
+
+def _attend_forward(plan, q, kv, at):
+    o, lse = _forward(plan, q, kv, at)
+    return (o, lse), (q, kv, at, o, lse)
+
+
+def _base2(lse):
+    """To base 2, and 1e30 for a row that sees nothing, whose weights are then 0."""
+    return jnp.where(lse < EMPTY, -NOTHING, lse * LOG2E)
+
+
+def _attend_backward(plan, kept, cotangents):
+    q, kv, at, o, lse = kept
+    do, d_lse = cotangents
+    delta = (do.astype(_F32) * o.astype(_F32)).sum(-1) - d_lse
+    step = functools.partial(_backward_chunk, plan, _table(plan, kv))
+    d_table = jnp.zeros((mosaic_gpu_bwd.whole(plan.B * plan.S), plan.D), _F32)
+    d_table, dq = _scan(plan, step, d_table, [
+        (q, 0), (do, 0), (_base2(lse), -NOTHING), (delta, 0), (at, plan.B * plan.S)])
+    d_kv = d_table[:plan.B * plan.S, :plan.Dk].reshape(kv.shape)
+    return dq, d_kv.astype(kv.dtype), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def token_sparse(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, *, v_dim, scale, unique=False,
+                 return_lse=False):
+    """Attend query by query."""
+    (B, L, H), S, N = q_BxLxHxDk.shape[:3], kv_BxSxDk.shape[1], chosen_BxLxN.shape[2]
+    if 0 in (B, L, S, N):
+        o = jnp.zeros((B, L, H, v_dim), kv_BxSxDk.dtype)
+        lse = jnp.full((B, L, H), NOTHING, _F32)
+    else:
+        at = rows.numbered(chosen_BxLxN, S)
+        at = at if unique else distinct(at, B * S)
+        plan = plan_of(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, v_dim=v_dim, scale=scale)
+        o, lse = _attend(plan, q_BxLxHxDk, kv_BxSxDk, at)
+    return (o, lse) if return_lse else o
+
+
+def token_mass(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, lse_BxLxH, *, scale):
+    """Weigh query by query."""
+    q, kv, lse = lax.stop_gradient((q_BxLxHxDk, kv_BxSxDk, lse_BxLxH))
+    (B, L), S, N = q.shape[:2], kv.shape[1], chosen_BxLxN.shape[2]
+    if 0 in (B, L, S, N):
+        return jnp.zeros((B, L, N), _F32)
+    plan, at = plan_of(q, kv, chosen_BxLxN, v_dim=1, scale=scale), rows.numbered(chosen_BxLxN, S)
+    table = _table(plan, kv)
+
+    def chunk(_, x):
+        q, lse2, at = x
+        found = _mass_tiles(plan, _by_tile(plan, q), _by_tile(plan, lse2, -NOTHING),
+                            rows.read(table, _in_steps(plan, at)))
+        return None, jnp.where(at < plan.B * plan.S, _of_steps(plan, found), 0)
+
+    xs = [(q, 0), (_base2(lse.astype(_F32)), -NOTHING), (at, B * S)]
+    return _scan(plan, chunk, None, xs)[1]

@@ -1,0 +1,163 @@
+"""token_sparse's Mosaic GPU kernels, interpreted with race detection, against loops in float64.
+
+On a machine with a Hopper GPU, JAX_PLATFORMS=cuda runs the same tests on it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import device, numerics
+from kernels_pallas.chips import CHIPS
+from kernels_pallas.token_sparse import gpu_plan, mass, op, specs, token_mass, token_sparse
+from tests.kernels.test_mosaic_gpu import hopper, recent, runs
+
+NAMES = ("o", "lse", "dq", "dkv", "mass")
+SMALL = [name for name in specs.HOPPER if name.startswith("tile_")]
+
+
+def oracle(spec, arguments, cotangents):
+    """Values, gradients and masses, one query and head at a time in float64."""
+    q, kv, chosen = (np.asarray(x, np.float64 if i < 2 else int) for i, x in enumerate(arguments))
+    do, d_lse = (np.asarray(x, np.float64) for x in cotangents)
+    S, scale = kv.shape[1], spec.Dk**-0.5
+    o, lse = np.zeros_like(do), np.full(d_lse.shape, -1e30)
+    dq, dkv, weights = np.zeros_like(q), np.zeros_like(kv), np.zeros(chosen.shape)
+    for b, i, h in np.ndindex(lse.shape):
+        tokens = sorted({t for t in chosen[b, i].tolist() if 0 <= t < S})
+        if not tokens:
+            continue
+        keys, values = kv[b, tokens], kv[b, tokens][:, :spec.v_dim]
+        scores = keys @ q[b, i, h] * scale
+        lse[b, i, h] = scores.max() + np.log(np.exp(scores - scores.max()).sum())
+        p = np.exp(scores - lse[b, i, h])
+        o[b, i, h] = p @ values
+        d_scores = p * (values @ do[b, i, h] - do[b, i, h] @ o[b, i, h] + d_lse[b, i, h]) * scale
+        dq[b, i, h] = d_scores @ keys
+        dkv[b, tokens] += np.outer(d_scores, q[b, i, h])
+        dkv[b, tokens, :spec.v_dim] += np.outer(p, do[b, i, h])
+        for n, t in enumerate(chosen[b, i].tolist()):
+            weights[b, i, n] += p[tokens.index(t)] if t in tokens else 0
+    return dict(zip(NAMES, (o, lse, dq, dkv, weights), strict=True))
+
+
+def compiled(spec, cores=2):
+    """Values, gradients and masses from the kernels, for any numbers of one workload's shapes."""
+    @jax.jit
+    def run(q, kv, chosen, do, d_lse):
+        def call(q, kv):
+            return token_sparse(q, kv, chosen, v_dim=spec.v_dim, scale=spec.Dk**-0.5,
+                                return_lse=True, implementation="mosaic_gpu")
+
+        with device.assume(hopper(cores)):
+            out, pull = jax.vjp(call, q, kv)
+            weights = token_mass(q, kv, chosen, out[1], scale=spec.Dk**-0.5,
+                                 implementation="mosaic_gpu")
+            return dict(zip(NAMES, (*out, *pull((do, d_lse)), weights), strict=True))
+
+    return run
+
+
+def check(spec, run, arguments):
+    """Hold one call against the oracle, and a second against its bits; return the first."""
+    rows = (spec.B, spec.L, spec.H)
+    cotangents = numerics.uniform_like(
+        (jax.ShapeDtypeStruct((*rows, spec.v_dim), jnp.bfloat16),
+         jax.ShapeDtypeStruct(rows, jnp.float32)), seed=7)
+    got, again = (run(*arguments, *cotangents) for _ in range(2))
+    for name in NAMES:
+        assert np.asarray(got[name]).tobytes() == np.asarray(again[name]).tobytes(), name
+    want = oracle(spec, arguments, cotangents)
+    assert {name: x.dtype.name for name, x in got.items()} == (
+        dict.fromkeys(NAMES, "bfloat16") | dict.fromkeys(("lse", "mass"), "float32"))
+    unseen = want["lse"] < -1e29
+    np.testing.assert_array_equal(np.asarray(got["lse"])[unseen], np.float32(-1e30))
+    assert not np.asarray(got["o"], np.float32)[unseen].any()
+    held = dict(got, lse=np.where(unseen, 0, np.asarray(got["lse"])))
+    want["lse"] = np.where(unseen, 0, want["lse"])
+    assert numerics.report(held, {n: want[n] for n in held}, factor=0.4, dtype="bfloat16",
+                           floor=1e-3) is None
+    for name in ("lse", "mass"):
+        assert numerics.error(held[name], want[name], floor=1.0) < 1e-5
+    return got
+
+
+# Three queries over 150 tokens: the first lists 65 of them, which is one more than is multiplied
+# at once, the second the same token again and again, the third nothing.
+EDGES = specs.Spec(B=1, L=3, S=150, H=3, N=65, Dk=40, v_dim=24)
+
+
+def edges():
+    """Lists with repeated tokens, tokens outside and one that is empty."""
+    (q, kv, _), _ = EDGES.arguments(dtype="bfloat16")
+    chosen = np.full((1, 3, 65), -1)
+    chosen[0, 0] = np.random.default_rng(0).permutation(150)[:65]
+    chosen[0, 0, :2] = 127, 128  # of two tiles of sums
+    chosen[0, 1, ::2] = 7
+    chosen[0, 1, -1] = 150
+    return [q, kv, jnp.asarray(chosen, jnp.int32)]
+
+
+@runs
+def test_list_edges_repeated_and_absent_tokens():
+    got = check(EDGES, compiled(EDGES), edges())
+    assert not np.asarray(got["dq"], np.float32)[0, 2].any()  # a row that sees nothing
+
+
+@runs
+@pytest.mark.slow
+def test_large_and_tiny_numbers():
+    q, kv, chosen = edges()
+    q = q * jnp.asarray([1e4, 1e-30, 1], jnp.bfloat16)[None, :, None, None]
+    got = check(EDGES, compiled(EDGES), [q, kv * jnp.asarray(1e-2, jnp.bfloat16), chosen])
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got.values())
+
+
+@runs
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_every_small_spec(name):
+    spec = specs.HOPPER[name]
+    check(spec, compiled(spec), spec.arguments()[0])
+
+
+@runs
+@pytest.mark.slow
+def test_chunks_of_queries_add_up(monkeypatch):
+    monkeypatch.setattr(gpu_plan, "GATHERED", 192)
+    spec = dataclasses.replace(specs.HOPPER["tile_any"], B=2, L=5)
+    check(spec, compiled(spec, cores=3), spec.arguments()[0])
+
+
+def _arguments(dtype="bfloat16", H=4, Dk=80):
+    shape = jax.ShapeDtypeStruct
+    return shape((1, 8, H, Dk), dtype), shape((1, 9, Dk), dtype), shape((1, 8, 5), jnp.int32)
+
+
+REFUSED = {
+    "cpu": (device.Target("cpu"), {}, {}, "needs an NVIDIA GPU, the device is cpu"),
+    "blackwell": (CHIPS["b200"].target, {}, {}, r"Hopper's tensor cores \(9.0\), .*\(10, 0\)"),
+    "dtype": (CHIPS["h200"].target, {"dtype": "float32"}, {}, "q is float32"),
+    "latent": (CHIPS["h200"].target, {"Dk": 576}, {}, "widths up to 128, Dk is 576"),
+    "heads": (CHIPS["h100"].target, {"H": 128}, {}, "at most 64 heads, there are 128"),
+    "scale": (CHIPS["h100"].target, {}, {"scale": -1.0}, "scale is -1.0"),
+}
+
+
+@recent
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_served_is_refused_with_a_reason(name):
+    target, changes, others, reason = REFUSED[name]
+    keywords = {"scale": 1.0} | others
+    lse = jax.ShapeDtypeStruct((1, 8, changes.get("H", 4)), jnp.float32)
+    with device.assume(target):
+        if changes or others:
+            assert op.explain(*_arguments(), v_dim=64, scale=1.0)["mosaic_gpu"] is None
+            assert mass.explain(*_arguments(), lse, scale=1.0)["mosaic_gpu"] is None
+        with pytest.raises(ValueError, match=f"token_sparse: .* cannot run: .*{reason}"):
+            token_sparse(*_arguments(**changes), v_dim=64, implementation="mosaic_gpu", **keywords)
+        with pytest.raises(ValueError, match=f"token_mass: .* cannot run: .*{reason}"):
+            token_mass(*_arguments(**changes), lse, implementation="mosaic_gpu", **keywords)
