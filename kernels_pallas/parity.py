@@ -105,7 +105,7 @@ def _chosen_scores(arguments: Any, keywords: Any, chosen: Any) -> Any:
         return alone, chosen
     own, others, ends = (keywords.get(n) for n in ("segments_q", "segments_k", "ends_BxS"))
     seen = _visible(q.shape[1], k.shape[1], own, others, ends, keywords["stride"],
-                    keywords["span"])
+                    keywords["span"], keywords.get("first", 0))
     scores = np.where(seen, _scores(q, k, w, keywords.get("scale", 1.0)), np.inf)
     found = np.take_along_axis(scores, np.clip(chosen, 0, k.shape[1] - 1), axis=-1)
     return alone, np.where(chosen >= k.shape[1], np.inf, np.where(chosen >= 0, found, 0))
