@@ -7,7 +7,7 @@ import pytest
 
 from sparse_pretrain import cli
 from sparse_pretrain.commands import isoflop as command
-from sparse_pretrain.scaling import isoflop, planted, sizes
+from sparse_pretrain.scaling import calibration, children, isoflop, planted, sizes
 from sparse_pretrain.scaling.fit import design, fitting, hyper, leverage, parabola
 
 SMALL = "experiments/isoflop.py:dense"
@@ -169,6 +169,53 @@ def test_finished_grids_are_fitted_and_shown(tmp_path, capsys):
     assert "Known bias" in page
     assert "Buy next" in page
     assert json.loads((tmp_path / "isoflop.json").read_text())["leverage"]["moe"]
+
+
+def test_forecasts_are_made_once_and_scored_by_the_runs(tmp_path, planted_fit, rng):
+    _, fit = planted_fit
+    family = sizes.family(SMALL, [8, 16, 24], {}, vocab=257)
+    points = isoflop.points(SMALL, family, [4e9, 8e9], most_tokens=10**6)
+    chosen = calibration.choose(points, points, {SMALL: fit}, 4)
+    assert len(chosen) == 4
+    assert {p.budget for p in chosen} == {4e9, 8e9}
+    rows = [
+        {"arm": SMALL, "params": n, "tokens": d, "seconds": 1e-9 * n * d, "memory": 1e8}
+        for n, d in rng.uniform(1e4, 1e5, (8, 2))
+    ]
+    made = calibration.write(tmp_path, chosen, {SMALL: fit}, rows)
+    with pytest.raises(ValueError, match="a forecast is made once"):
+        calibration.write(tmp_path, chosen, {SMALL: fit}, rows)
+    with pytest.raises(ValueError, match="no run of"):
+        calibration.score(tmp_path)
+    todo = children.children(tmp_path / isoflop.SWEEP, tmp_path)
+    for i, (child, said) in enumerate(zip(todo, made, strict=True)):
+        child.workdir.mkdir()
+        record = {"status": "finished", "config": {"model": {"width": said["width"]}}}
+        (child.workdir / "run.json").write_text(json.dumps(record))
+        loss = said["loss"] if i else 2 * said["interval"][1]  # the first is missed
+        summary = {"flops": said["flops"], "tokens": said["tokens"], "nats_per_token": loss}
+        summary |= {"train_seconds": said["seconds"], "peak_memory_bytes": 1e8}
+        (child.workdir / "summary.json").write_text(json.dumps(summary))
+    found = calibration.score(tmp_path)
+    assert found["finished"] == 4
+    assert found["inside"] == {"loss": 3, "seconds": 4, "memory": 4}
+    with pytest.raises(ValueError, match="has no law yet"):
+        calibration.choose(points, points, {SMALL: None}, 4)
+
+
+@pytest.mark.slow  # trains 9 models of seconds: -m slow tests/scaling/test_isoflop.py
+def test_the_command_runs_a_grid_fits_it_and_resumes(tmp_path, capsys):
+    command = ["isoflop", "--budgets=2e9,3e9,4.5e9", "--widths=8,16,24", "--sizes=3", "--ratio=5"]
+    command += [f"--config={SMALL}", f"--workdir={tmp_path}", "--json"]
+    command.append("--config.eval.tokens=4096")
+    assert cli.main(command) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["arms"][SMALL]["runs"] == 9
+    assert (tmp_path / "isoflop.html").is_file()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/summary.json")}
+    assert len(before) == 9
+    assert cli.main(command) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/summary.json")}
 
 
 @pytest.mark.parametrize(
