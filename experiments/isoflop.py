@@ -13,8 +13,9 @@ Data:     bytes of the Python library, at most 0.8M of 9.3M; no run sees one twi
 Rule:     the intervals of at least nine of ten forecast runs, up to four times the largest budget,
           hold the measured loss; the leverage is printed with its interval beside the published
           law's value, which is an extrapolation here by seven decades.
-Measured: NOT YET. Begun at f829a81 on two cores that a dozen other jobs shared (load 12 to 30), one
-          run took four to ten minutes instead of seconds.
+Measured: NOT YET. Begun at f829a81 on two cores that a dozen jobs shared (load 12 to 30): four
+          runs of thirty finished in an hour, 40 s of CPU time each, most for start and compilation,
+          and it was stopped there. The command above goes on from any such state.
 Tuning:   none: the rate is that of the other small experiments here (Muon, 0.01) at all widths.
 """
 

@@ -10,8 +10,8 @@ from sparse_pretrain.commands.fit import numbers
 
 OVERRIDES = True
 EXAMPLES = """examples:
-  sparse-pretrain isoflop --budgets=1e12,3e12,1e13 --plan
-  sparse-pretrain isoflop --budgets=1e12,3e12,1e13,3e13,1e14
+  sparse-pretrain isoflop --budgets=4e12,8e12,1.6e13,3e13 --plan
+  sparse-pretrain isoflop --budgets=4e12,8e12,1.6e13,3e13
   sparse-pretrain isoflop --budgets=4e9,9.5e9,2.26e10,5.38e10,1.28e11 --widths=8,16,24,32,48 \\
       --config=experiments/isoflop.py:dense --config=experiments/isoflop.py:moe
 
