@@ -71,7 +71,7 @@ class Placed:
         """
         names = self.plan.dims.get("L" if dim == "T" else dim, ())
         if dim == "B":
-            names = ("pipe", *self.plan.batch)
+            names = (*(("pipe",) if "N" in self.plan.dims else ()), *self.plan.batch)
         elif dim == "T":
             names = (*names, "tensor")
         return tuple(a for a in names if self.sizes.get(a, 1) > 1 and a not in self.manual)
@@ -79,6 +79,8 @@ class Placed:
     def cut(self, dim: str, size: int) -> tuple[str, ...]:
         """`axes` without the last ones that a dim of this size does not divide over."""
         axes = self.axes(dim)
+        if size % math.prod(self.sizes[a] for a in axes):
+            axes = tuple(a for a in axes if a != "pipe")
         while size % math.prod(self.sizes[a] for a in axes):
             axes = axes[:-1]
         return axes
