@@ -36,6 +36,9 @@ from kernels_pallas.linear import linear
 from kernels_pallas.linear import op as linear_op
 from kernels_pallas.linear import specs as linear_specs
 from kernels_pallas.op import Op
+from kernels_pallas.scaled_matmul import op as scaled_matmul_op
+from kernels_pallas.scaled_matmul import scaled_matmul
+from kernels_pallas.scaled_matmul import specs as scaled_matmul_specs
 from kernels_pallas.token_sparse import mass, token_mass, token_sparse
 from kernels_pallas.token_sparse import op as token_sparse_op
 from kernels_pallas.token_sparse import specs as token_sparse_specs
@@ -154,6 +157,10 @@ def _grouped_matmul(s):
     return 2 * s.rows * s.D * s.F, 3
 
 
+def _scaled_matmul(s):
+    return 2 * s.rows * s.D * s.F, 3
+
+
 def _linear(s):
     return 2 * s.T * s.D * s.F, 3
 
@@ -191,6 +198,7 @@ def _listed_arguments(spec):
 _TABLE: tuple[tuple[Op, Any, Any, Any, tuple[int, ...], Any], ...] = (
     (linear_op, linear, linear_specs, _plain, (0, 1), _linear),
     (grouped_matmul_op, grouped_matmul, grouped_matmul_specs, _plain, (0, 1), _grouped_matmul),
+    (scaled_matmul_op, scaled_matmul, scaled_matmul_specs, _plain, (0, 1), _scaled_matmul),
     (flash_op, flash, flash_specs, _plain, (0, 1, 2), _flash),
     (block_sparse_op, block_sparse, block_sparse_specs, _plain, (0, 1, 2), _block_sparse),
     (token_sparse_op, token_sparse, token_sparse_specs, _plain, (0, 1), _token_sparse),

@@ -20,7 +20,7 @@ import numpy as np
 
 from kernels_pallas import device, numerics
 from kernels_pallas.cases import OPS, Case, cases
-from kernels_pallas.grouped_matmul.layout import row_expert
+from kernels_pallas.grouped_matmul.layout import Layout, row_expert
 from kernels_pallas.indexer.reference import _scores, _visible
 
 EXAMPLES = """examples:
@@ -91,9 +91,8 @@ def _floats(tree: Any, dtype: Any) -> Any:
 
 def _counting(case: Case, arguments: Any) -> Any:
     """What of the results counts, an array to multiply with, or None for all."""
-    if case.op.name != "grouped_matmul":
-        return None
-    return np.asarray(row_expert(arguments[2])[1])[:, None]
+    layouts = [x for x in arguments if isinstance(x, Layout)]
+    return np.asarray(row_expert(layouts[0])[1])[:, None] if layouts else None
 
 
 def _chosen_scores(arguments: Any, keywords: Any, chosen: Any) -> Any:
@@ -105,7 +104,7 @@ def _chosen_scores(arguments: Any, keywords: Any, chosen: Any) -> Any:
         return alone, chosen
     own, others, ends = (keywords.get(n) for n in ("segments_q", "segments_k", "ends_BxS"))
     seen = _visible(q.shape[1], k.shape[1], own, others, ends, keywords["stride"],
-                    keywords["span"])
+                    keywords["span"], keywords.get("first", 0))
     scores = np.where(seen, _scores(q, k, w, keywords.get("scale", 1.0)), np.inf)
     found = np.take_along_axis(scores, np.clip(chosen, 0, k.shape[1] - 1), axis=-1)
     return alone, np.where(chosen >= k.shape[1], np.inf, np.where(chosen >= 0, found, 0))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparse_pretrain.sharding import ops
+from sparse_pretrain.sharding import apply, ops, pipeline
 
 Module = nnx.Module
 
@@ -169,11 +169,14 @@ def scan_layers(
     *,
     scan: bool,
     extra: Any = None,
+    rows: Any = None,
     wrap: Callable[[Callable], Callable] = lambda f: f,
 ) -> tuple[Any, Any]:
     """Runs `call(modules_of_layer_n, carry, n) -> (carry, out)` over the stacked dim N.
 
-    With `extra`, arrays that also lead with N, the call is `call(modules, carry, n, extra_n)`.
+    With `extra`, arrays that also lead with N, the call is `call(modules, carry, n, extra_n)`; with
+    `rows`, arrays of a batch's rows that all layers read, `call(modules, carry, n, rows)`. A plan
+    may then send the rows through in parts, with sums over the parts in what `call` adds and tells.
     `wrap` is applied to the body of one repeat (rematerialisation). With `scan=False` the loop is
     unrolled, which compiles longer and runs the same.
     """
@@ -181,8 +184,9 @@ def scan_layers(
     arrays = [(nnx.to_pure_dict(p), nnx.to_pure_dict(q)) for _, p, q in parts]
     repeats = jax.tree.leaves(arrays)[0].shape[0]
 
-    def body(carry, xs):
+    def body(carry, xs, rows=rows):
         layer, n, more = xs
+        more = rows if rows is not None else more
         modules = [
             nnx.merge(g, _fill(p, pa), _fill(q, qa))
             for (g, p, q), (pa, qa) in zip(parts, layer, strict=True)
@@ -190,6 +194,9 @@ def scan_layers(
         return call(modules, carry, n) if more is None else call(modules, carry, n, more)
 
     body = wrap(body)
+    placed = apply.current()
+    if placed is not None and placed.stages > 1 and rows is not None:
+        return pipeline.through(placed, body, (arrays, jnp.arange(repeats), None), carry, rows)
     if scan and repeats > 1:
         return jax.lax.scan(body, carry, (arrays, jnp.arange(repeats), extra))
     outs = []

@@ -6,13 +6,16 @@ import numbers
 
 import jax.numpy as jnp
 
-from kernels_pallas.flash import reference, xla
+from kernels_pallas.flash import peers, reference, xla
 from kernels_pallas.op import Backend, Op
 
 op = Op(
     "flash",
     (
         Backend("xla", xla.flash),
+        # Others' kernels, to measure against: only where they are asked for.
+        Backend("cudnn", peers.cudnn, peers.cudnn_supports),
+        Backend("splash", peers.splash, peers.splash_supports),
         Backend("reference", reference.flash),
     ),
 )

@@ -37,14 +37,20 @@ def _blocks(layout):
     return ends[-1], locate
 
 
-def _rows_times(x, w, layout, transposed):
-    """x times each expert's w (or its transpose), for both layouts."""
+def rows_times(x, w, layout, *, transposed=False, dtype=None):
+    """x times each expert's w (or its transpose), for both layouts, in x's dtype if not in dtype.
+
+    Shapes: x [R, D], w [E, D, F] ([E, F, D] transposed) -> [R, F]; rows of no group: anything.
+    """
+    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    asked = None if dtype == x.dtype else dtype
     out_width = w.shape[1] if transposed else w.shape[2]
     experts, block = w.shape[0], layout.block
 
     def even(x, w):
         spec = "ecf,edf->ecd" if transposed else "ecd,edf->ecf"
-        return jnp.einsum(spec, x.reshape(experts, layout.seats, -1), w).reshape(-1, out_width)
+        y = jnp.einsum(spec, x.reshape(experts, layout.seats, -1), w, preferred_element_type=asked)
+        return y.reshape(-1, out_width)
 
     def ragged(x, w):
         # groups lie end to end in whole blocks, so block i starts at row i * block
@@ -58,11 +64,12 @@ def _rows_times(x, w, layout, transposed):
             expert = locate(first + jnp.arange(at_once, dtype=jnp.int32))[0]
             rows = jax.lax.dynamic_slice_in_dim(x, first * block, at_once * block)
             spec = "bcf,bdf->bcd" if transposed else "bcd,bdf->bcf"
-            y = jnp.einsum(spec, rows.reshape(at_once, block, -1), w[expert])
+            y = jnp.einsum(spec, rows.reshape(at_once, block, -1), w[expert],
+                           preferred_element_type=asked)
             y = y.reshape(at_once * block, out_width)
             return jax.lax.dynamic_update_slice_in_dim(out, y, first * block, 0)
 
-        zeros = jnp.zeros((layout.rows, out_width), x.dtype)
+        zeros = jnp.zeros((layout.rows, out_width), dtype)
         return jax.lax.fori_loop(0, (count + at_once - 1) // at_once, body, zeros)
 
     return jax.lax.cond(layout.uniform, even, ragged, x, w)
@@ -107,7 +114,7 @@ def _weight_gradient(x, dy, layout, experts, dtype):
 @jax.custom_vjp
 def grouped_matmul(x, w, layout):
     """Each row of expert e times w[e], in x's dtype."""
-    return _rows_times(x, w.astype(x.dtype), layout, transposed=False)
+    return rows_times(x, w.astype(x.dtype), layout)
 
 
 def _forward(x, w, layout):
@@ -117,7 +124,7 @@ def _forward(x, w, layout):
 def _backward(residuals, dy):
     x, w, layout = residuals
     dy = dy.astype(x.dtype)
-    dx = _rows_times(dy, w.astype(x.dtype), layout, transposed=True)
+    dx = rows_times(dy, w.astype(x.dtype), layout, transposed=True)
     dw = _weight_gradient(x, dy, layout, w.shape[0], w.dtype)
     return dx, dw, None
 

@@ -10,15 +10,16 @@ from sparse_pretrain.commands.fit import numbers
 
 OVERRIDES = True
 EXAMPLES = """examples:
-  sparse-pretrain isoflop --budgets=1e12,3e12,1e13 --plan
-  sparse-pretrain isoflop --budgets=1e12,3e12,1e13,3e13,1e14
+  sparse-pretrain isoflop --budgets=4e12,8e12,1.6e13,3e13 --plan
+  sparse-pretrain isoflop --budgets=4e12,8e12,1.6e13,3e13
   sparse-pretrain isoflop --budgets=4e9,9.5e9,2.26e10,5.38e10,1.28e11 --widths=8,16,24,32,48 \\
       --config=experiments/isoflop.py:dense --config=experiments/isoflop.py:moe
 
 Each budget is spent on several widths of the configuration, nearest to --ratio tokens per
 parameter; heads and feed-forward widths follow the width, depth stays. No run sees a token twice.
-The same command again skips what is finished, resumes what is not, and fits what there is. With
-several --config the first is the baseline of the efficiency leverage.
+--beyond=forecast then writes what runs up to four times beyond the grid will cost and reach, and
+--beyond=run runs and scores them. The same command again skips what is finished, resumes what is
+not, and fits what there is. With several --config the first is the baseline of the leverage.
 """
 
 
@@ -49,6 +50,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="print the grid and its cost, run none")
     parser.add_argument(
         "--fit-only", action="store_true", help="fit the runs that are finished, run none"
+    )
+    parser.add_argument(
+        "--beyond",
+        choices=("forecast", "run"),
+        help="after the grid: forecast runs up to 4 times beyond it, or run and score them",
+    )
+    parser.add_argument(
+        "--count", type=int, default=10, metavar="N", help="runs beyond the grid (10)"
     )
     parser.add_argument(
         "--workdir", metavar="DIR", help="where runs and results go (default: runs/isoflop)"
@@ -86,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
         show_plan(grid, as_json=args.json)
         return 0
     root = Path(args.workdir or "runs/isoflop").expanduser()
+    if args.beyond:
+        return beyond(args, grid, root, widths, given, console)
     file = isoflop.write(root, grid)
     record: dict[str, Any] = {"interrupted": False, "children": []}
     if not args.fit_only:
@@ -103,6 +114,56 @@ def run(args: argparse.Namespace) -> int:
         raise errors.Stopped(f"{len(failed)} of {len(grid)} runs failed, the first: {failed[0]}")
     if not rows:
         raise errors.Stopped(f"{root} holds no finished run of this grid")
+    return 0
+
+
+def beyond(args: Any, grid: Any, root: Path, widths: Any, given: Any, console: Any) -> int:
+    """Forecast runs beyond the grid, or run and score them."""
+    from sparse_pretrain.scaling import calibration, isoflop
+
+    folder = root / "beyond"
+    if args.beyond == "forecast":
+        rows = isoflop.results(root)
+        fits = isoflop.analyse(rows)["fits"] if rows else {}
+        edge = max(p.budget for p in grid)
+        budgets = [edge * factor for factor in calibration.FACTORS]
+        more = isoflop.plan(
+            args.config or [""],
+            budgets,
+            widths=widths,
+            overrides=given,
+            count=args.sizes,
+            ratio=args.ratio,
+        )
+        made = calibration.write(
+            folder, calibration.choose(grid, more, fits, args.count), fits, rows
+        )
+        if args.json:
+            print(json.dumps(made, indent=1))
+            return 0
+        for row in made:
+            low, high = row["interval"]
+            console.print(
+                f"{row['arm']} width {row['width']}, {row['tokens']:.3g} tokens: loss "
+                f"{row['loss']:.4f} [{low:.4f}, {high:.4f}], {row['seconds']:.3g} s, "
+                f"{row['memory']:.3g} bytes; {row['validity']}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+        console.print(f"\nForecasts  {folder / calibration.FILE}", markup=False, soft_wrap=True)
+        return 0
+    if not (folder / calibration.FILE).is_file():
+        raise errors.Usage(f"--beyond=run: {folder} holds no forecasts; --beyond=forecast first")
+    isoflop.run(folder / isoflop.SWEEP, folder, workers=args.workers, console=console)
+    said = calibration.score(folder)
+    (folder / "score.json").write_text(json.dumps(said, indent=1) + "\n")
+    if args.json:
+        print(json.dumps(said, indent=1))
+    else:
+        for what, inside in said["inside"].items():
+            line = f"{what}: {inside} of {said['finished']} inside their 95 % intervals"
+            console.print(line, highlight=False)
     return 0
 
 

@@ -160,9 +160,10 @@ class LM(nn.Module):
             reports[f"prefix_{i}"] = report
             losses = (losses[0] + report.balance, losses[1] + own)
 
-        def repeat(modules, carry, n):
+        def repeat(modules, carry, n, rows):
             del n
             x, losses = carry
+            context = base.Context(*rows, train)
             told = []
             for module in modules:
                 x, report, own = module(x, context)
@@ -172,10 +173,15 @@ class LM(nn.Module):
 
         if c.repeats:
             stacks = [getattr(self, f"stack_{i}") for i in range(len(c.pattern))]
-            (x, losses), told = nn.scan_layers(
-                stacks, repeat, (x, losses), scan=c.scan, wrap=_remat(c.remat)
+            (x, more), told = nn.scan_layers(
+                stacks, repeat, (x, (zero, zero)), scan=c.scan, rows=context[:3],
+                wrap=_remat(c.remat),
             )
-            reports |= {f"stack_{i}": told[i] for i in range(len(c.pattern))}
+            parts = ops.microbatches()  # what are means over one are summed over all
+            losses = (losses[0] + more[0] / parts, losses[1] + more[1] / parts)
+            for i in range(len(c.pattern)):
+                market = jax.tree.map(lambda v: v / parts, told[i].market)
+                reports[f"stack_{i}"] = told[i]._replace(market=market)
         hidden, ahead = self.norm(x), []
         x = hidden
         for k in range(c.mtp.depth if train else 0):

@@ -57,24 +57,27 @@ def curve(fit: record.Fit, table: tables.Table) -> str:
     """Measured losses over compute, and the law along each size's run of tokens."""
     chart = Chart(x="FLOPs, 6 N D", panels=["loss, nats/token"], height=3.2)
     chart.axes[0].set_xscale("log")
-    found = laws.find(fit.kind)
+    chart.line(table.flops, table.loss, color=FAINT, linestyle="none", marker="o", markersize=3)
     groups = np.unique(np.round(np.log(table.params), 2))
     picked = groups[np.linspace(0, len(groups) - 1, min(CURVES, len(groups))).round().astype(int)]
     for colour, group in enumerate(picked):
-        at = np.abs(np.log(table.params) - group) < 0.006
-        size, order = table.take(at), np.argsort(table.tokens[at])
-        size = size.take(order)
+        size = table.take(np.abs(np.log(table.params) - group) < 0.006)
         chart.line(
             size.flops, size.loss, colour=colour, linestyle="none", marker="o", markersize=3.5
         )
-        if len(np.unique(size.tokens)) > 1:
-            predicted = np.exp(law.values(_features(found, size), fit.theta))
-            chart.line(size.flops, predicted, colour=colour, linewidth=1.0)
+        if fit.kind == "chinchilla" and len(np.unique(size.tokens)) > 1:
+            tokens = np.geomspace(size.tokens.min(), size.tokens.max(), 40)
+            params = np.full(40, np.exp(group))
+            features = laws.find(fit.kind).build({"params": params, "tokens": tokens})
+            predicted = np.exp(law.values(features, fit.theta))
+            chart.line(6 * params * tokens, predicted, colour=colour, linewidth=1.0)
     if fit.kind == "chinchilla":
         flops = np.geomspace(*fit.span["flops"], 60)
         best = [float(laws.optimum(fit.theta, c)[2]) for c in flops]
         chart.line(flops, best, colour=7, linestyle="--", label="best split of compute")
-    note = '<p class="soft">A colour per size; lines are the law at the same size and tokens.</p>'
+    note = (
+        '<p class="soft">Grey: all runs; in colour some sizes, and the law along their tokens.</p>'
+    )
     return html.section("Loss over compute", chart.svg("loss over compute") + note, id="curve")
 
 

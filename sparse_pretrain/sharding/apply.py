@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sparse_pretrain.sharding import plans
+from sparse_pretrain.sharding import peers, plans
 
 _CURRENT: contextvars.ContextVar["Placed | None"] = contextvars.ContextVar("placed", default=None)
 
@@ -71,7 +71,7 @@ class Placed:
         """
         names = self.plan.dims.get("L" if dim == "T" else dim, ())
         if dim == "B":
-            names = ("pipe", *self.plan.batch)
+            names = (*(("pipe",) if "N" in self.plan.dims else ()), *self.plan.batch)
         elif dim == "T":
             names = (*names, "tensor")
         return tuple(a for a in names if self.sizes.get(a, 1) > 1 and a not in self.manual)
@@ -79,6 +79,8 @@ class Placed:
     def cut(self, dim: str, size: int) -> tuple[str, ...]:
         """`axes` without the last ones that a dim of this size does not divide over."""
         axes = self.axes(dim)
+        if size % math.prod(self.sizes[a] for a in axes):
+            axes = tuple(a for a in axes if a != "pipe")
         while size % math.prod(self.sizes[a] for a in axes):
             axes = axes[:-1]
         return axes
@@ -224,15 +226,22 @@ class Compiled:
 
     def __init__(self, placed: Placed, function: Any):
         self._placed, self._function = placed, function
+        self._made: Any = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any) -> Any:
+        """As of `jax.jit`; several processes compile, then meet, and then run."""
         with self._placed.active():
-            return self._function(*args, **kwargs)
+            if jax.process_count() == 1:
+                return self._function(*args)
+            if self._made is None:
+                self._made = self._function.lower(*args).compile()
+                peers.meet()
+            return self._made(*args)
 
-    def lower(self, *args: Any, **kwargs: Any) -> Any:
+    def lower(self, *args: Any) -> Any:
         """As of `jax.jit`."""
         with self._placed.active():
-            return self._function.lower(*args, **kwargs)
+            return self._function.lower(*args)
 
 
 def current() -> Placed | None:

@@ -52,6 +52,7 @@ __all__ = [
     "kept_apart",
     "laid",
     "linear",
+    "microbatches",
     "rows_are_cut",
     "token_mass",
     "token_sparse",
@@ -76,6 +77,12 @@ def kept_apart(layer: Callable) -> Callable:
         return layer
     policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
     return jax.checkpoint(layer, policy=policy)
+
+
+def microbatches() -> int:
+    """Into how many parts a pipeline cuts a batch; 1 without one."""
+    placed = apply.current()
+    return placed.microbatches if placed is not None and placed.stages > 1 else 1
 
 
 def rows_are_cut() -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 from sparse_pretrain import nn, phases
 from sparse_pretrain.model import lm
+from sparse_pretrain.sharding import peers
 from sparse_pretrain.training import evaluate, record, run, step
 
 
@@ -82,6 +83,7 @@ class Course:
             placed=self._p.placed,
         )
         made = made.lower(state, batch).compile()
+        peers.meet()
         self._record.compiled(time.perf_counter() - began)
         return made
 

@@ -7,9 +7,8 @@ import os
 from typing import Any
 
 import jax
-from jax._src import distributed  # the key-value store has no public name; orbax uses it so too
 
-from sparse_pretrain.sharding import apply, mesh, plans
+from sparse_pretrain.sharding import apply, mesh, peers, plans
 
 # What tells a process that a launcher started several. Units: processes, where there is a number.
 LAUNCHERS = {
@@ -114,7 +113,7 @@ class Stop:
         """Whether to stop after this step."""
         if not several():
             return bool(self._asked)
-        store: Any = distributed.global_state.client
+        store = peers.store()
         if self._asked and not self._said:
             self._said = True
             try:

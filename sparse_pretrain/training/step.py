@@ -59,6 +59,9 @@ def gradients(
 
     if accumulate == 1:
         return sums(state.params, batch)
+    if placed is not None and placed.stages > 1:  # its micro-batches go through a pipeline
+        accumulate = 1
+        return sums(state.params, batch)
     return optim.accumulate(sums, state.params, optim.split(batch, accumulate))
 
 

@@ -1,5 +1,6 @@
 """Iso-FLOP grids and what is read off them: parabolas, leverage, the next run, the page."""
 
+import functools
 import json
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 
 from sparse_pretrain import cli
 from sparse_pretrain.commands import isoflop as command
-from sparse_pretrain.scaling import isoflop, planted, sizes
+from sparse_pretrain.scaling import calibration, children, forecast, isoflop, planted, sizes
+from sparse_pretrain.scaling.engines import local
 from sparse_pretrain.scaling.fit import design, fitting, hyper, leverage, parabola
 
 SMALL = "experiments/isoflop.py:dense"
@@ -169,6 +171,96 @@ def test_finished_grids_are_fitted_and_shown(tmp_path, capsys):
     assert "Known bias" in page
     assert "Buy next" in page
     assert json.loads((tmp_path / "isoflop.json").read_text())["leverage"]["moe"]
+
+
+def test_forecasts_are_made_once_and_scored_by_the_runs(tmp_path, planted_fit, rng):
+    _, fit = planted_fit
+    family = sizes.family(SMALL, [8, 16, 24], {}, vocab=257)
+    points = isoflop.points(SMALL, family, [4e9, 8e9], most_tokens=10**6)
+    chosen = calibration.choose(points, points, {SMALL: fit}, 4)
+    assert len(chosen) == 4
+    assert {p.budget for p in chosen} == {4e9, 8e9}
+    rows = [
+        {"arm": SMALL, "params": n, "tokens": d, "seconds": 1e-9 * n * d, "memory": 1e8}
+        for n, d in rng.uniform(1e4, 1e5, (8, 2))
+    ]
+    made = calibration.write(tmp_path, chosen, {SMALL: fit}, rows)
+    with pytest.raises(ValueError, match="a forecast is made once"):
+        calibration.write(tmp_path, chosen, {SMALL: fit}, rows)
+    with pytest.raises(ValueError, match="no run of"):
+        calibration.score(tmp_path)
+    todo = children.children(tmp_path / isoflop.SWEEP, tmp_path)
+    for i, (child, said) in enumerate(zip(todo, made, strict=True)):
+        child.workdir.mkdir()
+        record = {"status": "finished", "config": {"model": {"width": said["width"]}}}
+        (child.workdir / "run.json").write_text(json.dumps(record))
+        loss = said["loss"] if i else 2 * said["interval"][1]  # the first is missed
+        summary = {"flops": said["flops"], "tokens": said["tokens"], "nats_per_token": loss}
+        summary |= {"train_seconds": said["seconds"], "peak_memory_bytes": 1e8}
+        (child.workdir / "summary.json").write_text(json.dumps(summary))
+    found = calibration.score(tmp_path)
+    assert found["finished"] == 4
+    assert found["inside"] == {"loss": 3, "seconds": 4, "memory": 4}
+    with pytest.raises(ValueError, match="has no law yet"):
+        calibration.choose(points, points, {SMALL: None}, 4)
+
+
+# Stands for training: the loss of a planted law, and what it took.
+RUNNER = """
+import json, pathlib
+
+def run(arguments):
+    flags = dict(a.removeprefix("--").split("=", 1) for a in arguments)
+    workdir = pathlib.Path(flags["workdir"])
+    width, steps = int(flags["config.model.width"]), int(flags["config.steps"])
+    plan = json.loads((workdir.parent / "plan.json").read_text())
+    row = next(r for r in plan if (r["width"], r["overrides"]["steps"]) == (width, steps))
+    size, tokens = row["params"], row["tokens"]
+    loss = 1.2 + 9 / size**0.25 + 60 / tokens**0.4 + 0.001 * (steps % 7 - 3)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir.parent / "trained", "a") as f:
+        f.write("x")
+    record = {"status": "finished", "config": {"model": {"width": width}}}
+    (workdir / "run.json").write_text(json.dumps(record))
+    summary = {"flops": row["flops"], "tokens": tokens, "nats_per_token": loss}
+    summary |= {"bits_per_byte": loss, "steps": steps, "peak_memory_bytes": 1e8}
+    summary |= {"train_seconds": 1e-9 * size * tokens}
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    return 0
+"""
+
+
+def test_the_command_runs_a_grid_through_the_sweep_and_forecasts_beyond_it(
+    tmp_path, monkeypatch, capsys
+):
+    runner = tmp_path / "runner.py"
+    runner.write_text(RUNNER)
+    fake = functools.partial(local.Local, runner=f"{runner}:run")
+    monkeypatch.setattr(local, "Local", fake)
+    root = tmp_path / "out"
+    command = ["isoflop", "--budgets=2e9,4e9,8e9,1.6e10", "--widths=8,16,24,32,48", "--sizes=3"]
+    command += [f"--config={SMALL}", f"--workdir={root}", "--json", "--ratio=8"]
+    command.append("--config.data.source=synthetic:copy")
+    assert cli.main(command) == 0
+    out = json.loads(capsys.readouterr().out)["arms"][SMALL]
+    assert out["runs"] == 12
+    assert len(out["parabolas"]) == 4
+    assert out["next"][0]["after"] < out["next"][0]["half_width"]
+    assert (root / "isoflop.html").is_file()
+    assert forecast.read(root / "fits" / "0").runs == 12
+    assert cli.main(command) == 0
+    assert (root / "trained").read_text() == "x" * 12  # nothing ran twice
+    capsys.readouterr()
+    assert cli.main([*command, "--beyond=run"]) == 2
+    assert "--beyond=forecast first" in capsys.readouterr().err
+    assert cli.main([*command, "--beyond=forecast", "--count=4"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert len(made) == 4
+    assert max(row["flops"] for row in made) > 2e10
+    assert cli.main([*command, "--beyond=run"]) == 0
+    score = json.loads(capsys.readouterr().out)
+    assert score["finished"] == 4
+    assert score["inside"]["loss"] >= 3
 
 
 @pytest.mark.parametrize(

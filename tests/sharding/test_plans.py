@@ -16,6 +16,7 @@ MESHES = {
     "fsdp_tp": "fsdp=2,tensor=4",
     "fsdp_ep": "fsdp=2,expert=4",
     "fsdp_ep_cp": "fsdp=2,expert=2,context=2",
+    "fsdp_ep_pp": "pipe=2,fsdp=2,expert=2",
     "fsdp_ep_tp": "fsdp=2,expert=2,tensor=2",
     "zero1_ep": "data=2,expert=4",
 }

@@ -1,0 +1,121 @@
+"""Attention by others' kernels, where they are installed: cuDNN on a GPU, splash on a TPU.
+
+They are peers to measure against and run only where they are asked for by name.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import device
+
+_BLOCKS = (512, 256, 128)  # splash's tiles are whole, and wider than a lane is
+
+
+# What each takes beside q, k and v; anything else that is asked for is refused.
+_UNASKED = {"return_lse": False, "stride": 1, "span": 1}  # None for all others
+_CUDNN = ("scale", "causal", "window", "block_q", "block_k")
+_SPLASH = (*_CUDNN, "softcap", "segments_q", "segments_k")
+
+
+def _more(name, known, keywords) -> str | None:
+    """The first thing asked for that it does not have."""
+    for what, asked in keywords.items():
+        unasked = asked == _UNASKED[what] if what in _UNASKED else asked is None
+        if what not in known and not unasked:
+            return f"{name} has no {what}"
+    return None
+
+
+def cudnn_supports(q, k, v, **keywords) -> str | None:
+    """Return None, or why cuDNN cannot run this call."""
+    target, Dk, Dv, L, S = device.target(), q.shape[-1], v.shape[-1], q.shape[1], k.shape[1]
+    causal, window = keywords.get("causal", True), keywords.get("window")
+    if target.platform != "gpu" or target.capability is None:
+        return f"needs an NVIDIA GPU, the device is {target.kind or target.platform}"
+    if not _has_cudnn():
+        return "cuDNN is not installed"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN needs bfloat16 or float16, q is {q.dtype}"
+    if Dk != Dv or Dk % 8 or Dk > 128:
+        return f"cuDNN needs equal widths, a multiple of 8 up to 128; Dk is {Dk} and Dv {Dv}"
+    if causal and L != S:
+        return f"cuDNN's mask begins at the first key: needs L = S, got {L} and {S}"
+    if window is not None and not causal:
+        return "cuDNN's window is causal"
+    return _more("cuDNN", _CUDNN, keywords)
+
+
+def _has_cudnn() -> bool:
+    try:
+        if importlib.util.find_spec("nvidia.cudnn") is not None:
+            return True
+    except ModuleNotFoundError:
+        pass
+    return ctypes.util.find_library("cudnn") is not None
+
+
+def cudnn(q, k, v, *, scale, causal=True, window=None, implementation="cudnn", **nothing):
+    """Attend by `jax.nn.dot_product_attention`."""
+    del nothing
+    size = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal,
+                                        local_window_size=size, implementation=implementation)
+
+
+def splash_supports(q, k, v, **keywords) -> str | None:
+    """Return None, or why splash attention cannot run this call."""
+    del v
+    target, L, S = device.target(), q.shape[1], k.shape[1]
+    if target.platform != "tpu":
+        return f"needs a TPU, the device is {target.kind or target.platform}"
+    if device.jax_version() < (0, 11):
+        return f"needs jax 0.11, this is {jax.__version__}"
+    if L % 128 or S % 128 or 0 in (L, S):
+        return f"splash needs lengths in multiples of 128, got {L} and {S}"
+    if L > S and keywords.get("causal", True):
+        return f"splash leaves rows that see nothing undefined: L is {L} and S {S}"
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"splash needs bfloat16 or float32, q is {q.dtype}"
+    return _more("splash", _SPLASH, keywords)
+
+
+def splash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=None, scale,
+           causal=True, window=None, softcap=None, **nothing):
+    """Attend by JAX's splash attention: one multi-query kernel for each key head."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    del nothing
+    (B, L, H, _), (S, K) = q_BxLxHxDk.shape, k_BxSxKxDk.shape[1:3]
+    if window is not None:
+        mask = masks.LocalMask((L, S), (window - 1, 0 if causal else None), S - L)
+    else:
+        mask = masks.CausalMask((L, S), S - L) if causal else masks.FullMask((L, S))
+    m, n = (next(b for b in _BLOCKS if length % b == 0) for length in (L, S))
+    sizes = kernels.BlockSizes(block_q=m, block_kv=n, block_q_dkv=m, block_kv_dkv=n,
+                               block_q_dq=m, block_kv_dq=n)
+    attend = kernels.make_splash_mqa_single_device(
+        masks.MultiHeadMask([mask] * (H // K)), block_sizes=sizes, attn_logits_soft_cap=softcap,
+        interpret=device.target().interpret is not None)
+    q = (q_BxLxHxDk.astype(jnp.float32) * np.float32(scale)).astype(q_BxLxHxDk.dtype)
+    q = q.reshape(B, L, K, H // K, -1).transpose(0, 2, 3, 1, 4)
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k_BxSxKxDk, v_BxSxKxDv))
+    if segments_q is None:
+        o = jax.vmap(jax.vmap(attend))(q, k, v)
+    else:
+        # padding, of segment 0, equals nothing and is seen by nothing
+        own = jnp.where(segments_q == 0, jnp.full_like(segments_q, -1), segments_q)
+        others = jnp.where(segments_k == 0, jnp.full_like(segments_k, -2), segments_k)
+        ids = kernels.SegmentIds(own, others)
+        o = jax.vmap(lambda q, k, v, ids: jax.vmap(lambda q, k, v: attend(q, k, v, ids))(q, k, v))(
+            q, k, v, ids)
+        o = jnp.where((segments_q == 0)[:, None, None, :, None], jnp.zeros_like(o), o)
+    return o.transpose(0, 3, 1, 2, 4).reshape(B, L, H, -1)

@@ -1,0 +1,104 @@
+"""Forecasts of runs beyond a grid, written before the runs and scored after them."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparse_pretrain.scaling import forecast, isoflop
+from sparse_pretrain.scaling.fit import laws, record
+
+FACTORS = (1.5, 2.5, 4.0)  # times the grid's largest budget
+FILE = "forecasts.json"
+
+
+def choose(
+    grid: Sequence[isoflop.Point],
+    beyond: Sequence[isoflop.Point],
+    fits: Mapping[str, Any],
+    count: int,
+) -> list[isoflop.Point]:
+    """`count` of the candidate points `beyond`, spread over arms and budgets, near each optimum.
+
+    Errors: ValueError when an arm has no law, or there are fewer candidates.
+    """
+    arms = list(dict.fromkeys(p.arm for p in grid))
+    lacking = [arm for arm in arms if fits.get(arm) is None]
+    if lacking:
+        raise ValueError(f"forecast: {lacking[0]} has no law yet; finish its grid first")
+    ranked: list[list[isoflop.Point]] = []
+    for arm in arms:
+        theta = fits[arm].theta
+        for budget in sorted({p.budget for p in beyond}):
+            best = math.log(float(laws.optimum(theta, budget)[0]))
+            own = [p for p in beyond if p.arm == arm and p.budget == budget]
+            ranked.append(sorted(own, key=lambda p: abs(math.log(p.params) - best)))
+    turns = [row[i] for i in range(max(map(len, ranked))) for row in ranked if i < len(row)]
+    if len(turns) < count:
+        raise ValueError(f"forecast: {count} runs asked for, {len(turns)} are possible")
+    return sorted(turns[:count], key=lambda p: p.flops)
+
+
+def write(
+    root: Path,
+    points: Sequence[isoflop.Point],
+    fits: Mapping[str, record.Fit],
+    rows: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """The plan, sweep file and forecasts of `points` in `root`; forecasts there are never replaced.
+
+    Each has the loss, seconds and memory with their 95 % intervals, and how far it reaches.
+    Errors: ValueError when `root` holds forecasts already.
+    """
+    path = root / FILE
+    if path.exists():
+        raise ValueError(f"forecast: {path} is there already; a forecast is made once")
+    found = []
+    for p in points:
+        own = [row for row in rows if row["arm"] == p.arm]
+        said = forecast.loss(fits[p.arm], params=p.params, tokens=p.tokens)
+        found.append(
+            {"arm": p.arm, "width": p.width, "params": p.params, "tokens": p.tokens}
+            | {"flops": p.flops, "overrides": p.overrides}
+            | {k: said[k] for k in ("loss", "interval", "half_width", "validity")}
+            | forecast.cost(own, p.params, p.tokens)
+        )
+    isoflop.write(root, points)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def score(root: Path) -> dict[str, Any]:
+    """How many of the finished runs in `root` lie inside their forecasts' intervals.
+
+    Errors: ValueError when there is no forecast, or no run is finished.
+    """
+    path = root / FILE
+    if not path.is_file():
+        raise ValueError(f"forecast: {root} holds no {FILE}")
+    made = json.loads(path.read_text())
+    key = lambda row: (row["arm"], row["width"], round(row["tokens"]))  # noqa: E731
+    done = {key(row): row for row in isoflop.results(root)}
+    runs = []
+    for said in made:
+        row = done.get(key(said))
+        if row is None:
+            continue
+        runs.append(
+            {k: said[k] for k in ("arm", "width", "params", "tokens", "flops", "loss", "interval")}
+            | {"measured": row["loss"], "error": row["loss"] / said["loss"] - 1}
+            | {"loss_inside": _inside(row["loss"], said["interval"])}
+            | {"seconds": row["seconds"], "seconds_interval": said["seconds_interval"]}
+            | {"seconds_inside": _inside(row["seconds"], said["seconds_interval"])}
+            | {"memory": row["memory"], "memory_interval": said["memory_interval"]}
+            | {"memory_inside": _inside(row["memory"], said["memory_interval"])}
+        )
+    if not runs:
+        raise ValueError(f"forecast: no run of {root} is finished")
+    inside = {k: sum(r[f"{k}_inside"] for r in runs) for k in ("loss", "seconds", "memory")}
+    return {"forecast": len(made), "finished": len(runs), "inside": inside, "runs": runs}
+
+
+def _inside(value: float, interval: Sequence[float]) -> bool:
+    return interval[0] <= value <= interval[1]

@@ -1,0 +1,66 @@
+"""Several processes are one run: equal losses, checkpoints that fit any mesh, a clean end."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from sparse_pretrain.training import processes
+from tests.training import processes as runs
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("host:1", 2, -1), "--process-id: needed"),
+        (("", 2, 0), "--coordinator: needed"),
+        (("host:1", 2, 2), "--process-id: 2 is not below --processes 2"),
+    ],
+)
+def test_half_of_the_options_is_refused(given, says):
+    with pytest.raises(ValueError, match=says):
+        processes.start(*given)
+
+
+def test_one_process_has_nobody_to_wait_for():
+    processes.start()
+    assert processes.lead()
+    assert not processes.several()
+    asked: list[int] = []
+    stop = processes.Stop(asked)
+    assert not stop.now(1)
+    asked.append(signal.SIGTERM)
+    assert stop.now(2)
+    assert processes.lost(RuntimeError("connection closed by peer")) is None
+
+
+@pytest.mark.slow
+def test_processes_times_devices_equal_one_process_and_resume_on_another_mesh(tmp_path):
+    alone = runs.start(tmp_path, "alone", processes=1, devices=8, mesh="expert=4")
+    one = runs.finish(tmp_path, "alone", alone)
+    four = runs.start(tmp_path, "four", processes=4, devices=2, mesh="expert=4")
+    np.testing.assert_allclose(runs.finish(tmp_path, "four", four), one, atol=1e-5, rtol=0)
+    assert len(one) == 6
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_others_and_other_devices_go_on(tmp_path):
+    whole = runs.start(tmp_path, "whole", processes=1, devices=8, mesh="expert=4", steps=200)
+    running = runs.start(tmp_path, "lost", processes=4, devices=2, mesh="expert=4", steps=200)
+    path = tmp_path / "lost" / "checkpoints"
+    while not any(path.glob("00000*[0-9]")):
+        assert all(p.poll() is None for p in running), "ended before the first checkpoint"
+        time.sleep(0.05)
+    os.kill(running[2].pid, signal.SIGKILL)
+    began = time.monotonic()
+    for i, process in enumerate(running):
+        process.wait(60)
+        if i != 2:
+            assert process.returncode == 1
+            assert "is gone" in (tmp_path / f"lost.{i}.log").read_text()
+    assert time.monotonic() - began < 60
+    again = runs.start(tmp_path, "lost", processes=3, devices=2, mesh="expert=2", steps=200)
+    found = runs.finish(tmp_path, "lost", again)
+    np.testing.assert_allclose(found, runs.finish(tmp_path, "whole", whole), atol=1e-3)
