@@ -55,7 +55,7 @@ axes[2].semilogx(compute, [100 * moonlight["share"](c) for c in compute])
 for n, d in moonlight["RUNS"]:
     axes[2].axvline(6 * n * d / moonlight["PFLOP_DAY"], color="gray", lw=0.8)
 axes[2].axhline(52, color="gray", lw=0.8, ls="--")
-axes[2].set_xlabel("AdamW's compute, PFLOP/s-days (lines: the fitted range)")
+axes[2].set_xlabel("AdamW's compute, PFLOP/s-days\n(lines: the fitted range)")
 axes[2].set_ylabel("Muon's compute for its loss, %\n(dashed: the text's 52)")
 fig.tight_layout()
 
