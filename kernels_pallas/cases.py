@@ -57,6 +57,7 @@ class Case:
     wrt: tuple[int, ...]  # arguments with a gradient, none for an op without
     forward: float
     gradient: float
+    hopper: bool = False  # made for the kernels of Hopper's tensor cores
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -244,4 +245,4 @@ def cases(ops: tuple[str, ...] = (), specs: tuple[str, ...] = (), *, abstract: b
             if abstract and hasattr(spec, "choice"):  # choosing takes long at training lengths
                 spec = dataclasses.replace(spec, choice="none")
             yield Case(op, name, call, functools.partial(arguments, spec), wrt, float(forward),
-                       float(forward * factor))
+                       float(forward * factor), name in getattr(module, "HOPPER", {}))

@@ -181,12 +181,18 @@ def compile_case(case: Case, direction: str, chip: Chip, sharding: Any,
     return row
 
 
-def backends_for(case: Case, chip: Chip) -> list[str | None]:
-    """Return the backends this chip would run, but the reference; [None] where there is none."""
+def backends_for(case: Case, chip: Chip, *, named: bool = False) -> Sequence[str | None]:
+    """Return the backends this chip would run, but the reference; [None] where there is none.
+
+    A workload for Hopper's kernels is compiled by them alone, unless its spec is `named`.
+    """
     with device.assume(chip.target):
         arguments, keywords = case.shapes()
         verdicts = case.op.explain(*arguments, **keywords)
-    return [n for n, reason in verdicts.items() if reason is None and n != "reference"] or [None]
+    names = [n for n, reason in verdicts.items() if reason is None and n != "reference"]
+    if case.hopper and not named:
+        return [n for n in names if n == "mosaic_gpu"]
+    return names or [None]
 
 
 def compile_for(chip: Chip, jobs: Sequence[tuple[Case, str | None]]) -> Iterator[Row]:
@@ -280,8 +286,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     jax.config.update("jax_platforms", "cpu")  # the plugins look for devices otherwise
     rows: list[Row] = []
+    named = bool(options.spec)
     jobs = {chip.name: [(case, name) for case in chosen for name in
-                        ([options.backend] if options.backend else backends_for(case, chip))]
+                        ([options.backend] if options.backend
+                         else backends_for(case, chip, named=named))]
             for chip in chips}
     total = sum(len(case.directions) for each in jobs.values() for case, _ in each)
     for chip in chips:

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from kernels_pallas import compile as command
+from kernels_pallas import device
 from kernels_pallas.cases import OPS, _visible, cases
 from kernels_pallas.chips import CHIPS, Chip
 from kernels_pallas.device import Target
 from kernels_pallas.flash import specs as flash_specs
 from kernels_pallas.op import Backend, Op
 
+RECENT = device.jax_version() >= (0, 11)  # Mosaic GPU's kernels need it
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -140,6 +142,15 @@ def test_every_op_and_spec_has_shapes():
         assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves((arguments, keywords)))
         assert None in case.op.explain(*arguments, **keywords).values()
         assert case.gradient >= case.forward >= 0
+
+
+def test_workloads_for_hopper_are_compiled_by_its_kernels_alone():
+    other, large = cases(("token_sparse",), ("csa_64k", "dsa_4k"), abstract=True)
+    assert (large.hopper, other.hopper) == (True, False)
+    for chip, for_large in (("v5p", []), ("h200", ["mosaic_gpu"] if RECENT else [])):
+        assert list(command.backends_for(large, CHIPS[chip])) == for_large
+        assert "xla" in command.backends_for(large, CHIPS[chip], named=True)
+        assert "xla" in command.backends_for(other, CHIPS[chip])
 
 
 @pytest.mark.parametrize("name", ["plain", "loop_strided_window"])
