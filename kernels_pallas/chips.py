@@ -41,16 +41,20 @@ class Chip:
                 return "jax-cuda13-plugin and jax-cuda13-pjrt"
         return None
 
-    def devices(self) -> list[Any]:
-        """Return devices of this chip that programs can be compiled for and never run on."""
+    def devices(self, topology: str = "") -> list[Any]:
+        """Return devices of this chip that programs can be compiled for and never run on.
+
+        `topology` is another than the chip's own: TPUs' name and grid, or partitions x nodes x
+        devices of a node.
+        """
         from jax.experimental import topologies
 
         if self.target.platform == "tpu":
             return list(topologies.get_topology_desc(
-                platform="tpu", topology_name=self.topology).devices)
+                platform="tpu", topology_name=topology or self.topology).devices)
         return list(topologies.get_topology_desc(
             platform="cuda", topology_name=self.name, target_config=self._config(),
-            topology=self.topology).devices)
+            topology=topology or self.topology).devices)
 
     def _config(self) -> str:
         """XLA's GpuTargetConfigProto in text form."""

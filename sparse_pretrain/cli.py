@@ -29,6 +29,7 @@ COMMANDS = {
     "placement": "replay a run's expert loads on devices: balance, bytes moved, simulated gain",
     "reproduce": "run published claims to a verdict: PASS, FAIL or NOT RUN",
     "claims": "the ledger of claims: published, measured, criterion, verdict",
+    "plan": "what a run costs on some chips, which plan it should use, and why",
     "config": "print a resolved configuration and what it costs, without training",
 }
 EXAMPLES = f"""examples:

@@ -362,6 +362,16 @@ def load(path: Path, arg: str = "") -> dict[str, Any]:
         raise ValueError(f"{path}{_line(e, path)}: {_reason(e)}") from e
 
 
+def declared(where: str, name: str, default: Any) -> Any:
+    """What an experiment's file says beside its configuration, such as PRECISION.
+
+    Errors: ValueError as of `load`.
+    """
+    path, arg = locate(where)
+    load(path, arg)
+    return getattr(sys.modules[f"_experiment_{path.stem}"], name, default)
+
+
 def _required(function: Any) -> bool:
     first = next(iter(inspect.signature(function).parameters.values()))
     return first.default is inspect.Parameter.empty

@@ -9,22 +9,25 @@ Differs:  batches are 15,360 rows from the start (published: 3,072, growing over
           rate decays once, by a cosine, over the last 4.8T tokens (published: to a tenth over
           4.3T, then constant in two steps); initial weights are scaled by fan-in (published: 0.006
           everywhere); documents of a row do not see each other; Adam's moments are float32.
+          Products are in bfloat16 (published: 8 bits; `plan` takes the published ones).
           The published text is not public: give your own by --data and
           --config.data.tokenizer=file:PATH.
 """
 
 from ml_collections import ConfigDict
 
-TINY = "tiny"
+TINY, MTP = "tiny", "mtp"
+PRECISION = "fp8"  # of the published run's products, for `plan`; `train` computes in bfloat16
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The published model; `tiny` keeps every part of it at the size of a laptop.
+    """The published model; `mtp` with the module that predicts one token further ahead, which the
+    published counts of parameters and FLOPs leave out; `tiny` the former at the size of a laptop.
 
     Errors: ValueError for another argument.
     """
-    if arg not in ("", TINY):
-        raise ValueError(f"deepseek/v3: the argument is {TINY!r} or none, got {arg!r}")
+    if arg not in ("", TINY, MTP):
+        raise ValueError(f"deepseek/v3: the argument is {TINY!r}, {MTP!r} or none, got {arg!r}")
     attention = dict(
         kind="mla", heads=128, q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128
     )
@@ -53,7 +56,11 @@ def get_config(arg: str = "") -> ConfigDict:
             ),
         )
     )
-    return _tiny(config) if arg else config
+    if arg == MTP:
+        config.name = "deepseek_v3_mtp"
+        config.model.mtp = ConfigDict(dict(depth=1, weight=0.3))
+        config.phases = ConfigDict(dict(late=dict(start=1e13, mtp_weight=0.1)))
+    return _tiny(config) if arg == TINY else config
 
 
 def _tiny(config: ConfigDict) -> ConfigDict:

@@ -46,6 +46,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="tokens per parameter that the widths are chosen around (20)",
     )
+    parser.add_argument(
+        "--bootstrap", type=int, default=400, metavar="N", help="refits for intervals (400)"
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (1)")
     parser.add_argument("--plan", action="store_true", help="print the grid and its cost, run none")
     parser.add_argument(
@@ -73,6 +76,10 @@ def run(args: argparse.Namespace) -> int:
         raise errors.Usage(f"--sizes: a budget takes 3 or more, got {args.sizes}")
     if not args.ratio > 0:
         raise errors.Usage(f"--ratio: must be positive, got {args.ratio}")
+    if args.bootstrap < 40:
+        raise errors.Usage(
+            f"--bootstrap: an interval takes 40 refits or more, got {args.bootstrap}"
+        )
     if args.workers < 1:
         raise errors.Usage(f"--workers: must be 1 or more, got {args.workers}")
     from rich.console import Console
@@ -104,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     rows = isoflop.results(root)
     if rows:
         with status("fitting"):
-            said = isoflop.analyse(rows)
+            said = isoflop.analyse(rows, bootstrap=args.bootstrap)
         write(root, said, rows)
         show(said, root, as_json=args.json)
     if record["interrupted"]:
@@ -124,7 +131,7 @@ def beyond(args: Any, grid: Any, root: Path, widths: Any, given: Any, console: A
     folder = root / "beyond"
     if args.beyond == "forecast":
         rows = isoflop.results(root)
-        fits = isoflop.analyse(rows)["fits"] if rows else {}
+        fits = isoflop.analyse(rows, bootstrap=args.bootstrap)["fits"] if rows else {}
         edge = max(p.budget for p in grid)
         budgets = [edge * factor for factor in calibration.FACTORS]
         more = isoflop.plan(

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from sparse_pretrain.sharding.plans import AXES, Plan
@@ -66,6 +67,7 @@ def make(plan: Plan, text: str = "", devices: Sequence[Any] | None = None) -> Me
     found = sizes(plan, text, len(devices))
     axes, shape = tuple(found), tuple(found.values())
     types = (AxisType.Auto,) * len(axes)
-    if devices[0].platform == "tpu":  # its links form a grid, which make_mesh knows
-        return jax.make_mesh(shape, axes, axis_types=types, devices=devices)
+    if devices[0].platform == "tpu":  # its links form a grid, which may be finer than the mesh
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, axes, axis_types=types)
     return Mesh(np.array(devices).reshape(shape), axes, axis_types=types)

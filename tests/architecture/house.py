@@ -38,6 +38,7 @@ FLOORS = {
     "sparse_pretrain.phases": 5,
     "sparse_pretrain.config": 5,
     "sparse_pretrain.planning": 5,
+    "sparse_pretrain.planning.compile": 6,  # compiles the step of training
     "sparse_pretrain.scaling.fit": 5,
     "sparse_pretrain.scaling.forecast": 5,
     "sparse_pretrain.scaling.published": 5,

@@ -103,8 +103,8 @@ def test_every_spec(name, rng):
 @pytest.mark.parametrize("load", LOADS)
 def test_every_load_in_small_tiles(load, rng):
     layout = aligned(jnp.asarray(LOADS[load], jnp.int32), pairs=384)
-    with small_tiles(layout, 200, 192):
-        verify(layout, 200, 192, "bfloat16", rng, run)
+    with small_tiles(layout, 256, 384):
+        verify(layout, 256, 384, "bfloat16", rng, run)
 
 
 def test_every_row_and_every_group_is_visited(rng):

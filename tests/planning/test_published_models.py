@@ -96,6 +96,15 @@ def test_tiny_trains(name):
     assert (loads.sum(1) == tokens.size * seats[0][0]).all()
 
 
+def test_v3_with_its_module_ahead_is_the_released_weights():
+    """2412.19437: 14B more, of which embedding and head are the main model's and not held twice."""
+    whole, ahead = (flops.parameters(config.resolve(f"deepseek/v3{a}").model) for a in ("", ":mtp"))
+    stored = 684_531_386_000 - 41_540_496 - 671_026_419_200  # the release, block scales aside
+    shared, bias = 2 * 129280 * 7168, 256
+    assert ahead.total - whole.total == ahead.mtp == stored - shared - bias
+    assert ahead.active == whole.active
+
+
 def test_another_argument_is_refused():
-    with pytest.raises(ValueError, match=r"deepseek/v3: the argument is 'tiny' or none, got 'x'"):
+    with pytest.raises(ValueError, match=r"'tiny', 'mtp' or none, got 'x'"):
         config.resolve("deepseek/v3:x")

@@ -230,6 +230,7 @@ def run(arguments):
 """
 
 
+@pytest.mark.slow  # five commands and two workers: -m slow tests/scaling/test_isoflop.py
 def test_the_command_runs_a_grid_through_the_sweep_and_forecasts_beyond_it(
     tmp_path, monkeypatch, capsys
 ):
@@ -240,6 +241,7 @@ def test_the_command_runs_a_grid_through_the_sweep_and_forecasts_beyond_it(
     root = tmp_path / "out"
     command = ["isoflop", "--budgets=2e9,4e9,8e9,1.6e10", "--widths=8,16,24,32,48", "--sizes=3"]
     command += [f"--config={SMALL}", f"--workdir={root}", "--json", "--ratio=8"]
+    command.append("--bootstrap=40")
     command.append("--config.data.source=synthetic:copy")
     assert cli.main(command) == 0
     out = json.loads(capsys.readouterr().out)["arms"][SMALL]

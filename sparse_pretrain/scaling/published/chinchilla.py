@@ -17,7 +17,7 @@ def refit(path: str = "", *, bootstrap: int = 40) -> dict[str, Any]:
     Errors: files.Absent where there is none. Source: 2404.10102, table 1.
     """
     table = tables.read_csv(path or files.find("published/chinchilla/svg_extracted_data.csv"))
-    fit = fitting.fit(table, bootstrap=bootstrap, follow=64)
+    fit = fitting.fit(table, bootstrap=bootstrap)
     params, tokens, _ = laws.optimum(fit.theta, CHINCHILLA_FLOPS)
     return {
         **fit.constants,

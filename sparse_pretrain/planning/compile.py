@@ -1,0 +1,191 @@
+"""The real training step, compiled ahead of time for chips that are not here.
+
+Differs from the rest of planning: it stands on floor 6, for it builds the step of training.
+"""
+
+import dataclasses
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import chips as targets
+from kernels_pallas import device
+from sparse_pretrain import config as configs
+from sparse_pretrain import optim, shapes
+from sparse_pretrain.model import lm
+from sparse_pretrain.planning import chips
+from sparse_pretrain.sharding import apply, mesh, plans
+from sparse_pretrain.training import state, step
+
+EXTRA = targets.EXTRA
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
+    "collective-permute",
+)  # fmt: skip
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
+
+
+def _gpu(name: str, kind: str, capability: tuple[int, int], cores: int, l2: int, clock: float):
+    chip = chips.CHIPS[name]
+    target = device.Target("gpu", kind, capability, cores)
+    return targets.Chip(
+        name, target, chip.bf16, chip.bandwidth, chip.memory, "1x1x1", l2 << 20, clock
+    )
+
+
+# Chips that no kernel is written for and a step is compiled for; NVIDIA's data sheets.
+_MORE = {
+    "h800": ("NVIDIA H800", (9, 0), 132, 50, 1.98),
+    "a100": ("NVIDIA A100-SXM4-80GB", (8, 0), 108, 40, 1.41),
+    "l40s": ("NVIDIA L40S", (8, 9), 142, 96, 2.52),
+    "rtx4090": ("NVIDIA GeForce RTX 4090", (8, 9), 128, 72, 2.52),
+}
+_GRIDS = {"v5e": (16, 16), "v5p": (4, 4, 4), "v6e": (16, 16), "tpu7x": (4, 4, 8)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one chip's program.
+
+    Units: bytes; FLOPs of the program's text, where a loop's body counts once; `collectives` are
+    how often each stands in the text and the bytes of its results; seconds to lower and compile.
+    """
+
+    memory_per_chip_bytes: int
+    arguments_bytes: int
+    temporary_bytes: int
+    flops: float
+    collectives: dict[str, dict[str, int]]
+    seconds: float
+
+
+def target(fleet: chips.Fleet) -> targets.Chip:
+    """What the vendor's compiler is told of this chip.
+
+    Errors: ValueError when there is none, or a package of it is missing, naming the extra.
+    """
+    name = fleet.chip.name
+    if name in _MORE:
+        found = _gpu(name, *_MORE[name])
+    elif name in targets.CHIPS:
+        found = targets.CHIPS[name]
+    elif name == "v5e":
+        found = targets.Chip(
+            name, device.Target("tpu", "TPU v5 lite"), 197e12, 819e9, 16e9, "v5e:2x2"
+        )
+    else:
+        raise ValueError(f"--compile: there is no compiler of {name} to ask; leave --compile out")
+    missing = found.missing()
+    if missing:
+        raise ValueError(
+            f"--compile: {missing} not installed; pip install 'sparse-pretrain[{EXTRA}]'"
+        )
+    return found
+
+
+def devices(fleet: chips.Fleet) -> list[Any]:
+    """As many devices of this chip as the fleet has, which programs are compiled for."""
+    found = target(fleet)
+    # no chip is opened, so another program may have libtpu's lock
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if found.target.platform == "gpu":
+        nodes, rest = divmod(fleet.count, fleet.chip.node)
+        grid = f"1x{nodes}x{fleet.chip.node}" if nodes and not rest else f"1x1x{fleet.count}"
+        return found.devices(grid)
+    if fleet.topology:
+        return found.devices(fleet.topology)
+    grids = list(_grids(fleet.count, len(_GRIDS[fleet.chip.name])))
+    if not grids:
+        raise ValueError(
+            f"--compile: {fleet.count} chips are no grid of {fleet.chip.name}; give one, as in "
+            f"--chips={fleet.chip.name}:{'x'.join(map(str, _GRIDS[fleet.chip.name]))}"
+        )
+    return found.devices(f"{fleet.chip.name}:{grids[0]}")
+
+
+def _grids(count: int, dims: int) -> Iterator[str]:
+    """The most even grid of powers of two."""
+    if count & (count - 1) or count < 4:
+        return
+    power = count.bit_length() - 1
+    sides = [power // dims + (i >= dims - power % dims) for i in range(dims)]
+    yield "x".join(str(2**n) for n in sides)
+
+
+def compiled(
+    experiment: configs.Experiment,
+    fleet: chips.Fleet,
+    *,
+    plan: str,
+    sizes: dict[str, int],
+    micro: int,
+    remat: str,
+) -> Compiled:
+    """Lowers and compiles the step of `train` under this plan. Nothing is allocated.
+
+    `experiment` has its vocabulary filled in.
+    Errors: ValueError as of the plan's own checks.
+    """
+    began = time.perf_counter()
+    model = dataclasses.replace(experiment.model, remat=remat)
+    definition = lm.define(model)
+    rate = lambda count: jnp.float32(experiment.optim.lr)  # noqa: E731 (a schedule's cost is none)
+    tx = optim.TABLE[experiment.optim.KIND].build(experiment.optim, definition.dims, rate)
+    found, chosen = plans.find(plan), target(fleet)
+    text = ",".join(f"{a}={n}" for a, n in sizes.items())
+    laid = mesh.make(found, text, devices(fleet))
+    placed = apply.Placed(found, laid, microbatches=micro)
+    rows, length = experiment.data.batch, experiment.data.seq
+    placed.check(definition, rows=rows, length=length)
+    ema = experiment.ema > 0
+    with device.assume(chosen.target):
+        like = state.abstract(definition, tx, ema=ema, placed=placed)
+        fields = dict.fromkeys(shapes.Batch._fields, jnp.int32) | {"weights": jnp.float32}
+        like_rows: Any = {f: jax.ShapeDtypeStruct((rows, length), d) for f, d in fields.items()}
+        batch = shapes.Batch(**like_rows)
+        run = step.make_train_step(
+            definition, model, tx, schedule=rate, accumulate=micro, ema=experiment.ema,
+            placed=placed,
+        )  # fmt: skip
+        program = run.lower(like, placed.like_batch(batch)).compile()
+    memory: Any = program.memory_analysis()
+    cost = program.cost_analysis() or {}
+    given, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    made = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(
+        memory_per_chip_bytes=int(given + temporary + made),
+        arguments_bytes=int(given),
+        temporary_bytes=int(temporary),
+        flops=float(cost.get("flops", 0.0)),
+        collectives=collectives(program.as_text() or ""),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def collectives(text: str) -> dict[str, dict[str, int]]:
+    """Kind -> how many stand in a compiled program, and the bytes of their results."""
+    out: dict[str, dict[str, int]] = {}
+    pattern = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+    for result, kind in pattern.findall(text):
+        row = out.setdefault(kind, {"count": 0, "bytes": 0})
+        row["count"] += 1
+        row["bytes"] += _bytes(result)
+    return out
+
+
+def _bytes(result: str) -> int:
+    """Bytes of the last array in a result's type: of an asynchronous start, what it makes."""
+    found = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", result)
+    if not found:
+        return 0
+    kind, sizes = found[-1]
+    bits = _BITS.get(kind) or int(re.sub(r"\D", "", kind)[:2] or 8)
+    total = 1
+    for n in filter(None, sizes.split(",")):
+        total *= int(n)
+    return total * bits // 8

@@ -1,0 +1,161 @@
+"""Bytes that a step sends over each axis of a mesh, and how long its links take for them."""
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from sparse_pretrain import nn
+from sparse_pretrain.model import lm
+from sparse_pretrain.planning import chips, work
+from sparse_pretrain.sharding import plans
+
+FLOAT32, BFLOAT16 = 4, 2
+WEIGHT_PASSES = 2  # a backward pass that redoes the forward one gathers weights once for both
+GATHER, EXCHANGE = "gather", "exchange"
+
+
+class Message(NamedTuple):
+    """What one chip receives over `axis` in a step, as `kind` of collective. Units: bytes."""
+
+    axis: str
+    kind: str
+    what: str
+    size: float
+
+
+class Load(NamedTuple):
+    """What a chip works on. Units: `tokens` of a micro-batch on one chip, `micro` of them a step;
+    `passes` in which tokens are exchanged: 2, or 3 where the forward pass is redone;
+    `sent` bytes of a number on its way to an expert.
+    """
+
+    tokens: float
+    micro: int
+    passes: int
+    sent: int = BFLOAT16
+
+
+def messages(
+    config: lm.Config,
+    definition: nn.Definition,
+    plan: plans.Plan,
+    sizes: Mapping[str, int],
+    load: Load,
+) -> list[Message]:
+    """All that one chip receives in a step, by axis."""
+    out = [
+        m._replace(size=m.size * (load.micro if m.what == "parameters" else 1))
+        for m in parameters(definition, plan, sizes)
+    ]
+    return out + activations(config, sizes, load)
+
+
+def activations(config: lm.Config, sizes: Mapping[str, int], load: Load) -> list[Message]:
+    """What grows with the tokens: activations, tokens on their way to experts, keys and values."""
+    out: list[Message] = []
+    tokens, width = load.tokens * load.micro, config.width
+    n = {axis: sizes.get(axis, 1) for axis in plans.AXES}
+    layers = config.layer_list
+    stage = 1 / n["pipe"]  # of the layers, on one chip
+    if n["tensor"] > 1:
+        # after attention and after the feed-forward, forward and backward, a sum each: twice
+        size = 4 * 2 * BFLOAT16 * width * tokens * (n["tensor"] - 1) * len(layers) * stage
+        out.append(Message("tensor", GATHER, "activations", size))
+    if n["expert"] > 1:
+        # a token goes once to each group it may use, where groups are limited (2412.19437, 3.2.2)
+        seats = sum(_copies(s.ffn) for s in layers if s.ffn.KIND == "moe") * stage
+        size = load.passes * (load.sent + BFLOAT16) * width * seats * tokens
+        out.append(Message("expert", EXCHANGE, "tokens", size * (1 - 1 / n["expert"])))
+    if n["context"] > 1:
+        keys = sum(key_elements(s.attention, width) for s in layers) * stage
+        # gathered in each pass, and their gradients added up in float32
+        each = keys * (load.passes * BFLOAT16 + FLOAT32) * tokens
+        out.append(Message("context", GATHER, "keys and values", each * (n["context"] - 1)))
+    if n["pipe"] > 1:
+        out.append(Message("pipe", EXCHANGE, "activations", 2 * BFLOAT16 * width * tokens))
+    return [m for m in out if m.size > 0]
+
+
+def parameters(
+    definition: nn.Definition, plan: plans.Plan, sizes: Mapping[str, int]
+) -> list[Message]:
+    """Weights gathered and their gradients scattered in a micro-batch, or summed once a step."""
+    gathered: dict[tuple[str, ...], float] = {}
+    summed = 0.0
+    for dims, shape in work.weights(definition):
+        used = math.prod(shape) / cuts(plan, sizes, dims, shape, "used")
+        held = math.prod(shape) / cuts(plan, sizes, dims, shape, "stored")
+        if held < used:
+            over = _added(plan, sizes, dims, shape)
+            each = WEIGHT_PASSES * BFLOAT16 + FLOAT32
+            size = (used - held) * each
+            gathered[over] = gathered.get(over, 0.0) + size
+        cut = axes(plan, sizes, dims, shape, "stored")
+        alike = [a for a in (*plan.batch, "context") if a in sizes and a not in cut]
+        if math.prod(sizes[a] for a in alike) > 1:
+            summed += 2 * FLOAT32 * held  # once a step
+    out = [Message("+".join(names), GATHER, "parameters", b) for names, b in gathered.items()]
+    if summed:
+        names = [a for a in (*plan.batch, "context") if sizes.get(a, 1) > 1]
+        out.append(Message("+".join(names), GATHER, "gradients", summed))
+    return out
+
+
+def cuts(plan: plans.Plan, sizes: Mapping[str, int], dims, shape, use: str) -> int:
+    """How many parts a parameter is cut into."""
+    return math.prod(sizes.get(a, 1) for a in axes(plan, sizes, dims, shape, use))
+
+
+def axes(plan: plans.Plan, sizes: Mapping[str, int], dims, shape, use: str) -> frozenset[str]:
+    """The axes that cut a parameter."""
+    return _axes(plan.name, tuple(sizes.items()), tuple(dims), tuple(shape), use)
+
+
+@functools.lru_cache(2**16)  # asked for each leaf of each candidate
+def _axes(plan: str, sizes: tuple, dims: tuple, shape: tuple, use: str) -> frozenset[str]:
+    laid = plans.parameter(plans.find(plan), dict(sizes), dims, shape, use=use)
+    names = (e if isinstance(e, tuple) else (e,) if e else () for e in laid)
+    return frozenset(itertools.chain(*names))
+
+
+def _added(plan, sizes, dims, shape) -> tuple[str, ...]:
+    """The axes that a parameter is gathered over."""
+    used, stored = (axes(plan, sizes, dims, shape, use) for use in ("used", "stored"))
+    return tuple(a for a in plans.AXES if a in stored - used)
+
+
+def _copies(section: Any) -> int:
+    groups = getattr(section.router, "groups", 1)
+    return min(section.top_k, section.router.groups_kept) if groups > 1 else section.top_k
+
+
+def key_elements(section: Any, width: int) -> int:
+    """Numbers per token that a context-parallel layer gathers: keys and values of all heads."""
+    if hasattr(section, "nope_dim"):  # latents, expanded before they are sent
+        return section.heads * (section.nope_dim + section.rope_dim + section.v_dim)
+    if hasattr(section, "sizes"):
+        _, heads, dim = section.sizes(width)
+        return 2 * heads * dim
+    return 2 * width
+
+
+def seconds(message: Message, chip: chips.Chip, sizes: Mapping[str, int]) -> float:
+    """How long the links take: those within nodes, and for what leaves them the adapters.
+
+    Neighbours along the mesh's last axes share nodes. A gather crosses between nodes once per
+    node, a part by each chip of it; in an exchange every chip sends its own.
+    """
+    names = message.axis.split("+")
+    members = math.prod(sizes.get(a, 1) for a in names)
+    last = max(plans.AXES.index(a) for a in names)
+    closer = math.prod(sizes.get(a, 1) for a in plans.AXES[last + 1 :])
+    together = max(min(chip.node // closer, members), 1)  # of the members, in one node
+    within = message.size * (together - 1) / max(members - 1, 1) / chip.inside
+    if together >= members:
+        return within
+    away = message.size * (members - together) / (members - 1)
+    if message.kind == GATHER:
+        return message.size / chip.inside * (together > 1) + away / together / chip.between
+    return within + away / chip.between

@@ -1,0 +1,249 @@
+"""Every plan and mesh that fits a model on some chips, with its memory and time, the best first."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sparse_pretrain import config as configs
+from sparse_pretrain import nn, spec
+from sparse_pretrain.model import lm
+from sparse_pretrain.planning import chips, cost, layout, network, work
+from sparse_pretrain.sharding import plans
+
+REMAT = ("none", "dots", "full")
+USABLE = 0.92  # of a chip's memory: the rest is the runtime's, its links' buffers and fragments
+LARGEST = {"tensor": 8, "context": 8, "pipe": 32}  # past these an axis costs more than it saves
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A plan on a mesh, its micro-batches and remat policy: what it holds, how long it takes.
+
+    Units: bytes on the fullest chip by kind; `rows` of a micro-batch on one chip group; seconds.
+    """
+
+    plan: str
+    sizes: dict[str, int]
+    micro: int
+    remat: str
+    rows: float
+    memory: dict[str, float]
+    step: cost.Step
+    messages: list[network.Message]
+
+    @property
+    def memory_per_chip(self) -> float:
+        """Bytes, all kinds."""
+        return sum(self.memory.values())
+
+    @property
+    def mesh(self) -> str:
+        """As `train --mesh` takes it; axes of size 1 left out."""
+        return ",".join(f"{a}={n}" for a, n in self.sizes.items() if n > 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is to be trained on what. `experiment` has its vocabulary filled in."""
+
+    experiment: configs.Experiment
+    fleet: chips.Fleet
+    precision: str = "bf16"
+    constants: cost.Constants = cost.ACCELERATOR
+
+
+class Planner:
+    """Evaluates plans of one problem; the model's shapes are read once."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        e = problem.experiment
+        self.model, self.rows, self.length = e.model, e.data.batch, e.data.seq
+        self.definition: nn.Definition = lm.define(self.model)
+        self.state = layout.state(self.definition, e.optim, ema=e.ema > 0)
+        self.shapes = layout.shapes(self.model, self.definition)
+        self.work = work.of(self.model, self.definition, self.length)
+        self.works = {r: self.work.plus(work.again(self.model, self.length, r)) for r in REMAT}
+        self._known: dict[Any, Any] = {}
+
+    def candidates(self, names: Sequence[str] = plans.PLANS) -> list[Candidate]:
+        """All that divide, the fastest that fit first, then the smallest that do not."""
+        found = [c for name in names for c in self._of_plan(plans.find(name))]
+        limit = USABLE * self.problem.fleet.chip.memory
+
+        def order(c: Candidate):
+            fits = c.memory_per_chip <= limit
+            return (not fits, c.step.total if fits else c.memory_per_chip, c.memory_per_chip)
+
+        return sorted(found, key=order)
+
+    def fits(self, candidate: Candidate) -> bool:
+        """Whether it leaves the runtime its share of a chip's memory."""
+        return candidate.memory_per_chip <= USABLE * self.problem.fleet.chip.memory
+
+    def _of_plan(self, plan: plans.Plan) -> Iterator[Candidate]:
+        for sizes in self._meshes(plan):
+            for micro in self._micro(plan, sizes):
+                for remat in REMAT if self.model.repeats else ("none",):
+                    yield self.evaluate(plan, sizes, micro, remat)
+
+    def _meshes(self, plan: plans.Plan) -> Iterator[dict[str, int]]:
+        """Every mesh of this plan over all chips whose axes divide what they cut."""
+        count = self.problem.fleet.count
+        if plan.name == "single":
+            if count == 1:
+                yield {}
+            return
+        rest = plan.rest
+        free = [a for a in plan.axes if a != rest and not (a == "data" and "fsdp" in plan.axes)]
+        options = [self._sizes(axis) for axis in free]
+        for combo in itertools.product(*options):
+            named = math.prod(combo)
+            if count % named:
+                continue
+            sizes = dict.fromkeys(plan.axes, 1) | dict(zip(free, combo, strict=True))
+            sizes[rest] = count // named
+            # an axis a plan is named for is used; else the shorter name says the same
+            if all(sizes[a] > 1 for a in free) and self._stored_divides(plan, sizes):
+                yield sizes
+
+    def _sizes(self, axis: str) -> list[int]:
+        """Sizes of an axis that divide what it cuts."""
+        count = self.problem.fleet.count
+        sections = self.model.layer_list
+        if axis == "expert":
+            whole = math.gcd(*(s.ffn.experts for s in sections if s.ffn.KIND == "moe"), 0)
+        elif axis == "pipe":
+            whole = self.model.repeats
+        elif axis == "context":
+            whole = self.length
+        else:
+            whole = math.gcd(
+                *(n for d, s in self.state.leaves for k, n in zip(d, s, strict=True)
+                  if k in ("H", "K")), 0
+            )  # fmt: skip
+        most = min(LARGEST.get(axis, whole), count, whole)
+        return [n for n in range(2, most + 1) if whole % n == 0 and count % n == 0]
+
+    def _stored_divides(self, plan: plans.Plan, sizes: dict[str, int]) -> bool:
+        """As sharding.apply.Placed.check: each stored axis divides the width."""
+        return all(self.model.width % sizes.get(a, 1) == 0 for a in plan.stored)
+
+    def _micro(self, plan: plans.Plan, sizes: dict[str, int]) -> list[int]:
+        """Numbers of micro-batches that leave each group of chips whole rows, a few of them."""
+        groups = math.prod(sizes.get(a, 1) for a in plan.batch)
+        if self.rows % groups:
+            return []
+        share = self.rows // groups
+        counts = [m for m in range(1, min(share, 4096) + 1) if share % m == 0]
+        stages = sizes.get("pipe", 1)
+        useful = [m for m in counts if m >= stages] or counts[-1:]
+        return useful if len(useful) <= 5 else [useful[0], *useful[-4:]]
+
+    def _fixed(self, what: str, plan: plans.Plan, sizes: dict[str, int], many: bool = False):
+        """What depends on a mesh alone, worked out once."""
+        key = (what, plan.name, tuple(sizes.items()), many)
+        if key not in self._known:
+            if what == "held":
+                found: Any = layout.held_bytes(self.state, plan, sizes, 2 if many else 1)
+            elif what == "weights":
+                found = layout.weight_bytes(self.definition, self.model, plan, sizes)
+            else:
+                found = network.parameters(self.definition, plan, sizes)
+            self._known[key] = found
+        return self._known[key]
+
+    def evaluate(
+        self, plan: plans.Plan, sizes: dict[str, int], micro: int, remat: str
+    ) -> Candidate:
+        """Memory and time of one choice."""
+        groups = math.prod(sizes.get(a, 1) for a in plan.batch)
+        rows = self.rows / groups / micro
+        tokens = rows * self.length / sizes.get("context", 1)
+        memory = dict(self._fixed("held", plan, sizes, micro > 1))
+        memory["activations"] = layout.activation_bytes(
+            self.shapes, self.model, tokens=tokens, remat=remat, sizes=sizes, micro=micro
+        )
+        memory["buffers"] = self._fixed("weights", plan, sizes) + layout.working_bytes(
+            self.shapes, self.model, tokens=tokens, sizes=sizes
+        )
+        sent = 1 if self.problem.precision == "fp8" else network.BFLOAT16
+        load = network.Load(tokens, micro, 2 if remat == "none" else 3, sent)
+        messages = [
+            *(m._replace(size=m.size * (micro if m.what == "parameters" else 1))
+              for m in self._fixed("sent", plan, sizes)),
+            *network.activations(self.model, sizes, load),
+        ]  # fmt: skip
+        problem = self.problem
+        held = sum(memory[k] for k in ("parameters", "gradients", "optimizer"))
+        step = cost.step(
+            self.works[remat],
+            problem.fleet.chip,
+            tokens=self.rows * self.length / problem.fleet.count,
+            micro=micro,
+            messages=messages,
+            sizes=sizes,
+            state_bytes=held,
+            precision=problem.precision,
+            constants=problem.constants,
+        )
+        return Candidate(plan.name, sizes, micro, remat, rows, memory, step, messages)
+
+
+def chosen(planner: Planner, names: Sequence[str] = plans.PLANS) -> list[Candidate]:
+    """The candidates, where the first fits.
+
+    Errors: ValueError of one line that says what would fit.
+    """
+    found = planner.candidates(names)
+    fleet, rows = planner.problem.fleet, planner.rows
+    what = f"{fleet.count} x {fleet.chip.name}"
+    if not found:
+        raise ValueError(
+            f"--chips: no plan deals {rows} rows of {planner.length} tokens over {what}; "
+            + _batch_that_fits(planner)
+        )
+    if not planner.fits(found[0]):
+        least = found[0]
+        limit = USABLE * fleet.chip.memory
+        raise ValueError(
+            f"--chips: the smallest plan, {least.plan} {least.mesh}, holds "
+            f"{least.memory_per_chip / 1e9:.1f} GB on each of {what} and there are "
+            f"{limit / 1e9:.1f}; " + _chips_that_fit(planner, names)
+        )
+    return found
+
+
+def _batch_that_fits(planner: Planner) -> str:
+    count, rows = planner.problem.fleet.count, planner.rows
+    near = max(round(rows / count), 1) * count
+    fewer = max(n for n in range(1, min(count, rows) + 1) if rows % n == 0)
+    return f"--config.data.batch={near} would fit, or {fewer} chips"
+
+
+def _chips_that_fit(planner: Planner, names: Sequence[str]) -> str:
+    """The fewest more of these chips on which some plan fits."""
+    fleet = planner.problem.fleet
+    if fleet.chip.name == chips.HERE:
+        return "a smaller model, or chips"
+    for factor in (2, 4, 8, 16, 32, 64, 128, 256):
+        more = chips.Fleet(fleet.chip, fleet.count * factor)
+        bigger = Planner(dataclasses.replace(planner.problem, fleet=more))
+        found = bigger.candidates(plans.PLANS if "single" in names else names)
+        if found and bigger.fits(found[0]):
+            return f"{more.count} x {fleet.chip.name} would fit, by {found[0].plan}"
+    parameters = sum(math.prod(shape) for _, shape in planner.state.leaves)
+    return f"its state alone is {parameters * (8 + 4 * planner.state.optimizer) / 1e9:.0f} GB"
+
+
+def check_precision(precision: str, chip: chips.Chip) -> None:
+    """Errors: ValueError when the chip has no such products."""
+    spec.require(
+        precision in cost.PRECISIONS,
+        f"--precision: {precision!r} is not one of {', '.join(cost.PRECISIONS)}",
+    )
+    spec.require(
+        precision == "bf16" or chip.fp8 > 0, f"--precision: {chip.name} has no fp8 products"
+    )
