@@ -85,7 +85,7 @@ each = flops.train_flops_per_token(config, 4096).model
 hours = {"pre-training": 2664e3, "context": 119e3, "post-training": 5e3}
 rate = each * 14.8e12 / (hours["pre-training"] * 3600)
 print(f"{each / 1e9:.1f} GFLOP a token, {each * 14.8e12:.2e} in all")
-print(f"{rate / 1e12:.0f} TFLOP/s a GPU, {100 * rate / chips.PEAK_BF16['H800']:.0f} % of bfloat16")
+print(f"{rate / 1e12:.0f} TFLOP/s a GPU, {100 * rate / chips.CHIPS['h800'].bf16:.0f} % of bfloat16")
 print(f"{sum(hours.values()) / 1e3:.0f}K hours at $2: ${sum(hours.values()) * 2 / 1e6:.3f}M")
 
 # %%

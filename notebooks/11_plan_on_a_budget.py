@@ -27,9 +27,9 @@ from sparse_pretrain import optim
 from sparse_pretrain.claims import base, bench, models, results
 from sparse_pretrain.planning import chips, flops, memory
 
-DOLLARS, PER_HOUR, CHIP, SHARE = 300.0, 2.0, "H100", 0.39
+DOLLARS, PER_HOUR, CHIP, SHARE = 300.0, 2.0, "h100", 0.39
 hours = DOLLARS / PER_HOUR
-budget = hours * 3600 * chips.PEAK_BF16[CHIP] * SHARE
+budget = hours * 3600 * chips.CHIPS[CHIP].bf16 * SHARE
 print(f"${DOLLARS:.0f} at ${PER_HOUR} an hour: {hours:.0f} h of an {CHIP}, {budget:.2e} FLOPs")
 
 # %% [markdown]

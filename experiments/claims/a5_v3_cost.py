@@ -33,7 +33,7 @@ def measure(bench):
         "days per trillion tokens": days,
         "train FLOPs per token at 4096": work,
         "FLOP/s per GPU": rate,
-        "share of the bfloat16 peak": rate / chips.PEAK_BF16["H800"],
+        "share of the bfloat16 peak": rate / chips.CHIPS["h800"].bf16,
     }
     passed = hours == 2_788_000 and hours * DOLLARS == 5_576_000 and each == 180_000
     passed = passed and f"{days:.1f}" == "3.7"
