@@ -14,9 +14,11 @@ Measured: jax 0.12.0.1, GB a chip, on a machine with a load of 12
           DeepSeek-V3  h800:2048  fsdp_ep_cp fsdp=32,expert=32,context=2    97.17     95.21   -2 %
           DeepSeek-V3  h800:2048  fsdp_ep_cp fsdp=8,expert=128,context=2    74.76     72.50   -3 %
 Learned:  the two constants of planning/layout.py were set on these cases, so this is a fit and no
-          forecast, but for V2-Lite and the last, which `plan` chose for V3 and which fits 80 GB, though
-          not the 75 % that JAX takes by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=.95. All are remat=full: `none` and `dots` have not been compared.
-          V3's first case took 662 s, 95 s of them this process's, and 0.7 GB.
+          forecast, but for V2-Lite and the last. That one `plan` chose for V3; it fits 80 GB, not
+          the 75 % that JAX takes by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=.95. All are
+          remat=full: `none` and `dots` have not been compared.
+          V3's cases took 662, 1,239 and 912 s beside that load, 95 to 106 s of them this
+          process's, and 0.7 GB.
           libtpu refuses V3 on v5p:8x16x16 under fsdp_ep_tp ("Assigned barrier is not acceptable
           for opcode: ragged-all-to-all"), and fsdp_tp without remat took 525 GB there.
 """
