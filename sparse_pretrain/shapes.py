@@ -13,7 +13,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 AnyArray = Array | np.ndarray
+COPIES = ("N", "E", "G")  # leading dims that only count copies: stacked layers, experts, groups
 Position = Int[AnyArray, ""] | int
+
+
+def copy_dims(dims: tuple[str, ...]) -> tuple[str, ...]:
+    """The dims of one copy: without the leading stack and expert or group dims."""
+    dims = dims[1:] if dims[:1] == ("N",) else dims
+    return dims[1:] if dims[:1] in (("E",), ("G",)) else dims
 
 
 class Batch(NamedTuple):

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from sparse_pretrain import attention, nn, routing, shapes, spec
 from sparse_pretrain.attention import base
-from sparse_pretrain.model import block, ffn, layers, mtp
+from sparse_pretrain.model import block, ffn, layers, mtp, transfer
 from sparse_pretrain.model.mtp import Config as MTPConfig
+from sparse_pretrain.model.transfer import Config as TransferConfig
 from sparse_pretrain.shapes import AnyArray, Position
 from sparse_pretrain.sharding import ops
 
@@ -41,6 +42,7 @@ class Config(spec.Config):
     remat: str = "none"
     scan: bool = True
     mtp: MTPConfig = MTPConfig()
+    transfer: TransferConfig = TransferConfig()
 
     def __post_init__(self):
         spec.positive(self, "width", "norm_eps")
@@ -127,6 +129,8 @@ class LM(nn.Module):
         self.config = c = config
         spec.require(c.vocab > 1, f"vocab: must be at least 2, got {c.vocab}")
         gain = (2 * c.layers) ** -0.5
+        if c.transfer.on:
+            keys.gain = transfer_rules(c).start
 
         def make(name):
             section = c.blocks[name]
@@ -199,7 +203,9 @@ class LM(nn.Module):
     def head_weight(self) -> tuple[jax.Array, str]:
         """(the output matrix, its layout 'DV' or 'VD')."""
         if self.config.tied:
-            return nn.read(self.embedding), "VD"
+            gain = transfer_rules(self.config).head_gain
+            table = nn.read(self.embedding)
+            return table if gain == 1.0 else table * gain, "VD"
         return nn.read(self.head), "DV"
 
 
@@ -265,6 +271,13 @@ def define(config: Config) -> nn.Definition:
 def layer_names(config: Config) -> dict[str, str]:
     """As `main_names`, and the layers that predict further ahead ('mtp_0')."""
     return main_names(config) | {f"mtp_{k}": config.mtp_block for k in range(config.mtp.depth)}
+
+
+def transfer_rules(config: Config) -> transfer.Rules:
+    """How this model's parameters start and move against those of the base of its `transfer`."""
+    return transfer.rules(
+        config.transfer, width=config.width, depth=config.layers, tied=config.tied
+    )
 
 
 def main_names(config: Config) -> dict[str, str]:
