@@ -17,7 +17,7 @@ from sparse_pretrain import attention, optim, routing, sections, spec
 from sparse_pretrain import phases as phased
 from sparse_pretrain.checkpoint import Config as CheckpointConfig
 from sparse_pretrain.data import Config as DataConfig
-from sparse_pretrain.model import ffn, lm
+from sparse_pretrain.model import ffn, lm, residual
 from sparse_pretrain.optim import schedules
 from sparse_pretrain.sharding import mesh as meshes
 from sparse_pretrain.sharding import plans
@@ -216,6 +216,7 @@ SCHEMA = _Schema(
         "attention": attention.TABLE,
         "ffn": ffn.TABLE,
         "router": routing.TABLE,
+        "residual": residual.TABLE,
         "optim": optim.TABLE,
     },
 )

@@ -1,5 +1,6 @@
-"""Where the best learning rate lies at each width, with transfer on and off: experiments/lr_transfer.
+"""Where the best learning rate lies at each width, with transfer on and off.
 
+Question: experiments/lr_transfer.py
 Command:  python3 experiments/benchmarks/lr_transfer_grid.py [--seeds=1] [--widths=64,128,256,512]
           --out=experiments/results/lr_transfer.json; a cell that the file holds is not run again.
 Method:   each width's run is compiled once, with the rate as an argument. Rates are powers of the

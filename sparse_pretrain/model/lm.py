@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from sparse_pretrain import attention, nn, routing, shapes, spec
 from sparse_pretrain.attention import base
-from sparse_pretrain.model import block, ffn, layers, mtp, transfer
+from sparse_pretrain.model import block, ffn, layers, mtp, residual, transfer
 from sparse_pretrain.model.mtp import Config as MTPConfig
+from sparse_pretrain.model.residual import PlainConfig
 from sparse_pretrain.model.transfer import Config as TransferConfig
 from sparse_pretrain.shapes import AnyArray, Position
 from sparse_pretrain.sharding import ops
@@ -43,6 +44,7 @@ class Config(spec.Config):
     scan: bool = True
     mtp: MTPConfig = MTPConfig()
     transfer: TransferConfig = TransferConfig()
+    residual: spec.Config = PlainConfig()
 
     def __post_init__(self):
         spec.positive(self, "width", "norm_eps")
@@ -132,9 +134,11 @@ class LM(nn.Module):
         if c.transfer.on:
             keys.gain = transfer_rules(c).start
 
+        given = {"eps": c.norm_eps, "out_gain": gain, "streams": c.residual}
+
         def make(name):
             section = c.blocks[name]
-            return lambda keys: block.Block(section, c.width, keys, eps=c.norm_eps, out_gain=gain)
+            return lambda keys: block.Block(section, c.width, keys, **given)
 
         std = c.width**-0.5 if c.tied else 1.0
         self.embedding = nn.param(keys, (c.vocab, c.width), ("V", "D"), std=0.5 * std)
@@ -147,8 +151,8 @@ class LM(nn.Module):
         if not c.tied:
             self.head = nn.param(keys, (c.width, c.vocab), ("D", "V"), std=0.5 / c.width)
         for k in range(c.mtp.depth):
-            made = mtp.Module(c.blocks[c.mtp_block], c.width, keys, eps=c.norm_eps, out_gain=gain)
-            setattr(self, f"mtp_{k}", made)
+            setattr(self, f"mtp_{k}", mtp.Module(c.blocks[c.mtp_block], c.width, keys, **given))
+        self.end = residual.end(c.residual, c.width, keys, eps=c.norm_eps)
 
     def __call__(
         self, batch: shapes.Batch, *, train: bool = False
@@ -156,6 +160,7 @@ class LM(nn.Module):
         c, dtype = self.config, DTYPES[self.config.dtype]
         context = base.Context(batch.segments, batch.positions, batch.tokens, train)
         x = embedding = ops.embed(embed, nn.stored(self.embedding), batch.tokens).astype(dtype)
+        x = residual.spread(c.residual, x)
         reports, zero = {}, jnp.zeros((), jnp.float32)
         losses = (zero, zero)  # balance of the routers, own losses of the attentions
         for i in range(len(c.prefix)):
@@ -186,7 +191,7 @@ class LM(nn.Module):
             for i in range(len(c.pattern)):
                 market = jax.tree.map(lambda v: v / parts, told[i].market)
                 reports[f"stack_{i}"] = told[i]._replace(market=market)
-        hidden, ahead = self.norm(x), []
+        hidden, ahead = self.norm(x if self.end is None else self.end(x)), []
         x = hidden
         for k in range(c.mtp.depth if train else 0):
             module = getattr(self, f"mtp_{k}")
@@ -226,7 +231,7 @@ def decode(
     """Logits [B, V] float32 after `token_B` at `position` [], and the cache that holds it."""
     c, dtype = model.config, DTYPES[model.config.dtype]
     x = nn.read(model.embedding)[token_B[:, None]].astype(dtype)
-    new = dict(cache)
+    x, new = residual.spread(c.residual, x), dict(cache)
     for i in range(len(c.prefix)):
         name = f"prefix_{i}"
         x, new[name] = getattr(model, name).decode(x, cache[name], position, token_B[:, None])
@@ -246,7 +251,7 @@ def decode(
             stacks, repeat, x, scan=c.scan, extra=[cache[name] for name in names]
         )
         new |= dict(zip(names, out, strict=True))
-    x = model.norm(x)[:, 0].astype(jnp.float32)
+    x = model.norm(x if model.end is None else model.end(x))[:, 0].astype(jnp.float32)
     head, layout = model.head_weight()
     logits = jnp.einsum("bd,dv->bv" if layout == "DV" else "bd,vd->bv", x, head)
     if c.softcap:
@@ -335,5 +340,8 @@ def work_per_token(config: Config, length: int) -> base.Work:
         for x in sections
     )
     linear += config.mtp.depth * mtp.work(config.width, config.vocab)
+    carried = residual.TABLE[config.residual.KIND]
+    linear += 2 * len(sections) * carried.work(config.residual, config.width)
+    linear += (1 + config.mtp.depth) * carried.head_work(config.residual, config.width)
     total = base.Work(*(sum(values) for values in zip(*works, strict=True)))
     return total._replace(linear=total.linear + linear)

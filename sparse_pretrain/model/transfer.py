@@ -30,7 +30,7 @@ class Config(spec.Config):
     base_depth: int = 0
     base_tokens: float = 0.0
     base_active: float = 0.0
-    grows: tuple[str, ...] = ("D", "2D", "F", "H")
+    grows: tuple[str, ...] = ("D", "2D", "RD", "F", "H", "K")
 
     def __post_init__(self):
         spec.at_most(self, 2**24, "base_width", "base_depth")
@@ -84,11 +84,12 @@ class Rules:
     def grown(self, dims: tuple[str, ...], part: Iterable[int]) -> float:
         """By how much the product of the sizes of these dims, given by number, grew.
 
-        Only matrices that read or write the width grow: others lie inside a latent of fixed size.
+        A hidden width that no side of the matrix is the model's width of, as in NSA's compression,
+        is fixed.
         """
-        inside = not set(dims) & {"D", "2D"}
-        grows = {dims[i] for i in part} & set(self.config.grows)
-        return self.width if grows and not inside else 1.0
+        fixed = set() if "D" in dims else {"F"}
+        grows = set(self.config.grows) - fixed
+        return self.width if any(dims[i] in grows for i in part) else 1.0
 
     @property
     def head_gain(self) -> float:

@@ -8,4 +8,15 @@ from sparse_pretrain.optim.transfer import factors
 
 TABLE = {"adamw": AdamW, "muon": Muon}
 
-__all__ = ["TABLE", "AdamW", "Muon", "accumulate", "divide", "ema", "factors", "groups", "schedules", "split"]
+__all__ = [
+    "TABLE",
+    "AdamW",
+    "Muon",
+    "accumulate",
+    "divide",
+    "ema",
+    "factors",
+    "groups",
+    "schedules",
+    "split",
+]
