@@ -46,8 +46,8 @@ class MHCConfig(spec.Config):
 
     def __post_init__(self):
         spec.require(2 <= self.streams <= 16, f"streams: must be 2 to 16, got {self.streams}")
-        ok = 1 <= self.iterations <= 1000
-        spec.require(ok, f"iterations: must be 1 to 1000, got {self.iterations}")
+        ok = 1 <= self.iterations <= 100
+        spec.require(ok, f"iterations: must be 1 to 100, got {self.iterations}")
         spec.positive(self, "post", "scale", "eps")
 
 
