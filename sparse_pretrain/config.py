@@ -128,6 +128,10 @@ class Experiment(spec.Config):
         spec.positive(self, "accumulate")
         spec.require(0 <= self.ema < 1, f"ema: must be in [0, 1), got {self.ema}")
         plans.find(self.plan)
+        products = self.model.precision.products
+        ok = products == "model" or self.plan == "single"
+        where = f"{products} runs on one device, under plan=single; got plan {self.plan}"
+        spec.require(ok, f"model.precision.products: {where}")
         meshes.parse(self.mesh)
         spec.require(
             self.data.batch % self.accumulate == 0,

@@ -8,7 +8,10 @@ Method:   experiments/lr_transfer.py's model at widths 64 to 512, AdamW at one r
           log2 width, means over seeds. The largest of any place after the last step counts: before
           the first, logits shrink as width^-0.5 in both arms, since the head starts at 1 / width.
 Expected: below 0.1 with model.transfer on, larger off (2203.03466, figure 5).
-Measured: not yet.
+Measured: --seeds=2 --steps=8 (experiments/results/coordinate_check.json), slopes after the last
+          step of embedding, layer 1, layer 2, logits
+          on   +0.003 +0.013 +0.058 -0.086   largest 0.086: met
+          off  +0.007 +1.346 +1.313 +0.489   largest 1.346
 """
 
 import argparse

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from sparse_pretrain import attention, nn, routing, shapes, spec
 from sparse_pretrain.attention import base
-from sparse_pretrain.model import block, ffn, layers, mtp, residual, transfer
+from sparse_pretrain.model import block, ffn, layers, mtp, precision, residual, transfer
 from sparse_pretrain.model.mtp import Config as MTPConfig
+from sparse_pretrain.model.precision import Config as PrecisionConfig
 from sparse_pretrain.model.residual import PlainConfig
 from sparse_pretrain.model.transfer import Config as TransferConfig
 from sparse_pretrain.shapes import AnyArray, Position
@@ -45,6 +46,7 @@ class Config(spec.Config):
     mtp: MTPConfig = MTPConfig()
     transfer: TransferConfig = TransferConfig()
     residual: spec.Config = PlainConfig()
+    precision: PrecisionConfig = PrecisionConfig()
 
     def __post_init__(self):
         spec.positive(self, "width", "norm_eps")
@@ -63,6 +65,10 @@ class Config(spec.Config):
         )
         spec.require(
             self.remat in REMAT, f"remat: {self.remat!r} is not one of {', '.join(REMAT)}"
+        )
+        spec.require(
+            self.precision.products == "model" or self.dtype == "bfloat16",
+            f"precision.products: {self.precision.products} needs dtype bfloat16, got {self.dtype}",
         )
         for field in ("prefix", "pattern"):
             for name in getattr(self, field):
@@ -154,6 +160,7 @@ class LM(nn.Module):
             setattr(self, f"mtp_{k}", mtp.Module(c.blocks[c.mtp_block], c.width, keys, **given))
         self.end = residual.end(c.residual, c.width, keys, eps=c.norm_eps)
 
+    @precision.kept
     def __call__(
         self, batch: shapes.Batch, *, train: bool = False
     ) -> tuple[Float[Array, "B L D"], shapes.Aux]:
@@ -225,6 +232,7 @@ def init_cache(model: LM, batch: int, length: int) -> dict[str, Any]:
     return cache
 
 
+@precision.kept
 def decode(
     model: LM, token_B: Int[AnyArray, " B"], cache: dict[str, Any], position: Position
 ) -> tuple[Float[Array, "B V"], dict]:

@@ -5,8 +5,10 @@ and heads of its device: Mosaic kernels cannot be partitioned automatically, and
 be badly. Queries are cut along a row where the plan has a context axis, and keys gathered to it.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,13 +23,14 @@ from kernels_pallas.flash import flash as _flash
 from kernels_pallas.flash.xla import keys_per_query as flash_keys_per_query
 from kernels_pallas.grouped_matmul import Layout as GroupLayout
 from kernels_pallas.grouped_matmul import aligned as group_layout
-from kernels_pallas.grouped_matmul import grouped_matmul as grouped_linear
+from kernels_pallas.grouped_matmul import grouped_matmul as _grouped_linear
 from kernels_pallas.grouped_matmul import rows_needed as group_rows
 from kernels_pallas.indexer import index_kl_dense as _index_kl_dense
 from kernels_pallas.indexer import index_kl_listed as _index_kl_listed
 from kernels_pallas.indexer import index_select as _index_select
 from kernels_pallas.indexer.xla import keys_per_query as index_keys_per_query
 from kernels_pallas.linear import linear as _linear
+from kernels_pallas.scaled_matmul import scaled_matmul as _scaled_matmul
 from kernels_pallas.token_sparse import token_mass as _token_mass
 from kernels_pallas.token_sparse import token_sparse as _token_sparse
 from sparse_pretrain.sharding import apply
@@ -38,6 +41,7 @@ __all__ = [
     "block_sparse_keys_per_query",
     "cross_entropy",
     "each_device",
+    "eight_bits",
     "embed",
     "flash",
     "flash_keys_per_query",
@@ -180,6 +184,34 @@ def _first(axes, queries: int, start: int = 0):
 # --- products ---
 
 
+_EIGHT_BITS: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+    "eight_bits", default=None
+)
+
+
+@contextlib.contextmanager
+def eight_bits(on: bool, *, power_of_two: bool = False) -> Iterator[None]:
+    """What is traced inside takes linear products of bfloat16 in 8 bits; float32 ones never.
+
+    Errors: ValueError under a plan, whose products are XLA's to partition.
+    """
+    if on and apply.current() is not None:
+        raise ValueError("precision.products: fp8 runs on one device, under plan=single")
+    token = _EIGHT_BITS.set({"power_of_two": power_of_two} if on else None)
+    try:
+        yield
+    finally:
+        _EIGHT_BITS.reset(token)
+
+
+def grouped_linear(x, w, layout):
+    """Each row of expert e times w[e]. Shapes: x [R, D], w [E, D, F] -> [R, F], in x's dtype."""
+    scales = _EIGHT_BITS.get()
+    if scales is not None and x.dtype == jnp.bfloat16:
+        return _scaled_matmul(x, w, layout, **scales)
+    return _grouped_linear(x, w, layout)
+
+
 def linear(x, w, contract: int = 1):
     """The last `contract` dims of x against the first of w; remaining dims of w are appended.
 
@@ -187,6 +219,11 @@ def linear(x, w, contract: int = 1):
     """
     inner, outer = w.shape[:contract], w.shape[contract:]
     lead = x.shape[: x.ndim - contract]
+    scales = _EIGHT_BITS.get()
+    if scales is not None and x.dtype == jnp.bfloat16:
+        rows, columns = _product(inner), _product(outer)
+        y = _scaled_matmul(x.reshape(*lead, rows), w.reshape(rows, columns), **scales)
+        return y.reshape(*lead, *outer)
     if apply.current() is not None:
         return _spread(contract, x, w)
     size_in, size_out = _product(inner), _product(outer)
