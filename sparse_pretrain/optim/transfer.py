@@ -40,7 +40,7 @@ def factors(
     parts = {}
     names = lm.layer_names(model)
     for group, dims in definition.dims.items():
-        feed = model.blocks[names[group]].ffn if group in names else None
+        feed: Any = model.blocks[names[group]].ffn if group in names else None
         active = 1.0
         if config.base_active and feed is not None and feed.KIND == "moe":
             active = feed.top_k / feed.experts / config.base_active
