@@ -9,7 +9,7 @@ import pytest
 
 from kernels_pallas.scaled_matmul import scaled_matmul
 from sparse_pretrain.attention import full
-from sparse_pretrain.model import block, lm, precision
+from sparse_pretrain.model import block, ffn, lm, precision
 from sparse_pretrain.routing import moe
 from sparse_pretrain.sharding import ops
 from sparse_pretrain.training import loss
@@ -68,9 +68,10 @@ def test_a_product_is_the_kernels_and_float32_stays(rng):
 
 def test_the_loss_and_its_gradients_are_near_those_of_the_models_dtype(rng):
     batch = packed(rng, rows=2, length=16)
+    one = block.Config(attention=full.Config(heads=2, head_dim=16), ffn=ffn.DenseConfig(hidden=32))
     found = []
     for changes in ({}, {"precision": FP8}):
-        definition, value = _value(_model(**changes), batch)
+        definition, value = _value(_model(blocks={"b": one}, **changes), batch)
         params, prices = definition.init(jax.random.key(0)) if not found else found[0][2]
         total, grads = jax.jit(jax.value_and_grad(value))(params, prices)
         found.append((total, grads, (params, prices)))
