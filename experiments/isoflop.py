@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
     dense = dict(kind="dense", hidden=192)
     return ConfigDict(
         dict(
-            name=f"isoflop_{arm}",
+            name=f"isoflop_{arg}" if arg else "isoflop",
             tokens=1_000_000,
             data=dict(source="python_stdlib", tokenizer="bytes", seq=SEQ, batch=4),
             model=dict(

@@ -17,7 +17,7 @@ from sparse_pretrain import attention, optim, routing, sections, spec
 from sparse_pretrain import phases as phased
 from sparse_pretrain.checkpoint import Config as CheckpointConfig
 from sparse_pretrain.data import Config as DataConfig
-from sparse_pretrain.model import ffn, lm
+from sparse_pretrain.model import ffn, lm, residual
 from sparse_pretrain.optim import schedules
 from sparse_pretrain.sharding import mesh as meshes
 from sparse_pretrain.sharding import plans
@@ -128,6 +128,10 @@ class Experiment(spec.Config):
         spec.positive(self, "accumulate")
         spec.require(0 <= self.ema < 1, f"ema: must be in [0, 1), got {self.ema}")
         plans.find(self.plan)
+        products = self.model.precision.products
+        ok = products == "model" or self.plan == "single"
+        where = f"{products} runs on one device, under plan=single; got plan {self.plan}"
+        spec.require(ok, f"model.precision.products: {where}")
         meshes.parse(self.mesh)
         spec.require(
             self.data.batch % self.accumulate == 0,
@@ -216,6 +220,7 @@ SCHEMA = _Schema(
         "attention": attention.TABLE,
         "ffn": ffn.TABLE,
         "router": routing.TABLE,
+        "residual": residual.TABLE,
         "optim": optim.TABLE,
     },
 )

@@ -23,10 +23,14 @@ class Price(nnx.Variable):
 
 
 class Keys:
-    """Hands out a fresh random key at each call, in a fixed order."""
+    """Hands out a fresh random key at each call, in a fixed order.
+
+    `gain`, where it is set, says by dimension names what initial deviations are multiplied with.
+    """
 
     def __init__(self, key: jax.Array):
         self._key, self._count = key, 0
+        self.gain: Callable[[tuple[str, ...]], float] | None = None
 
     def __call__(self) -> jax.Array:
         self._count += 1
@@ -48,6 +52,8 @@ def param(
     """
     assert len(shape) == len(dims), (shape, dims)
     if value is None:
+        if keys.gain is not None and std is not None:
+            std *= keys.gain(tuple(dims))
         array = jax.random.normal(keys(), tuple(shape), jnp.float32) * jnp.float32(std)
     else:
         array = jnp.full(tuple(shape), value, jnp.float32)
@@ -147,7 +153,11 @@ def define(build: Callable[[Keys], Module]) -> Definition:
 
 def stack(build: Callable[[Keys], Module], repeats: int, keys: Keys) -> Module:
     """`repeats` independently initialised copies as one module whose arrays lead with dim N."""
-    definition = define(build)
+    def made(own: Keys) -> Module:
+        own.gain = keys.gain
+        return build(own)
+
+    definition = define(made)
     params, prices = jax.vmap(definition.init)(jax.random.split(keys(), repeats))
 
     def lead(variable):

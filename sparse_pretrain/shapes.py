@@ -3,8 +3,9 @@
 Array names are `noun_DIMS`: B sequences, L query and S key length, D width, H query and K key
 heads, Dh head width, Dv value width, Dc latent width, Dr rotary width, F hidden width, V
 vocabulary, N layers, T tokens (B x L), E experts, C seats, P (token, expert) pairs, M key blocks,
-W window, J indexer heads, G groups, 2D two widths side by side. An `axis` belongs to a mesh, a
-`dim` to an array.
+W window, J indexer heads, G groups, 2D two widths side by side, R residual streams, RD their
+widths side by side, Mix and Part the numbers that mix them. An `axis` belongs to a mesh, a `dim` to
+an array.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +14,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 AnyArray = Array | np.ndarray
+COPIES = ("N", "E", "G")  # leading dims that only count copies: stacked layers, experts, groups
 Position = Int[AnyArray, ""] | int
+
+
+def copy_dims(dims: tuple[str, ...]) -> tuple[str, ...]:
+    """The dims of one copy: without the leading stack and expert or group dims."""
+    dims = dims[1:] if dims[:1] == ("N",) else dims
+    return dims[1:] if dims[:1] in (("E",), ("G",)) else dims
 
 
 class Batch(NamedTuple):

@@ -4,7 +4,7 @@ Question: how far are the bytes per chip that `plan` estimates from those of the
 Command:  python3 experiments/benchmarks/compiled_memory.py
 Needs:    python3 -m pip install 'sparse-pretrain[compile]'
 Cost:     50 to 100 s of processor time a case, under 1 GB; no accelerator.
-Bar:      within 15 % on at least six cases. MISSED so far: five were compiled, all within 9 %.
+Bar:      within 15 % on at least six cases: met, all within 9 %.
 Measured: jax 0.12.0.1, GB a chip, on a machine with a load of 12
           model        chips      plan and mesh                          compiled  estimate  error
           OLMoE        h100:8     fsdp_ep fsdp=2,expert=4                   23.95     24.53   +2 %
@@ -12,9 +12,13 @@ Measured: jax 0.12.0.1, GB a chip, on a machine with a load of 12
           V2-Lite      h100:16    fsdp_ep fsdp=2,expert=8                   30.02     32.66   +9 %
           DeepSeek-V3  h800:2048  fsdp_ep_cp fsdp=16,expert=64,context=2    36.97     37.32   +1 %
           DeepSeek-V3  h800:2048  fsdp_ep_cp fsdp=32,expert=32,context=2    97.17     95.21   -2 %
+          DeepSeek-V3  h800:2048  fsdp_ep_cp fsdp=8,expert=128,context=2    74.76     72.50   -3 %
 Learned:  the two constants of planning/layout.py were set on these cases, so this is a fit and no
-          forecast, but for V2-Lite. All are remat=full: `none` and `dots` have not been compared.
-          V3's first case took 662 s, 95 s of them this process's, and 0.7 GB.
+          forecast, but for V2-Lite and the last. That one `plan` chose for V3; it fits 80 GB, not
+          the 75 % that JAX takes by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=.95. All are
+          remat=full: `none` and `dots` have not been compared.
+          V3's cases took 662, 1,239 and 912 s beside that load, 95 to 106 s of them this
+          process's, and 0.7 GB.
           libtpu refuses V3 on v5p:8x16x16 under fsdp_ep_tp ("Assigned barrier is not acceptable
           for opcode: ragged-all-to-all"), and fsdp_tp without remat took 525 GB there.
 """
@@ -36,6 +40,7 @@ CASES = (
     ("deepseek/v2_lite", "h100:16", "fsdp_ep", "fsdp=2,expert=8", 2, 64),
     ("deepseek/v3", "h800:2048", "fsdp_ep_cp", "fsdp=16,expert=64,context=2", 15, 15360),
     ("deepseek/v3", "h800:2048", "fsdp_ep_cp", "fsdp=32,expert=32,context=2", 3, 15360),
+    ("deepseek/v3", "h800:2048", "fsdp_ep_cp", "fsdp=8,expert=128,context=2", 5, 15360),
 )
 BAR = 0.15
 

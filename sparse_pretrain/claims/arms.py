@@ -117,7 +117,8 @@ class Arm:
                 e.schedule, peak=1.0, total_tokens=self.tokens,
                 tokens_per_step=self.tokens // self.steps,
             )  # fmt: skip
-            tx = optim.TABLE[e.optim.KIND].build(e.optim, definition.dims, schedule)
+            factors = optim.factors(e.optim, e.model, definition, self.tokens)
+            tx = optim.TABLE[e.optim.KIND].build(e.optim, definition.dims, schedule, factors)
             init = jax.jit(lambda key: _start(definition, tx, key))
             score = evaluate.Evaluator(definition, (), accuracy=self.task.accuracy)
             self._programs = definition, init, _step(definition, e.model, tx), score

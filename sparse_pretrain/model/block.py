@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from sparse_pretrain import attention, nn, spec
 from sparse_pretrain.attention import base, full
-from sparse_pretrain.model import ffn, layers
+from sparse_pretrain.model import ffn, layers, residual
 from sparse_pretrain.routing.base import Report
 from sparse_pretrain.shapes import AnyArray, Position
 from sparse_pretrain.sharding import ops
@@ -32,11 +32,22 @@ class Config(spec.Config):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)); attention may see conv(norm(x)) instead.
 
-    Shapes: x [B, L, D] -> (x [B, L, D], the feed-forward layer's Report, the attention's own loss
-        [], a mean over tokens that are not padding).
+    With several residual streams R, a site of model/residual.py stands in for each sum.
+
+    Shapes: x [B, L, D] or [B, L, R, D] -> (x alike, the feed-forward layer's Report, the
+        attention's own loss [], a mean over tokens that are not padding).
     """
 
-    def __init__(self, config: Config, width: int, keys: nn.Keys, *, eps: float, out_gain: float):
+    def __init__(
+        self,
+        config: Config,
+        width: int,
+        keys: nn.Keys,
+        *,
+        eps: float,
+        out_gain: float,
+        streams: spec.Config = residual.PLAIN,
+    ):
         self.norm_attention = layers.RMSNorm(width, keys, eps=eps)
         if config.conv:
             self.conv = layers.ShortConv(config.conv, width, keys)
@@ -45,40 +56,57 @@ class Block(nn.Module):
         self.attention = mixer(config.attention, width, keys, out_gain=out_gain)
         self.norm_ffn = layers.RMSNorm(width, keys, eps=eps)
         self.ffn = ffn.TABLE[config.ffn.KIND](config.ffn, width, keys, out_gain=out_gain)
+        self.mixes = streams.KIND == "mhc"
+        if isinstance(streams, residual.MHCConfig):
+            self.site_attention = residual.Site(streams, width, keys, eps=eps)
+            self.site_ffn = residual.Site(streams, width, keys, eps=eps)
+
+    def _open(self, site: str, x):
+        """(what the layer of this site reads, what its output is added to)."""
+        return getattr(self, f"site_{site}").open(x) if self.mixes else (x, x)
+
+    def _close(self, site: str, held, y):
+        if self.mixes:
+            return ops.laid(getattr(self, f"site_{site}").close(held, y), "BL.D")
+        return ops.laid(held + y, "BLD")
 
     def __call__(
-        self, x: Float[Array, "B L D"], context: base.Context
-    ) -> tuple[Float[Array, "B L D"], Report, Float[Array, ""]]:
+        self, x: Float[Array, "B L *R D"], context: base.Context
+    ) -> tuple[Float[Array, "B L *R D"], Report, Float[Array, ""]]:
         valid = context.segments != 0 if context.valid is None else context.valid
-        y = self.norm_attention(x)
+        inner, held = self._open("attention", x)
+        y = self.norm_attention(inner)
         if self.convolves:
             y = self.conv(y, context.segments)
         y, own = self.attention.attend(y, context)
-        x = ops.laid(x + y, "BLD")
+        x = self._close("attention", held, y)
         loss = jnp.zeros((), jnp.float32)
         if own is not None:
             counted = valid.astype(jnp.float32)
             loss = jnp.sum(own.astype(jnp.float32) * counted)
             loss = loss / jnp.maximum(jnp.sum(counted), 1.0)
-        y, report = self.ffn(self.norm_ffn(x), valid, context.tokens, train=context.train)
-        return ops.laid(x + y, "BLD"), report, loss
+        inner, held = self._open("ffn", x)
+        y, report = self.ffn(self.norm_ffn(inner), valid, context.tokens, train=context.train)
+        return self._close("ffn", held, y), report, loss
 
     def decode(
         self,
-        x: Float[Array, "B 1 D"],
+        x: Float[Array, "B 1 *R D"],
         cache: base.Cache,
         position: Position,
         tokens: Int[AnyArray, "B 1"],
-    ) -> tuple[Float[Array, "B 1 D"], base.Cache]:
-        """One token [B, 1, D] against the layer's cache."""
-        y, past = self.norm_attention(x), {}
+    ) -> tuple[Float[Array, "B 1 *R D"], base.Cache]:
+        """One token [B, 1, D] or [B, 1, R, D] against the layer's cache."""
+        inner, held = self._open("attention", x)
+        y, past = self.norm_attention(inner), {}
         if self.convolves:
             y, past["conv"] = self.conv.decode(y, cache["conv"])
-        cache = {name: held for name, held in cache.items() if name != "conv"}
+        cache = {name: kept for name, kept in cache.items() if name != "conv"}
         y, cache = self.attention.decode(y, cache, position)
-        x = x + y
-        y, _ = self.ffn(self.norm_ffn(x), tokens == tokens, tokens)
-        return x + y, cache | past
+        x = self._close("attention", held, y)
+        inner, held = self._open("ffn", x)
+        y, _ = self.ffn(self.norm_ffn(inner), tokens == tokens, tokens)
+        return self._close("ffn", held, y), cache | past
 
 
 def cache_shapes(config: Config, width: int, batch: int, length: int) -> dict[str, tuple]:

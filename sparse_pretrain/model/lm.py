@@ -10,8 +10,11 @@ from jaxtyping import Array, Float, Int
 
 from sparse_pretrain import attention, nn, routing, shapes, spec
 from sparse_pretrain.attention import base
-from sparse_pretrain.model import block, ffn, layers, mtp
+from sparse_pretrain.model import block, ffn, layers, mtp, precision, residual, transfer
 from sparse_pretrain.model.mtp import Config as MTPConfig
+from sparse_pretrain.model.precision import Config as PrecisionConfig
+from sparse_pretrain.model.residual import PlainConfig
+from sparse_pretrain.model.transfer import Config as TransferConfig
 from sparse_pretrain.shapes import AnyArray, Position
 from sparse_pretrain.sharding import ops
 
@@ -41,6 +44,9 @@ class Config(spec.Config):
     remat: str = "none"
     scan: bool = True
     mtp: MTPConfig = MTPConfig()
+    transfer: TransferConfig = TransferConfig()
+    residual: spec.Config = PlainConfig()
+    precision: PrecisionConfig = PrecisionConfig()
 
     def __post_init__(self):
         spec.positive(self, "width", "norm_eps")
@@ -59,6 +65,10 @@ class Config(spec.Config):
         )
         spec.require(
             self.remat in REMAT, f"remat: {self.remat!r} is not one of {', '.join(REMAT)}"
+        )
+        spec.require(
+            self.precision.products == "model" or self.dtype == "bfloat16",
+            f"precision.products: {self.precision.products} needs dtype bfloat16, got {self.dtype}",
         )
         for field in ("prefix", "pattern"):
             for name in getattr(self, field):
@@ -127,10 +137,14 @@ class LM(nn.Module):
         self.config = c = config
         spec.require(c.vocab > 1, f"vocab: must be at least 2, got {c.vocab}")
         gain = (2 * c.layers) ** -0.5
+        if c.transfer.on:
+            keys.gain = transfer_rules(c).start
+
+        given = {"eps": c.norm_eps, "out_gain": gain, "streams": c.residual}
 
         def make(name):
             section = c.blocks[name]
-            return lambda keys: block.Block(section, c.width, keys, eps=c.norm_eps, out_gain=gain)
+            return lambda keys: block.Block(section, c.width, keys, **given)
 
         std = c.width**-0.5 if c.tied else 1.0
         self.embedding = nn.param(keys, (c.vocab, c.width), ("V", "D"), std=0.5 * std)
@@ -143,15 +157,17 @@ class LM(nn.Module):
         if not c.tied:
             self.head = nn.param(keys, (c.width, c.vocab), ("D", "V"), std=0.5 / c.width)
         for k in range(c.mtp.depth):
-            made = mtp.Module(c.blocks[c.mtp_block], c.width, keys, eps=c.norm_eps, out_gain=gain)
-            setattr(self, f"mtp_{k}", made)
+            setattr(self, f"mtp_{k}", mtp.Module(c.blocks[c.mtp_block], c.width, keys, **given))
+        self.end = residual.end(c.residual, c.width, keys, eps=c.norm_eps)
 
+    @precision.kept
     def __call__(
         self, batch: shapes.Batch, *, train: bool = False
     ) -> tuple[Float[Array, "B L D"], shapes.Aux]:
         c, dtype = self.config, DTYPES[self.config.dtype]
         context = base.Context(batch.segments, batch.positions, batch.tokens, train)
         x = embedding = ops.embed(embed, nn.stored(self.embedding), batch.tokens).astype(dtype)
+        x = residual.spread(c.residual, x)
         reports, zero = {}, jnp.zeros((), jnp.float32)
         losses = (zero, zero)  # balance of the routers, own losses of the attentions
         for i in range(len(c.prefix)):
@@ -182,7 +198,7 @@ class LM(nn.Module):
             for i in range(len(c.pattern)):
                 market = jax.tree.map(lambda v: v / parts, told[i].market)
                 reports[f"stack_{i}"] = told[i]._replace(market=market)
-        hidden, ahead = self.norm(x), []
+        hidden, ahead = self.norm(x if self.end is None else self.end(x)), []
         x = hidden
         for k in range(c.mtp.depth if train else 0):
             module = getattr(self, f"mtp_{k}")
@@ -199,7 +215,9 @@ class LM(nn.Module):
     def head_weight(self) -> tuple[jax.Array, str]:
         """(the output matrix, its layout 'DV' or 'VD')."""
         if self.config.tied:
-            return nn.read(self.embedding), "VD"
+            gain = transfer_rules(self.config).head_gain
+            table = nn.read(self.embedding)
+            return table if gain == 1.0 else table * gain, "VD"
         return nn.read(self.head), "DV"
 
 
@@ -214,13 +232,14 @@ def init_cache(model: LM, batch: int, length: int) -> dict[str, Any]:
     return cache
 
 
+@precision.kept
 def decode(
     model: LM, token_B: Int[AnyArray, " B"], cache: dict[str, Any], position: Position
 ) -> tuple[Float[Array, "B V"], dict]:
     """Logits [B, V] float32 after `token_B` at `position` [], and the cache that holds it."""
     c, dtype = model.config, DTYPES[model.config.dtype]
     x = nn.read(model.embedding)[token_B[:, None]].astype(dtype)
-    new = dict(cache)
+    x, new = residual.spread(c.residual, x), dict(cache)
     for i in range(len(c.prefix)):
         name = f"prefix_{i}"
         x, new[name] = getattr(model, name).decode(x, cache[name], position, token_B[:, None])
@@ -240,7 +259,7 @@ def decode(
             stacks, repeat, x, scan=c.scan, extra=[cache[name] for name in names]
         )
         new |= dict(zip(names, out, strict=True))
-    x = model.norm(x)[:, 0].astype(jnp.float32)
+    x = model.norm(x if model.end is None else model.end(x))[:, 0].astype(jnp.float32)
     head, layout = model.head_weight()
     logits = jnp.einsum("bd,dv->bv" if layout == "DV" else "bd,vd->bv", x, head)
     if c.softcap:
@@ -265,6 +284,13 @@ def define(config: Config) -> nn.Definition:
 def layer_names(config: Config) -> dict[str, str]:
     """As `main_names`, and the layers that predict further ahead ('mtp_0')."""
     return main_names(config) | {f"mtp_{k}": config.mtp_block for k in range(config.mtp.depth)}
+
+
+def transfer_rules(config: Config) -> transfer.Rules:
+    """How this model's parameters start and move against those of the base of its `transfer`."""
+    return transfer.rules(
+        config.transfer, width=config.width, depth=config.layers, tied=config.tied
+    )
 
 
 def main_names(config: Config) -> dict[str, str]:
@@ -322,5 +348,8 @@ def work_per_token(config: Config, length: int) -> base.Work:
         for x in sections
     )
     linear += config.mtp.depth * mtp.work(config.width, config.vocab)
+    carried = residual.TABLE[config.residual.KIND]
+    linear += 2 * len(sections) * carried.work(config.residual, config.width)
+    linear += (1 + config.mtp.depth) * carried.head_work(config.residual, config.width)
     total = base.Work(*(sum(values) for values in zip(*works, strict=True)))
     return total._replace(linear=total.linear + linear)

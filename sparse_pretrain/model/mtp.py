@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparse_pretrain import nn, shapes, spec
 from sparse_pretrain.attention import base
-from sparse_pretrain.model import block, layers
+from sparse_pretrain.model import block, layers, residual
 from sparse_pretrain.routing.base import Report
 from sparse_pretrain.shapes import AnyArray
 from sparse_pretrain.sharding import ops
@@ -43,13 +43,22 @@ class Module(block.Block):
     """
 
     def __init__(
-        self, config: block.Config, width: int, keys: nn.Keys, *, eps: float, out_gain: float
+        self,
+        config: block.Config,
+        width: int,
+        keys: nn.Keys,
+        *,
+        eps: float,
+        out_gain: float,
+        streams: spec.Config = residual.PLAIN,
     ):
-        super().__init__(config, width, keys, eps=eps, out_gain=out_gain)
+        super().__init__(config, width, keys, eps=eps, out_gain=out_gain, streams=streams)
+        self.streams = streams
         self.norm_hidden = layers.RMSNorm(width, keys, eps=eps)
         self.norm_embedding = layers.RMSNorm(width, keys, eps=eps)
         self.w_join = nn.param(keys, (2 * width, width), ("2D", "D"), std=(2 * width) ** -0.5)
         self.norm = layers.RMSNorm(width, keys, eps=eps)
+        self.end = residual.end(streams, width, keys, eps=eps)
 
     def ahead(
         self,
@@ -59,7 +68,9 @@ class Module(block.Block):
     ) -> tuple[Float[Array, "B L D"], Report, Float[Array, ""]]:
         """As the layer itself, of [norm(hidden); norm(embedding)]; before the last norm."""
         both = jnp.concatenate([self.norm_hidden(hidden), self.norm_embedding(embedding)], -1)
-        return self(ops.linear(both, nn.read(self.w_join)), context)
+        x = residual.spread(self.streams, ops.linear(both, nn.read(self.w_join)))
+        x, report, own = self(x, context)
+        return (x if self.end is None else self.end(x)), report, own
 
 
 def later(x: Array, by: int) -> Array:

@@ -48,13 +48,16 @@ def check_adam(config: Any) -> None:
         spec.require(value >= 0, f"{name}: must be 0 or more, got {value}")
 
 
-def build(config: Config, dims: Any, schedule: Schedule) -> optax.GradientTransformation:
+def build(
+    config: Config, dims: Any, schedule: Schedule, factors: Any = None
+) -> optax.GradientTransformation:
     """The update rule for parameters with these dimension names.
 
-    Shapes: `dims` is the nested dict of the parameters with a tuple of names at each leaf.
+    Shapes: `dims` is the nested dict of the parameters with a tuple of names at each leaf;
+        `factors` what optim/transfer.py says of each, if anything.
     Source: 1711.05101, algorithm 2, with the rate times the decay as in torch.
     """
-    return finish(config, dims, schedule, adam(config))
+    return finish(config, dims, schedule, adam(config), factors)
 
 
 class AdamW:
@@ -77,15 +80,26 @@ def decayed(config: Any, dims: tuple[str, ...]) -> bool:
 
 
 def finish(
-    config: Any, dims: Any, schedule: Schedule, direction: optax.GradientTransformation
+    config: Any,
+    dims: Any,
+    schedule: Schedule,
+    direction: optax.GradientTransformation,
+    moved: Any = None,
 ) -> optax.GradientTransformation:
     """Clipping before a direction; decay, group rates and the learning rate after it."""
     factors = groups.map_dims(lambda d: factor(config, d), dims)
     mask = groups.map_dims(lambda d: decayed(config, d), dims)
+    decay = optax.add_decayed_weights(config.weight_decay, mask=mask)
+    if moved is not None:
+        factors = jax.tree.map(lambda a, b: a * b, factors, moved.rate)
+        each = jax.tree.map(lambda m, d: config.weight_decay * d if m else 0.0, mask, moved.decay)
+        decay = optax.stateless(
+            lambda u, p: jax.tree.map(lambda u, p, d: u + d * p if d else u, u, p, each)
+        )
     chain = [
         clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         direction,
-        optax.add_decayed_weights(config.weight_decay, mask=mask),
+        decay,
         optax.stateless(lambda u, _: jax.tree.map(_times, u, factors)),
         optax.scale_by_learning_rate(schedule),
     ]

@@ -5,18 +5,12 @@ from typing import Any
 
 from optax.contrib import MuonDimensionNumbers
 
-# Leading dims that only count copies: stacked layers, then experts or groups.
-COPIES = ("N", "E", "G")
+from sparse_pretrain.shapes import copy_dims as core
+
 # A head dim belongs to the dim after it: D -> (H Dh) in projections, (H Dv) -> D in outputs.
 HEADS = ("H", "K", "J")
 
 GROUPS = ("matrix", "router", "embed", "head", "vector", "unknown")
-
-
-def core(dims: tuple[str, ...]) -> tuple[str, ...]:
-    """The dims of one copy: without the leading stack and expert or group dims."""
-    dims = dims[1:] if dims[:1] == ("N",) else dims
-    return dims[1:] if dims[:1] in (("E",), ("G",)) else dims
 
 
 def group(dims: tuple[str, ...]) -> str:

@@ -79,10 +79,13 @@ class State(NamedTuple):
     momentum: Any
 
 
-def build(config: Config, dims: Any, schedule: Schedule) -> optax.GradientTransformation:
+def build(
+    config: Config, dims: Any, schedule: Schedule, factors: Any = None
+) -> optax.GradientTransformation:
     """The update rule for parameters with these dimension names.
 
-    Shapes: `dims` is the nested dict of the parameters with a tuple of names at each leaf.
+    Shapes: `dims` is the nested dict of the parameters with a tuple of names at each leaf;
+        `factors` what optim/transfer.py says of each, if anything.
     Errors: ValueError naming the first parameter of three or more dims whose names do not say
     which of them its matrices reduce over.
     Source: Jordan 2024; 2502.16982 (root mean square, decay); 2606.19348 (coefficients).
@@ -99,7 +102,7 @@ def build(config: Config, dims: Any, schedule: Schedule) -> optax.GradientTransf
     direction = optax.partition(
         {"muon": scale_by_muon(config, dims), "adam": adamw.adam(config)}, labels
     )
-    return adamw.finish(config, dims, schedule, direction)
+    return adamw.finish(config, dims, schedule, direction, factors)
 
 
 class Muon:
@@ -148,7 +151,7 @@ def scale_by_muon(config: Config, dims: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def scale(fan_in: int, fan_out: int, rms: float) -> float:
+def scale(fan_in: float, fan_out: float, rms: float) -> float:
     """What an orthogonal update is multiplied with so that its root mean square is `rms`."""
     if rms:
         return rms * math.sqrt(max(fan_in, fan_out))

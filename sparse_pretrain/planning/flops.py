@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_pretrain import attention
-from sparse_pretrain.model import ffn, lm
+from sparse_pretrain.model import ffn, lm, residual
 
 
 class Counts(NamedTuple):
@@ -91,13 +91,15 @@ def recomputed(config: lm.Config, length: int, tokens: int = 0) -> float:
         return 0.0
     pattern = [config.blocks[name] for name in config.pattern]
     join = 4.0 * config.width**2 if config.remat == "full" else 0.0
+    join += residual.TABLE[config.residual.KIND].head_work(config.residual, config.width)
     ahead = config.mtp.depth * (join + _again(config, config.mtp_list[:1], length, tokens))
     return config.repeats * _again(config, pattern, length, tokens) + ahead
 
 
 def _again(config: lm.Config, sections: list, length: int, tokens: int) -> float:
     """What these layers, rematerialised as one, do again."""
-    total = 0.0
+    carried = residual.TABLE[config.residual.KIND]
+    total = 2 * len(sections) * carried.work(config.residual, config.width)
     for at, section in enumerate(sections, 1):
         feed, mixer = ffn.TABLE[section.ffn.KIND], attention.TABLE[section.attention.KIND]
         work = mixer.work(section.attention, config.width, length)
@@ -106,7 +108,8 @@ def _again(config: lm.Config, sections: list, length: int, tokens: int) -> float
         if config.remat == "dots":
             total -= feed.plain(section.ffn, config.width)
         else:
-            last = at == len(sections)
+            # with several streams the weight of a layer's output reads it
+            last = at == len(sections) and config.residual.streams == 1
             total += work.linear - (feed.unread(section.ffn, config.width) if last else 0.0)
     return total
 

@@ -47,22 +47,29 @@ def _optimizer_state(definition: nn.Definition, optimizer: spec.Config) -> Any:
 def _activations(config: lm.Config) -> int:
     """Bytes per token."""
     prefix, pattern = ([config.blocks[n] for n in x] for x in (config.prefix, config.pattern))
-    whole = sum(_whole(b, config.width) for b in pattern)
+    mixed = _mixed(config)
+    whole = sum(_whole(b, config.width) + mixed for b in pattern)
     kept, again = config.repeats * whole, 0
     if config.remat != "none" and config.repeats:
         products = sum(_products(b, config.width) for b in pattern)
-        each = config.width + (products if config.remat == "dots" else 0)
+        each = config.width * config.residual.streams + (products if config.remat == "dots" else 0)
         kept, again = config.repeats * each, whole
     for section in config.mtp_list:  # its layer; the join's inputs; its own and the last norm's
-        whole, ends = _whole(section, config.width) + 3 * config.width, 2 * config.width
+        whole, ends = _whole(section, config.width) + mixed + 3 * config.width, 2 * config.width
         products = _products(section, config.width) + config.width
         if config.remat == "none":
             kept += whole + ends
         else:
             kept += ends + 2 * config.width + (products if config.remat == "dots" else 0)
             again = max(again, whole)
-    elements = sum(_whole(b, config.width) for b in prefix) + kept + again
+    elements = sum(_whole(b, config.width) + mixed for b in prefix) + kept + again
     return elements * jnp.dtype(lm.DTYPES[config.dtype]).itemsize
+
+
+def _mixed(config: lm.Config) -> int:
+    """What two sites keep besides one stream: the others, and their sums."""
+    streams = config.residual.streams
+    return 0 if streams == 1 else 2 * config.width * streams
 
 
 def _whole(section: block.Config, width: int) -> int:

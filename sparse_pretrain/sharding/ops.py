@@ -6,6 +6,7 @@ be badly. Queries are cut along a row where the plan has a context axis, and key
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,16 +22,15 @@ from kernels_pallas.flash import flash as _flash
 from kernels_pallas.flash.xla import keys_per_query as flash_keys_per_query
 from kernels_pallas.grouped_matmul import Layout as GroupLayout
 from kernels_pallas.grouped_matmul import aligned as group_layout
-from kernels_pallas.grouped_matmul import grouped_matmul as grouped_linear
 from kernels_pallas.grouped_matmul import rows_needed as group_rows
 from kernels_pallas.indexer import index_kl_dense as _index_kl_dense
 from kernels_pallas.indexer import index_kl_listed as _index_kl_listed
 from kernels_pallas.indexer import index_select as _index_select
 from kernels_pallas.indexer.xla import keys_per_query as index_keys_per_query
-from kernels_pallas.linear import linear as _linear
 from kernels_pallas.token_sparse import token_mass as _token_mass
 from kernels_pallas.token_sparse import token_sparse as _token_sparse
 from sparse_pretrain.sharding import apply
+from sparse_pretrain.sharding.products import eight_bits, grouped_linear, linear
 
 __all__ = [
     "GroupLayout",
@@ -38,6 +38,7 @@ __all__ = [
     "block_sparse_keys_per_query",
     "cross_entropy",
     "each_device",
+    "eight_bits",
     "embed",
     "flash",
     "flash_keys_per_query",
@@ -180,51 +181,6 @@ def _first(axes, queries: int, start: int = 0):
 # --- products ---
 
 
-def linear(x, w, contract: int = 1):
-    """The last `contract` dims of x against the first of w; remaining dims of w are appended.
-
-    Shapes: x [..., *C], w [*C, *O] -> [..., *O], in x's dtype.
-    """
-    inner, outer = w.shape[:contract], w.shape[contract:]
-    lead = x.shape[: x.ndim - contract]
-    if apply.current() is not None:
-        return _spread(contract, x, w)
-    size_in, size_out = _product(inner), _product(outer)
-    y = _linear(jnp.reshape(x, (*lead, size_in)), jnp.reshape(w, (size_in, size_out)))
-    return jnp.reshape(y, (*lead, *outer))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _spread(contract: int, x, w):
-    """`linear` without reshapes, which would mix dims that lie on different devices."""
-    return jnp.tensordot(x, w.astype(x.dtype), contract)
-
-
-def _spread_backward(contract, kept, dy):
-    x, w = kept
-    dy, lead = dy.astype(x.dtype), x.ndim - contract
-    outer = tuple(range(contract, w.ndim)), tuple(range(lead, dy.ndim))
-    dx = jax.lax.dot_general(dy, w.astype(x.dtype), ((outer[1], outer[0]), ((), ())))
-    rows = tuple(range(lead))
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    dw = jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=wide)
-    return dx, dw.astype(w.dtype)
-
-
-# the product itself in the forward pass: a remat policy that keeps products must see one
-_spread.defvjp(
-    lambda contract, x, w: (jnp.tensordot(x, w.astype(x.dtype), contract), (x, w)),
-    _spread_backward,
-)
-
-
-def _product(dims) -> int:
-    total = 1
-    for d in dims:
-        total *= d
-    return total
-
-
 def embed(lookup: Callable, table_VxD, tokens_BxL):
     """`lookup(table, tokens)`; each device looks up its part of the width for all tokens of others.
 
@@ -246,7 +202,7 @@ def embed(lookup: Callable, table_VxD, tokens_BxL):
         sizes = [placed.sizes[a] for a in cuts]
         k = sum(a in rows for a in cuts)  # the rows' axes lead, those of the length come after
         b, n = tokens.shape[0], tokens.shape[1]
-        b, n = b // _product(sizes[:k]), n // _product(sizes[k:])
+        b, n = b // math.prod(sizes[:k]), n // math.prod(sizes[k:])
         x = x.reshape(*sizes[:k], b, *sizes[k:], n, x.shape[-1])
         for axis in reversed(width):  # the innermost first, so that the width comes in order
             if axis in cuts:

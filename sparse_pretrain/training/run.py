@@ -67,7 +67,9 @@ def prepare(experiment: configs.Experiment, workdir: Path | None = None) -> Prep
     )
     schedule = phases.scaled(schedule, stages)
     # the optimizer multiplies by the schedule and each group's share of the peak
-    tx = optim.TABLE[experiment.optim.KIND].build(experiment.optim, definition.dims, schedule)
+    factors = optim.factors(experiment.optim, experiment.model, definition, run.tokens)
+    build = optim.TABLE[experiment.optim.KIND].build
+    tx = build(experiment.optim, definition.dims, schedule, factors)
     derived = derive(experiment, run) | {"train_tokens": dataset.train_tokens}
     return Prepared(experiment, dataset, definition, run, schedule, tx, derived, stages, placed)
 

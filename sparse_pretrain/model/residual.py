@@ -1,0 +1,183 @@
+"""What carries a token from layer to layer: one stream, or several that are mixed at every site.
+
+A site stands around an attention or a feed-forward layer: it says what the layer reads and how its
+output comes back.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sparse_pretrain import nn, spec
+from sparse_pretrain.model import layers
+from sparse_pretrain.sharding import ops
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlainConfig(spec.Config):
+    """One stream: x + layer(x)."""
+
+    KIND: ClassVar[str] = "plain"
+
+    streams: ClassVar[int] = 1
+
+
+PLAIN = PlainConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MHCConfig(spec.Config):
+    """Several streams, mixed by matrices whose rows and columns sum to one.
+
+    `iterations` of Sinkhorn, the first of them a softmax over rows; `post` the largest weight by
+    which an output enters a stream; `scale` is what the three input-dependent parts start at.
+    """
+
+    KIND: ClassVar[str] = "mhc"
+
+    streams: int = 4
+    iterations: int = 20  # as the models have it; DeepSeek's kernels default to 10 and post 1.0
+    post: float = 2.0
+    scale: float = 0.01
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        spec.require(2 <= self.streams <= 16, f"streams: must be 2 to 16, got {self.streams}")
+        ok = 1 <= self.iterations <= 100
+        spec.require(ok, f"iterations: must be 1 to 100, got {self.iterations}")
+        spec.positive(self, "post", "scale", "eps")
+
+
+class Plain:
+    """Nothing but the sum. Shapes: x [B, L, D]."""
+
+    Config = PlainConfig
+
+    @staticmethod
+    def work(config: PlainConfig, width: int) -> float:
+        """Forward FLOPs per token of one site."""
+        del config, width
+        return 0.0
+
+    @staticmethod
+    def head_work(config: PlainConfig, width: int) -> float:
+        """Forward FLOPs per token of the end."""
+        del config, width
+        return 0.0
+
+
+class MHC:
+    """Manifold-constrained hyper-connections. Shapes: x [B, L, R, D] of R streams.
+
+    Source: 2512.24880, equations 7 and 8; order and constants of the released code.
+    """
+
+    Config = MHCConfig
+
+    @staticmethod
+    def work(config: MHCConfig, width: int) -> float:
+        """Forward FLOPs per token of one site: mixing numbers, what is read, what is written."""
+        R = config.streams
+        return 2.0 * R * width * R * (R + 2) + 4.0 * R * width + 2.0 * R * R * width
+
+    @staticmethod
+    def head_work(config: MHCConfig, width: int) -> float:
+        """Forward FLOPs per token of the end: its mixing numbers and the sum."""
+        return 2.0 * config.streams * width * (config.streams + 1)
+
+
+TABLE = {"plain": Plain, "mhc": MHC}
+
+
+def sinkhorn(
+    logits: Float[Array, "*lead R R"], iterations: int, eps: float
+) -> Float[Array, "*lead R R"]:
+    """Positive matrices whose columns sum to one, and rows nearly; differentiable throughout."""
+    m = jax.nn.softmax(logits, axis=-1) + eps
+    m = m / (jnp.sum(m, axis=-2, keepdims=True) + eps)
+    for _ in range(iterations - 1):
+        m = m / (jnp.sum(m, axis=-1, keepdims=True) + eps)
+        m = m / (jnp.sum(m, axis=-2, keepdims=True) + eps)
+    return m
+
+
+def spread(config: Any, x: Float[Array, "B L D"]) -> Array:
+    """Every stream as the embedding, where there are several."""
+    if config.KIND == "plain":
+        return x
+    return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], config.streams, x.shape[-1]))
+
+
+def end(config: Any, width: int, keys: nn.Keys, *, eps: float) -> "End | None":
+    """What makes one stream of several; None where there is one."""
+    return None if config.KIND == "plain" else End(config, width, keys, eps=eps)
+
+
+def _mixing(x_BxLxRxD, w, numbers: int, eps: float):
+    """Input-dependent numbers [B, L, numbers] of the streams side by side, float32."""
+    flat = x_BxLxRxD.reshape(*x_BxLxRxD.shape[:2], -1).astype(layers.wide(x_BxLxRxD.dtype))
+    normal = flat * jax.lax.rsqrt(jnp.mean(jnp.square(flat), axis=-1, keepdims=True) + eps)
+    assert w.shape[-1] == numbers, (w.shape, numbers)
+    return ops.linear(normal, w.astype(normal.dtype))
+
+
+def _weighted(weight_BxLxR, x_BxLxRxD):
+    """Sum over streams; unrolled, so that XLA fuses it instead of calling a tiny product."""
+    terms = (weight_BxLxR[..., r, None] * x_BxLxRxD[..., r, :] for r in range(x_BxLxRxD.shape[2]))
+    return sum(terms)
+
+
+class Site(nn.Module):
+    """Mixing around one layer.
+
+    Shapes: x [B, L, R, D].
+    """
+
+    def __init__(self, config: MHCConfig, width: int, keys: nn.Keys, *, eps: float):
+        self.config, self.eps = config, eps
+        R = config.streams
+        std = (R * width) ** -0.5
+        self.w = nn.param(keys, (R * width, R * (R + 2)), ("RD", "Mix"), std=std)
+        self.base = nn.param(keys, (R * (R + 2),), ("Mix",), value=0.0)
+        self.scale = nn.param(keys, (3,), ("Part",), value=config.scale)
+
+    def open(self, x: Float[Array, "B L R D"]) -> tuple[Float[Array, "B L D"], Any]:
+        """(what the layer reads, what `close` needs)."""
+        c, R = self.config, self.config.streams
+        mixed = _mixing(x, nn.read(self.w), R * (R + 2), self.eps)
+        scale, base = (nn.read(p).astype(mixed.dtype) for p in (self.scale, self.base))
+        sizes = jnp.repeat(scale, jnp.array([R, R, R * R]), total_repeat_length=R * (R + 2))
+        mixed = mixed * sizes[None, None] + base[None, None]
+        pre = jax.nn.sigmoid(mixed[..., :R]) + c.eps
+        post = c.post * jax.nn.sigmoid(mixed[..., R : 2 * R])
+        square = mixed[..., 2 * R :].reshape(*mixed.shape[:2], R, R)
+        across = sinkhorn(square, c.iterations, c.eps)
+        wide = x.astype(mixed.dtype)
+        return _weighted(pre, wide).astype(x.dtype), (wide, across, post)
+
+    def close(self, held: Any, y: Float[Array, "B L D"]) -> Float[Array, "B L R D"]:
+        """Stream n: the sum over m of B[m, n] x_m, and y by its weight."""
+        wide, across, post = held
+        y32, R = y.astype(wide.dtype), self.config.streams
+        streams = [_weighted(across[..., n], wide) + post[..., n, None] * y32 for n in range(R)]
+        return jnp.stack(streams, axis=2).astype(y.dtype)
+
+
+class End(nn.Module):
+    """The streams as one, before the last norm. Shapes: [B, L, R, D] -> [B, L, D]."""
+
+    def __init__(self, config: MHCConfig, width: int, keys: nn.Keys, *, eps: float):
+        self.config, self.eps = config, eps
+        R = config.streams
+        self.w = nn.param(keys, (R * width, R), ("RD", "Mix"), std=(R * width) ** -0.5)
+        self.base = nn.param(keys, (R,), ("Mix",), value=0.0)
+        self.scale = nn.param(keys, (1,), ("Part",), value=config.scale)
+
+    def __call__(self, x: Float[Array, "B L R D"]) -> Float[Array, "B L D"]:
+        mixed = _mixing(x, nn.read(self.w), self.config.streams, self.eps)
+        scale, base = (nn.read(p).astype(mixed.dtype) for p in (self.scale, self.base))
+        pre = jax.nn.sigmoid(mixed * scale[None, None] + base[None, None]) + self.config.eps
+        return _weighted(pre, x.astype(mixed.dtype)).astype(x.dtype)
