@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
     base = dict(base_width=BASE, base_depth=2) if given["transfer"] == "on" else {}
     return ConfigDict(
         dict(
-            name=f"lr_transfer_{width}_{given['transfer']}",
+            name=f"lr_transfer_{width}_{given['transfer']}" if arg else "lr_transfer",
             steps=80,
             data=dict(source="python_stdlib", tokenizer="bytes", seq=64, batch=4),
             model=dict(

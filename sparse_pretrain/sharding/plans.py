@@ -18,6 +18,7 @@ From a plan to a compiled step, on any devices, those of a topology that is not 
 """
 
 import dataclasses
+import difflib
 import itertools
 import math
 from collections.abc import Mapping
@@ -98,10 +99,14 @@ def find(name: str) -> Plan:
     Errors: ValueError naming the plans that there are.
     """
     if not known(name):
-        raise ValueError(
-            f"plan: unknown plan {name!r}; there are {', '.join(PLANS)}, and other products of "
-            f"{', '.join(HOLDS)} with {', '.join(CUTS)}, in this order"
+        close = difflib.get_close_matches(name, PLANS, 1)
+        there = (
+            f"did you mean {close[0]}?"
+            if close
+            else f"there are {', '.join(PLANS)}, and other products of {', '.join(HOLDS)} with "
+            f"{', '.join(CUTS)}, in this order"
         )
+        raise ValueError(f"plan: unknown plan {name!r}; {there}")
     parts = [PARTS[part] for part in name.split("_")]
     return Plan(
         name,

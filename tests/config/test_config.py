@@ -66,7 +66,7 @@ def test_the_sinks_are_those_that_exist():
         (["seed=-1"], ["config.seed: must be 0 or more, got -1"]),
         (["seed=4294967296"], ["config.seed: must be below 2**32"]),
         (["ema=1"], ["config.ema: must be in [0, 1), got 1.0"]),
-        (["plan=singel"], ["config.plan: unknown value 'singel'; did you mean single?"]),
+        (["plan=singel"], ["config.plan: unknown plan 'singel'; did you mean single?"]),
         (["log.sinks=jsonl,wandbb"], ["config.log.sinks[1]", "'wandbb'; did you mean wandb?"]),
         (["log.every=0"], ["config.log.every: must be positive, got 0"]),
         (["eval.every=-1"], ["config.eval.every: must be 0 or more, got -1"]),

@@ -167,33 +167,39 @@ def test_held_out_text_is_never_read_ahead(kind, changes, rng):
 
 @every
 def test_its_weights_have_the_gradient_of_their_values(kind, changes, rng):
-    """Central differences along random directions, where the choice of experts stays the same."""
+    """Central differences along random directions, of tokens whose experts stay the same.
+
+    An auction ends where many a token hardly prefers its experts to others, so some always change.
+    """
     _, _, definition, params, prices = router_of(kind, changes)
     x, valid = (a[2:, :7] for a in inputs(rng))  # few tokens, or one is always at an edge
     run = ran(definition)
     here = run(params, prices, x, valid)
     cotangent = jnp.asarray(rng.normal(size=here.weight.shape), jnp.float32)
 
-    def value(params, x):
+    def value(params, x, held):
         got = run(params, prices, x, valid)
-        return jnp.sum(jnp.where(got.expert < EXPERTS, got.weight * cotangent, 0)) + got.balance
+        counted = (got.expert < EXPERTS) & held[:, None]
+        return jnp.sum(jnp.where(counted, got.weight * cotangent, 0)) + got.balance
 
-    gradient = jax.jit(jax.grad(value, (0, 1)))(params, x)
+    slope = jax.jit(jax.grad(value, (0, 1)))
     step, compared = 2e-3, 0
     for seed in range(12):
         along = randomised(jax.tree.map(jnp.zeros_like, (params, x)), 1.0, seed)
         ends = [
             jax.tree.map(lambda a, d, h=h: a + h * d, (params, x), along) for h in (step, -step)
         ]
-        chosen = [np.asarray(run(p, prices, v, valid).expert) for p, v in ends]
-        if any((c != np.asarray(here.expert)).any() for c in chosen):
-            continue  # across an edge the value jumps, and an auction can come back from one
-        numeric = (value(*ends[0]) - value(*ends[1])) / (2 * step)
+        chosen = np.stack([np.asarray(run(p, prices, v, valid).expert) for p, v in ends])
+        held = (chosen == np.asarray(here.expert)).all(axis=(0, 2))
+        if not held.all() and here.balance != 0:
+            continue  # a balance loss jumps with any token's choice
+        up, down = (value(*end, jnp.asarray(held)) for end in ends)
+        gradient = slope(params, x, jnp.asarray(held))
         products = jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, along)
         exact = sum(jax.tree.leaves(products))
-        np.testing.assert_allclose(numeric, exact, rtol=0.02, atol=0.02)
-        compared += 1
-    assert compared
+        np.testing.assert_allclose((up - down) / (2 * step), exact, rtol=0.02, atol=0.02)
+        compared += int(held.sum())
+    assert compared >= 7
 
 
 @every
