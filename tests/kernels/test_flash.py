@@ -336,7 +336,7 @@ def test_under_vmap_remat_and_scan():
     ({"stride": 0}, "stride=0"),
     ({"span": 2.5}, "span=2.5"),
     ({"ends_BxS": np.zeros((2, 7), np.int32)}, r"ends_BxS has shape \(2, 7\), expected \(2, 8\)"),
-    ({"implementation": "cudnn"}, "'cudnn' is unknown"),
+    ({"implementation": "triton"}, "'triton' is unknown"),
 ])
 def test_mistakes_are_named(change, message):
     shapes = {"q": (2, 8, 4, 4), "k": (2, 8, 2, 4), "v": (2, 8, 2, 4)}
