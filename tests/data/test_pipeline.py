@@ -367,6 +367,7 @@ def cost_of_a_batch(corpus, folder):
     return min(costs)
 
 
+@pytest.mark.slow  # a timing, which neighbours on the machine move
 def test_a_batch_costs_little_cpu(make_corpus, tmp_path):
     text = " ".join(texts(4000, 5))
     corpus = make_corpus([(text[i : i + 700], 0) for i in range(0, len(text), 700)])
