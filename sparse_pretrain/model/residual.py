@@ -98,10 +98,14 @@ def sinkhorn(
     """Positive matrices whose columns sum to one, and rows nearly; differentiable throughout."""
     m = jax.nn.softmax(logits, axis=-1) + eps
     m = m / (jnp.sum(m, axis=-2, keepdims=True) + eps)
-    for _ in range(iterations - 1):
+
+    # a loop: unrolled, XLA:CPU fuses each division into both sums after it and compiles for minutes
+    @jax.checkpoint
+    def again(m, _):
         m = m / (jnp.sum(m, axis=-1, keepdims=True) + eps)
-        m = m / (jnp.sum(m, axis=-2, keepdims=True) + eps)
-    return m
+        return m / (jnp.sum(m, axis=-2, keepdims=True) + eps), None
+
+    return jax.lax.scan(again, m, length=iterations - 1)[0]
 
 
 def spread(config: Any, x: Float[Array, "B L D"]) -> Array:

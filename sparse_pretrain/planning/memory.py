@@ -67,9 +67,12 @@ def _activations(config: lm.Config) -> int:
 
 
 def _mixed(config: lm.Config) -> int:
-    """What two sites keep besides one stream: the others, and their sums."""
-    streams = config.residual.streams
-    return 0 if streams == 1 else 2 * config.width * streams
+    """What two sites keep besides one stream: the others, their sums, and Sinkhorn's steps."""
+    c: Any = config.residual
+    if c.streams == 1:
+        return 0
+    steps = 4 * c.iterations * c.streams**2 // jnp.dtype(lm.DTYPES[config.dtype]).itemsize
+    return 2 * (config.width * c.streams + steps)
 
 
 def _whole(section: block.Config, width: int) -> int:
