@@ -76,8 +76,13 @@ SETTINGS = {
         "flat": COMPRESSED | {"ratio": 2, "rope_dim": 0, "groups": 4, "window": 50},
     },
 }
+# Up to six compilations of seconds each, of settings that other cases mostly hold too.
+SLOW = ("nsa-wide", "moba-full", "csa-dense", "dsa-dense")
 CASES = [
-    pytest.param(kind, changes, id=f"{kind}-{name}")
+    pytest.param(
+        kind, changes, id=f"{kind}-{name}",
+        marks=[pytest.mark.slow] if f"{kind}-{name}" in SLOW else [],
+    )
     for kind in attention.TABLE
     for name, changes in SETTINGS.get(kind, {"default": {}}).items()
 ]
@@ -86,7 +91,7 @@ every = pytest.mark.parametrize(("kind", "changes"), CASES)
 # indexer's choice: test_csa_oracle and test_dsa_oracle have their laws.
 OWN_ORACLE = ("csa", "hca", "dsa")
 LAW = [
-    pytest.param(*case.values, dtype, id=f"{case.id}-{dtype}")
+    pytest.param(*case.values, dtype, id=f"{case.id}-{dtype}", marks=case.marks)
     for case in CASES
     for dtype in ("float64", "bfloat16")
     if case.values[0] not in OWN_ORACLE and (dtype == "float64" or "default" in case.id)

@@ -44,15 +44,19 @@ def _loss(definition, prices, batch):
     return jax.jit(value)
 
 
-def test_scan_unroll_and_remat_agree(batch):
+@pytest.mark.parametrize(
+    "changes",
+    [{"scan": False, "remat": "dots"}, pytest.param({"remat": "full"}, marks=pytest.mark.slow)],
+    ids=["unrolled, dots", "full"],
+)
+def test_scan_unroll_and_remat_agree(changes, batch):
     results = []
-    for changes in ({}, {"scan": False, "remat": "dots"}, {"remat": "full"}):
-        definition, params, prices = _made(small(**changes))
+    for each in ({}, changes):
+        definition, params, prices = _made(small(**each))
         results.append(jax.jit(jax.value_and_grad(_loss(definition, prices, batch)))(params))
-    for value, grads in results[1:]:
-        np.testing.assert_allclose(value, results[0][0], rtol=1e-6)
-        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(results[0][1]), strict=True):
-            np.testing.assert_allclose(a, b, atol=2e-6)
+    np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-6)
+    for a, b in zip(*(jax.tree.leaves(grads) for _, grads in results), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
 
 
 def test_a_later_token_changes_nothing_before_it(batch):

@@ -88,7 +88,9 @@ def whole(text, tmp_path_factory):
     return workdir, _train(experiment(text), workdir)
 
 
-@pytest.mark.parametrize("stop", [3, 5, 7])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(3, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), 7]
+)
 def test_an_interrupted_run_equals_one_that_was_not(stop, text, whole, tmp_path, monkeypatch):
     """Losses, parameters, prices, averages, optimizer and cursor, to the bit."""
     with monkeypatch.context() as patch:
@@ -163,9 +165,9 @@ def test_a_run_leaves_what_it_promises(whole):
     assert checkpoint.Checkpointer(workdir).latest() == STEPS
 
 
-def test_a_record_from_before_there_were_launches(text, tmp_path, monkeypatch):
+def test_a_record_from_before_there_were_launches(text, whole, tmp_path, monkeypatch):
     """Its one launch is known by how it was started; a killed process leaves its time so far."""
-    stopped_early(text, tmp_path)
+    stopped_early(whole, tmp_path)
     old = json.loads((tmp_path / "run.json").read_text())
     del old["launches"]
     old |= {"created": "2026-01-01T00:00:00+0000", "argv": ["old"], "commit": "abc"}
@@ -256,6 +258,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_batch(text, tmp_p
     assert "finite" in record["error"]
 
 
+@pytest.mark.slow  # by command: tests/cli/test_commands.py
 def test_starting_from_another_runs_weights(text, whole, tmp_path):
     workdir, _ = whole
     fresh = _train(dataclasses.replace(experiment(text), steps=3), tmp_path / "a")
@@ -264,17 +267,17 @@ def test_starting_from_another_runs_weights(text, whole, tmp_path):
     assert started["train_loss"] < fresh["train_loss"]
 
 
-def stopped_early(text, workdir):
+def stopped_early(whole, workdir):
     """A run that was stopped after its first checkpoint, so without a summary."""
-    _train(experiment(text), workdir)
+    shutil.copytree(whole[0], workdir, dirs_exist_ok=True)
     shutil.rmtree(checkpoint.folder(workdir) / f"{STEPS:08d}")
     (workdir / "summary.json").unlink()
     return (workdir / "run.json").read_bytes()
 
 
-def test_what_is_refused_leaves_the_workdir_alone(text, tmp_path):
+def test_what_is_refused_leaves_the_workdir_alone(text, whole, tmp_path):
     """Twice, since a refusal that rewrote run.json would let the same command through."""
-    before = stopped_early(text, tmp_path)
+    before = stopped_early(whole, tmp_path)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"optim.lr: 0.01 there, 0.02 here"):
             _train(experiment(text, optim={"kind": "muon", "lr": 0.02}), tmp_path)
@@ -285,8 +288,8 @@ def test_what_is_refused_leaves_the_workdir_alone(text, tmp_path):
     assert _train(experiment(text), tmp_path)["steps"] == STEPS
 
 
-def test_fewer_steps_than_are_done_are_refused(text, tmp_path):
-    _train(experiment(text), tmp_path)
+def test_fewer_steps_than_are_done_are_refused(text, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     before = (tmp_path / "run.json").read_bytes()
     with pytest.raises(ValueError, match=r"config.steps: 6 asked for, 12 are done"):
         _train(experiment(text, steps=6), tmp_path)

@@ -32,7 +32,7 @@ def _close(a, b, atol):
         np.testing.assert_allclose(x, y, atol=atol)
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("accumulate", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulation_equals_the_large_batch(accumulate, rng):
     batch = packed(rng, rows=8)  # weights are uneven: the last row ends in padding
     definition, fresh, _ = _setup(small())
@@ -42,9 +42,21 @@ def test_accumulation_equals_the_large_batch(accumulate, rng):
     _close(report, summed, 1e-3)
 
 
-@pytest.mark.parametrize("changes", [{}, {"remat": "full"}, {"scan": False}])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_prices_move_once_per_step_whatever_is_recomputed(changes, accumulate, rng):
+# The two that could move a price twice are the default; each compiles a step of its own.
+@pytest.mark.parametrize(
+    ("accumulate", "changes"),
+    [
+        (1, {"scan": False}),
+        (2, {"remat": "full"}),
+        *(
+            pytest.param(accumulate, changes, marks=pytest.mark.slow)
+            for accumulate, changes in [
+                (1, {}), (1, {"remat": "full"}), (2, {}), (2, {"scan": False})
+            ]
+        ),
+    ],
+)
+def test_prices_move_once_per_step_whatever_is_recomputed(accumulate, changes, rng):
     """One step changes each bias by exactly rate * (sign - mean sign) of that step's load."""
     batch = packed(rng, rows=8)
     config = small(**changes)
