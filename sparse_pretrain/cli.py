@@ -27,7 +27,7 @@ COMMANDS = {
     "fit": "a scaling law from runs or a CSV, with intervals and a page",
     "isoflop": "plan and run a grid of sizes and tokens per budget, fit it, say what to run next",
     "placement": "replay a run's expert loads on devices: balance, bytes moved, simulated gain",
-    "reproduce": "run published claims to a verdict: PASS, FAIL or NOT RUN",
+    "reproduce": "run published claims to a verdict: PASS, FAIL or why not",
     "claims": "the ledger of claims: published, measured, criterion, verdict",
     "plan": "what a run costs on some chips, which plan it should use, and why",
     "config": "print a resolved configuration and what it costs, without training",

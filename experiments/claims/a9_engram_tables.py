@@ -1,10 +1,12 @@
 """A9: Parameters in Engram's tables.
 
-Source: 2601.07372, table of model sizes (Engram-27B and Engram-40B).
+Source: 2601.07372, tables 1 and 5; deepseek-ai/Engram, engram_demo_v1.py.
 Published: 5.79B and 18.53B.
 Kind: EXACT.
-Tested: a table for each of 8 heads and two orders of n-gram at two layers, each of prime size from
-    2,262,400 (7,239,680) rows on, no prime twice; 1,280 numbers a token in all tables of a layer.
+Tested: table 5's 2,262,400 and 7,239,680 rows (17.5 and 56 times the vocabulary of 129,280), a
+    table for each of 8 heads and orders 2 and 3 at layers 2 and 15, each of prime size from there
+    on, no prime twice, as in the released demo's calculate_vocab_size_across_layers; 1,280 numbers
+    a token in all tables of a layer. Table 1 prints 5.7B and 18.5B, cut off, not rounded.
 Criterion: within 0.5 %.
 Cost: under a second.
 Result: PASS at d4dca4e: 5.792B and 18.534B.
@@ -12,7 +14,8 @@ Result: PASS at d4dca4e: 5.792B and 18.534B.
 
 from sparse_pretrain.claims import base
 
-ROWS = {"Engram-27B": 2_262_400, "Engram-40B": 7_239_680}
+VOCAB = 129_280  # DeepSeek-V3's tokenizer
+ROWS = {"Engram-27B": 35 * VOCAB // 2, "Engram-40B": 56 * VOCAB}
 PUBLISHED = {"Engram-27B": 5.79e9, "Engram-40B": 18.53e9}
 HEADS, ORDERS, LAYERS, WIDTH = 8, 2, 2, 1280
 

@@ -1,1 +1,1 @@
-"""Published claims as experiments with a verdict: PASS, FAIL or NOT RUN."""
+"""Published claims as experiments with a verdict: PASS, FAIL, REPORTED or NOT RUN."""

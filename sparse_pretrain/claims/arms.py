@@ -214,17 +214,38 @@ def _step(definition: nn.Definition, section: lm.Config, tx: Any) -> Callable:
     return jax.jit(call, donate_argnums=0)
 
 
-def best_rate(
-    place: Bench, arm: Arm, rates: Sequence[float], seed: int = 100
-) -> tuple[float, dict[str, float], bool]:
-    """(the rate of the lowest held-out loss, every rate's loss, whether it lies inside the grid).
+def tuned(
+    place: Bench, arms: Sequence[Arm], grids: Sequence[Sequence[float]], *, seed: int = 100,
+    most: int = 4,
+) -> tuple[list[float], dict[str, dict[str, float]], bool]:  # fmt: skip
+    """(each arm's rate of the lowest held-out loss, every rate's loss, whether all lie inside).
 
-    One run a rate, on a seed that no comparison uses.
+    One run a rate, on a seed that no comparison uses. While an arm's best is at the edge of its
+    grid, every grid gains a rate, `most` times at most: arms have the same number of trials.
     """
-    found = {rate: arm.run(place, seed, rate=rate)["loss"] for rate in rates}
-    best = min(found, key=lambda rate: found[rate])
-    inside = best not in (min(rates), max(rates))
-    return best, {f"{rate:g}": loss for rate, loss in found.items()}, inside
+    tried = [sorted(grid) for grid in grids]
+    for grown in range(most + 1):
+        found = [
+            {rate: arm.run(place, seed, rate=rate)["loss"] for rate in grid}
+            for arm, grid in zip(arms, tried, strict=True)
+        ]
+        best = [min(losses, key=lambda rate: losses[rate]) for losses in found]
+        inside = all(r not in (g[0], g[-1]) for r, g in zip(best, tried, strict=True))
+        if inside or grown == most:
+            break
+        tried = [_wider(grid, rate) for grid, rate in zip(tried, best, strict=True)]
+    swept = {
+        arm.label: {f"{rate:g}": loss for rate, loss in sorted(losses.items())}
+        for arm, losses in zip(arms, found, strict=True)
+    }
+    return best, swept, inside
+
+
+def _wider(grid: list[float], best: float) -> list[float]:
+    """One more rate, by the grid's own step, at the end that the best one is nearer to."""
+    if grid.index(best) < len(grid) // 2:
+        return [grid[0] * grid[0] / grid[1], *grid]
+    return [*grid, grid[-1] * grid[-1] / grid[-2]]
 
 
 def count_model(place: Bench, task: Task, steps: int, order: int = 4) -> dict[str, float]:

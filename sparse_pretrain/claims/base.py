@@ -17,7 +17,8 @@ from typing import Any
 
 from sparse_pretrain import config, sections
 
-PASS, FAIL, NOT_RUN = "PASS", "FAIL", "NOT RUN"
+PASS, FAIL, REPORTED, NOT_RUN = "PASS", "FAIL", "REPORTED", "NOT RUN"
+VERDICTS = (PASS, FAIL, REPORTED, NOT_RUN)
 KINDS = ("EXACT", "REFIT", "DIRECTION")
 PARTS = ("Source", "Published", "Kind", "Tested", "Criterion", "Cost", "Result")
 
@@ -28,19 +29,24 @@ class NotRun(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a claim's experiment found.
+    """What a claim's experiment found; `passed` is None where its criterion has no rule.
 
     `measured` is one line for the ledger. `interval` is (value, low, high) at 95 % where there is
     chance in it, of what `of` names. `numbers` is all that the report shows, plain data.
     `analysis` says why it failed, or what a pass does not show.
     """
 
-    passed: bool
+    passed: bool | None
     measured: str
     interval: tuple[float, float, float] | None = None
     of: str = ""
     numbers: dict[str, Any] = dataclasses.field(default_factory=dict)
     analysis: str = ""
+
+
+def verdict(passed: bool | None) -> str:
+    """What an outcome is called."""
+    return REPORTED if passed is None else PASS if passed else FAIL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

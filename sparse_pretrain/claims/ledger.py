@@ -69,7 +69,7 @@ def _row(claim: base.Claim, result: dict[str, Any] | None) -> Row:
 
 def counts(table: Sequence[Row]) -> str:
     """How many claims have which verdict, in words."""
-    total = {v: sum(r.verdict == v for r in table) for v in (base.PASS, base.FAIL, base.NOT_RUN)}
+    total = {v: sum(r.verdict == v for r in table) for v in base.VERDICTS}
     void = len(table) - sum(total.values())
     text = ", ".join(f"{count} {verdict}" for verdict, count in total.items())
     return f"{len(table)} claims: {text}" + (f", {void} void" if void else "")

@@ -44,7 +44,7 @@ def write(
     result = {
         "id": claim.id,
         "name": claim.name,
-        "verdict": base.PASS if outcome.passed else base.FAIL,
+        "verdict": base.verdict(outcome.passed),
         "measured": outcome.measured,
         "interval": outcome.interval,
         "of": outcome.of,

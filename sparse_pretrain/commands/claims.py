@@ -67,7 +67,7 @@ def show(table) -> None:
 
     from sparse_pretrain.claims import ledger
 
-    colours = {"PASS": "green", "FAIL": "red", "NOT RUN": "yellow"}
+    colours = {"PASS": "green", "FAIL": "red", "REPORTED": "cyan", "NOT RUN": "yellow"}
     console = Console()
     found = Table(box=None, pad_edge=False, header_style="bold", show_lines=False)
     for name in ("", "claim", "published", "measured", "criterion"):

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         raise errors.Stopped(
             "interrupted; the same command goes on from here", errors.INTERRUPTED
         ) from None
-    total = {v: sum(d.verdict == v for d in done) for v in (base.PASS, base.FAIL, base.NOT_RUN)}
+    total = {v: sum(d.verdict == v for d in done) for v in base.VERDICTS}
     say(
         ", ".join(f"{n} {v}" for v, n in total.items()) + f" in {time.perf_counter() - began:.0f} s"
     )

@@ -94,6 +94,13 @@ def test_pass_fail_and_not_run(claim, tmp_path):
     assert json.loads((tmp_path / "out/c99_cheese.json").read_text())["verdict"] == base.FAIL
 
 
+def test_a_criterion_without_a_rule_is_reported(claim, tmp_path):
+    verdict = run(claim(text=TEXT.replace('run["x"] > 40, m', "None, m")), tmp_path)
+    assert verdict.verdict == base.REPORTED
+    (row,) = ledger.rows({"C99": claim()}, tmp_path / "out")
+    assert ledger.counts([row]) == "1 claims: 0 PASS, 0 FAIL, 1 REPORTED, 0 NOT RUN"
+
+
 def test_runs_are_kept_and_again_removes_them(claim, tmp_path):
     assert run(claim(41.5), tmp_path).result["numbers"]["x"] == 41.5
     assert run(claim(44.0), tmp_path).result["numbers"]["x"] == 41.5  # the same content: kept
@@ -164,7 +171,7 @@ def test_the_readme_and_the_report_are_current():
     report = (where / "REPORT.md").read_text(encoding="utf-8")
     assert report == ledger.report(known, where), "run sparse-pretrain claims --report"
     for row in table:
-        assert row.verdict in (base.PASS, base.FAIL, base.NOT_RUN), row
+        assert row.verdict in base.VERDICTS, row
         told = known[row.id].result
         if row.verdict != base.NOT_RUN:  # the file's own record is of the same verdict
             assert told.startswith(f"{row.verdict} at {row.commit[:7]}"), (row.id, told)
@@ -175,7 +182,7 @@ def test_the_commands(capsys, monkeypatch, tmp_path):
     assert cli.main(["reproduce", "A8", "a10_moba_sparsity", f"--results={tmp_path}"]) == 0
     out = capsys.readouterr().out
     assert out.count("PASS:") == 2
-    assert "2 PASS, 0 FAIL, 0 NOT RUN" in out
+    assert "2 PASS, 0 FAIL, 0 REPORTED, 0 NOT RUN" in out
     assert cli.main(["claims", "--json", "--section=A", f"--results={tmp_path}"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [r["id"] for r in rows if r["verdict"] == "PASS"] == ["A8", "A10"]
