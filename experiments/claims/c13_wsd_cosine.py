@@ -6,9 +6,9 @@ Kind: DIRECTION.
 Tested: a dense decoder of 2 layers and width 64, 1.2M bytes of the Python library, Muon; 5 %
     warm-up, WSD with 20 % decay by 1 - sqrt to 0 against cosine to 0; the same three rates for each
     on a seed of their own, and more in steps of two while a best one is at the edge; best against
-    best on eight paired seeds. A first run, of 0.3M bytes and a grid that ended at 0.04, the best of
-    both, gave -0.0855 and missed; its pairs differed by 0.017 (standard deviation), so that eight of
-    them could not have bounded a difference by 0.01.
+    best on eight paired seeds. A first run, of 0.3M bytes and a grid that ended at 0.04, the best
+    of both, gave -0.0855 and missed; its pairs differed by 0.017 (standard deviation), so that
+    eight of them could not have bounded a difference by 0.01.
 Criterion: difference below 0.01 nats/byte: the one-sided 95 % bounds on both sides inside it.
 Cost: 22 runs and two for every rate added, minutes.
 """
