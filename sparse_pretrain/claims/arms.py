@@ -167,6 +167,7 @@ class Arm:
             "bits_per_byte": scores["bits_per_byte"],
             "curve": curve,
             "train_loss": float(np.mean(losses[-20:])),
+            "losses": losses,
             "train_curve": [
                 float(np.mean(p)) for p in np.array_split(losses, min(100, len(losses)))
             ],
