@@ -252,18 +252,22 @@ def _curves(ranked: Sequence[Arm]) -> str:
 def _balance(ranked: Sequence[Arm]) -> str:
     """Every arm's score against how unevenly it uses its experts."""
     key = "max_vio_global"
-    found = [(a.name, a.mean(key), a.mean()) for a in ranked if a.values(key)]
+    found = [
+        (str(rank), a.mean(key), a.mean()) for rank, a in enumerate(ranked, 1) if a.values(key)
+    ]
     if len(found) < 2:
         return ""
     chart = Chart(x=f"{BALANCE[key]} (0 is even)", panels=["held-out bits/byte"], height=3.0)
     axes = chart.axes[0]
-    for i, (name, x, y) in enumerate(found):
-        chart.points([x], [y], colour=i)
-        axes.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
+    for rank, x, y in found:
+        chart.points([x], [y], colour=int(rank) - 1)
+        axes.annotate(rank, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
     if min(x for _, x, _ in found) > 0:
         axes.set_xscale("log")
-    axes.margins(x=0.2)
-    return html.section("Score against balance", chart.svg("score against balance"), id="balance")
+    axes.margins(x=0.1, y=0.1)
+    note = '<p class="soft">Numbers are ranks in the table.</p>'
+    svg = chart.svg("score against balance")
+    return html.section("Score against balance", svg + note, id="balance")
 
 
 def _domains(ranked: Sequence[Arm]) -> str:

@@ -135,11 +135,14 @@ def _optimal(rows: Sequence[Mapping[str, Any]]) -> str:
                 html.number(row["tokens_per_param"], 1),
                 html.number(row["loss"]),
                 html.Raw(f"{html.number(low)} to {html.number(high)}"),
-                row["validity"],
+                row["validity"].split(":")[0],
             ]
         )
+    # sentences stand below the table: in a cell they make every row of a narrow screen tall
+    notes = dict.fromkeys(row["validity"] for row in rows if ":" in row["validity"])
+    said = "".join(f'<p class="soft">{html.text(note)}</p>' for note in notes)
     header = ["FLOPs", "params", "tokens", "tokens/param", "loss", "95 %", "validity"]
-    return html.table(header, body, "nnnnnnw")
+    return html.table(header, body, "nnnnnnl") + said
 
 
 def _dropped(fit: record.Fit) -> str:
