@@ -1,19 +1,28 @@
-"""Training tokens/s of the quickstart's mixture over its dense baseline, by width.
+"""Training tokens/s of the quickstart's mixture over its dense baseline, by size.
 
-Question: at equal active FLOPs, from which width on does the mixture keep 0.8 of the dense model's
-          tokens/s on this machine?
+Question: at equal active FLOPs, from which width or batch on does the mixture keep 0.8 of the
+          dense model's tokens/s on this machine?
 Command:  python3 experiments/benchmarks/moe_speed.py
 Method:   both arms of experiments/quickstart.py and dense_baseline.py, every hidden width scaled
           with the model's, real batches, one step of each in turn in one process, after some steps
           in which the router settles. The ratio is that of the median seconds; its interval is
           bootstrapped over pairs.
-Measured: two Zen 5 cores, no AMX, jax 0.12.0.1, 7 rounds after 12 steps: 0.764 [0.762, 0.801] at
-          width 256, 0.701 [0.695, 0.713] at 512: MISSED at both.
-Learned:  width does not help: experts' products fall further behind the dense ones as they widen
-          (dispatch.py says where). More tokens a step are untried.
+Measured: two Zen 5 cores, no AMX, jax 0.12.0.1
+          width  tokens a step  ratio                  rounds
+          128    8,192          0.740 [0.677, 0.751]   15, first priority on a busy machine
+          128    16,384         0.720 [0.699, 0.739]   15, the same
+          256    8,192          0.764 [0.762, 0.801]   7, idle; 0.730 [0.704, 0.771] busy
+          256    32,768         0.757 [0.717, 0.811]   9, first priority on a busy machine
+          512    8,192          0.701 [0.695, 0.713]   7, idle
+          MISSED at every size tried: there is no smallest size without AMX (with it the
+          quickstart has 0.79 to 0.83).
+Learned:  neither width nor more tokens a step help much: experts' products fall behind the dense
+          ones as they widen (dispatch.py says where), and a quarter of their rows is padding at any
+          number of tokens. Next: a tighter layout for loads that are nearly even.
 """
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -33,13 +42,14 @@ ARMS = ("quickstart", "dense_baseline")
 MOE = "model.blocks.moe.ffn.hidden"
 
 
-def overrides(arm: str, width: int) -> list[str]:
-    """The arm at this width: hidden widths and heads' dims as multiples of it."""
+def overrides(arm: str, width: int, batch: int) -> list[str]:
+    """The arm at this width and rows a step: hidden widths and heads' dims as multiples."""
     hidden = width * 3 // 4  # an expert's; a token has three and the shared one
     if arm == "dense_baseline":
         hidden = -(-(4 * hidden + -(-16 // 3)) // 8) * 8
     values = {
         "model.width": width,
+        "data.batch": batch,
         "model.blocks.first.ffn.hidden": 3 * width,
         MOE: hidden,
         "steps": 1000,
@@ -55,8 +65,8 @@ def overrides(arm: str, width: int) -> list[str]:
 class Arm:
     """One model in training."""
 
-    def __init__(self, name: str, width: int):
-        p = run.prepare(config.resolve(name, overrides(name, width)))
+    def __init__(self, name: str, width: int, batch: int):
+        p = run.prepare(config.resolve(name, overrides(name, width, batch)))
         self.tokens, self.flops = p.run.tokens_per_step, p.derived["train_flops_per_token"]
         self.state = state.create(p.definition, p.tx, 0, ema=False)
         self.batches = p.dataset.train()
@@ -74,9 +84,9 @@ class Arm:
         return seconds
 
 
-def measured(width: int, settle: int, rounds: int) -> dict:
-    """The ratio at one width."""
-    arms = {name: Arm(name, width) for name in ARMS}
+def measured(width: int, batch: int, settle: int, rounds: int) -> dict:
+    """The ratio at one width and batch."""
+    arms = {name: Arm(name, width, batch) for name in ARMS}
     for _ in range(settle):
         arms["quickstart"].once()
     arms["dense_baseline"].once()
@@ -87,7 +97,8 @@ def measured(width: int, settle: int, rounds: int) -> dict:
     rates = {name: arms[name].tokens / np.median(t) for name, t in times.items()}
     pairs = [d / m for m, d in zip(*(times[n] for n in ARMS), strict=True)]
     found = median_and_interval(pairs)
-    row = {"width": width, "ratio": found["median"], "rounds": rounds}
+    row = {"width": width, "tokens_per_step": arms["quickstart"].tokens, "rounds": rounds}
+    row["ratio"] = found["median"]
     row |= {k: found[k] for k in ("low", "high")}
     row |= {f"{n}_tokens_per_second": float(r) for n, r in rates.items()}
     return row | {f"{n}_flops_per_token": arms[n].flops for n in ARMS}
@@ -96,18 +107,21 @@ def measured(width: int, settle: int, rounds: int) -> dict:
 def main() -> None:
     """Prints a row per width and writes experiments/results/moe_speed.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--widths", type=int, nargs="+", default=[256, 384, 512])
+    parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512])
+    parser.add_argument("--batches", type=int, nargs="+", default=[32], help="rows of 256 tokens")
     parser.add_argument("--settle", type=int, default=25, help="steps of the mixture before timing")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     use_threads(2)
     run.prepare_process()
     rows = []
-    for width in track(options.widths, "measuring"):
-        row = measured(width, options.settle, options.rounds)
+    cases = list(itertools.product(options.widths, options.batches))
+    for width, batch in track(cases, "measuring"):
+        row = measured(width, batch, options.settle, options.rounds)
         rows.append(row)
         print(
-            f"width {width}: mixture {row['quickstart_tokens_per_second']:.0f} tokens/s, dense "
+            f"width {width}, {row['tokens_per_step']} tokens a step: "
+            f"mixture {row['quickstart_tokens_per_second']:.0f} tokens/s, dense "
             f"{row['dense_baseline_tokens_per_second']:.0f}, ratio {row['ratio']:.3f} "
             f"[{row['low']:.3f}, {row['high']:.3f}]: {'met' if row['ratio'] >= BAR else 'MISSED'}"
         )
