@@ -3,7 +3,7 @@
 Source: 2408.15664, table 2.
 Published: 1B: MaxVio 0.72 to 0.04, perplexity 9.56 to 9.50; 3B: 0.52 to 0.04, 7.97 to 7.92.
 Kind: DIRECTION.
-Tested: 16 experts of width 64, two chosen, sigmoid scores, 2 layers of width 64, 1.2M bytes of the
+Tested: 16 experts of width 64, two chosen, sigmoid scores, 2 layers of width 64, 0.6M bytes of the
     Python library; the auxiliary loss at the paper's weight of 0.001, biases at a rate of 0.01
     (0.001 times ten, for a short run); the same three learning rates for each on a seed of their
     own, and more while a best one is at the edge; best against best on three paired seeds. MaxVio
@@ -28,7 +28,7 @@ ARMS = {
 
 def measure(bench):
     """MaxVio and perplexity of both arms at every seed."""
-    task, steps = arms.text(), bench.size(600, 10_000)
+    task, steps = arms.text(), bench.size(300, 10_000)
     width = bench.size(arms.WIDTH, 512)
     made = []
     for name, router in ARMS.items():

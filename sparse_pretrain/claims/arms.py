@@ -216,13 +216,14 @@ def _step(definition: nn.Definition, section: lm.Config, tx: Any) -> Callable:
 
 
 def tuned(
-    place: Bench, arms: Sequence[Arm], grids: Sequence[Sequence[float]], *, seed: int = 100,
+    place: Bench, arms: Sequence[Any], grids: Sequence[Sequence[float]], *, seed: int = 100,
     most: int = 4,
 ) -> tuple[list[float], dict[str, dict[str, float]], bool]:  # fmt: skip
     """(each arm's rate of the lowest held-out loss, every rate's loss, whether all lie inside).
 
-    One run a rate, on a seed that no comparison uses. While an arm's best is at the edge of its
-    grid, every grid gains a rate, `most` times at most: arms have the same number of trials.
+    An arm has a `label` and a `run`. One run a rate, on a seed that no comparison uses. While an
+    arm's best is at the edge of its grid, every grid gains a rate, `most` times at most: arms have
+    the same number of trials.
     """
     tried = [sorted(grid) for grid in grids]
     for grown in range(most + 1):
