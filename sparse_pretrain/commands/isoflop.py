@@ -50,6 +50,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--bootstrap", type=int, default=400, metavar="N", help="refits for intervals (400)"
     )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (1)")
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="a process for each run: seconds longer, and the memory at its peak is that run's own",
+    )
     parser.add_argument("--plan", action="store_true", help="print the grid and its cost, run none")
     parser.add_argument(
         "--fit-only", action="store_true", help="fit the runs that are finished, run none"
@@ -107,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     file = isoflop.write(root, grid)
     record: dict[str, Any] = {"interrupted": False, "children": []}
     if not args.fit_only:
-        record = isoflop.run(file, root, workers=args.workers, console=console)
+        record = isoflop.run(file, root, workers=args.workers, warm=not args.fresh, console=console)
     rows = isoflop.results(root)
     if rows:
         with status("fitting"):
@@ -162,7 +167,13 @@ def beyond(args: Any, grid: Any, root: Path, widths: Any, given: Any, console: A
         return 0
     if not (folder / calibration.FILE).is_file():
         raise errors.Usage(f"--beyond=run: {folder} holds no forecasts; --beyond=forecast first")
-    isoflop.run(folder / isoflop.SWEEP, folder, workers=args.workers, console=console)
+    isoflop.run(
+        folder / isoflop.SWEEP,
+        folder,
+        workers=args.workers,
+        warm=not args.fresh,
+        console=console,
+    )
     said = calibration.score(folder)
     (folder / "score.json").write_text(json.dumps(said, indent=1) + "\n")
     if args.json:

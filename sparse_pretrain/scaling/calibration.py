@@ -11,6 +11,7 @@ from sparse_pretrain.scaling.fit import laws, record
 
 FACTORS = (1.5, 2.5, 4.0)  # times the grid's largest budget
 FILE = "forecasts.json"
+COSTS = ("seconds", "cpu_seconds", "memory")
 
 
 def choose(
@@ -85,18 +86,21 @@ def score(root: Path) -> dict[str, Any]:
         row = done.get(key(said))
         if row is None:
             continue
-        runs.append(
-            {k: said[k] for k in ("arm", "width", "params", "tokens", "flops", "loss", "interval")}
-            | {"measured": row["loss"], "error": row["loss"] / said["loss"] - 1}
-            | {"loss_inside": _inside(row["loss"], said["interval"])}
-            | {"seconds": row["seconds"], "seconds_interval": said["seconds_interval"]}
-            | {"seconds_inside": _inside(row["seconds"], said["seconds_interval"])}
-            | {"memory": row["memory"], "memory_interval": said["memory_interval"]}
-            | {"memory_inside": _inside(row["memory"], said["memory_interval"])}
-        )
+        one = {
+            k: said[k] for k in ("arm", "width", "params", "tokens", "flops", "loss", "interval")
+        }
+        one |= {"measured": row["loss"], "error": row["loss"] / said["loss"] - 1}
+        one["loss_inside"] = _inside(row["loss"], said["interval"])
+        for name in COSTS:
+            if name in said and row.get(name) is not None:
+                one |= {name: row[name], f"{name}_forecast": said[name]}
+                one[f"{name}_interval"] = said[f"{name}_interval"]
+                one[f"{name}_inside"] = _inside(row[name], said[f"{name}_interval"])
+        runs.append(one)
     if not runs:
         raise ValueError(f"forecast: no run of {root} is finished")
-    inside = {k: sum(r[f"{k}_inside"] for r in runs) for k in ("loss", "seconds", "memory")}
+    known = [k for k in ("loss", *COSTS) if all(f"{k}_inside" in r for r in runs)]
+    inside = {k: sum(r[f"{k}_inside"] for r in runs) for k in known}
     return {"forecast": len(made), "finished": len(runs), "inside": inside, "runs": runs}
 
 

@@ -122,10 +122,11 @@ def of_config(fit: record.Fit, experiment: configs.Experiment, tokens: float) ->
 
 
 def cost(rows: Sequence[Mapping[str, Any]], params: float, tokens: float) -> dict[str, Any]:
-    """Seconds of training and bytes at the peak of a run like the finished `rows`.
+    """Seconds of training, CPU seconds and bytes at the peak of a run like the finished `rows`.
 
     log seconds is fitted to log params and log tokens, log memory to log params, each with the
-    95 % Student interval of a further run; they hold for the machine and the load of the rows.
+    95 % Student interval of a further run; seconds hold for the machine and the load of the rows,
+    CPU seconds (where all rows have them) for the machine.
     Errors: ValueError below five rows.
     """
     if len(rows) < 5:
@@ -134,14 +135,15 @@ def cost(rows: Sequence[Mapping[str, Any]], params: float, tokens: float) -> dic
     one = np.ones(len(rows))
     size, length = column("params"), column("tokens")
     at = np.array([1.0, np.log(params), np.log(tokens)])
-    seconds = _further(np.column_stack([one, size, length]), column("seconds"), at)
-    memory = _further(np.column_stack([one, size]), column("memory"), at[:2])
-    return {
-        "seconds": seconds[0],
-        "seconds_interval": list(seconds[1:]),
-        "memory": memory[0],
-        "memory_interval": list(memory[1:]),
-    }
+    work = np.column_stack([one, size, length])
+    said: dict[str, Any] = {}
+    for name in ("seconds", "cpu_seconds", "memory"):
+        if name == "cpu_seconds" and not all(row.get(name) for row in rows):
+            continue
+        x, place = (work[:, :2], at[:2]) if name == "memory" else (work, at)
+        said[name], *interval = _further(x, column(name), place)
+        said[f"{name}_interval"] = interval
+    return said
 
 
 def _further(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> tuple[float, float, float]:

@@ -188,7 +188,7 @@ class Trainer:
         """Every step; a step's metrics are read after the next one was handed to the device."""
         e = self.experiment
         self.peak, _ = chips.peak_flops()
-        pending, first, clock = None, int(train_state.step), time.perf_counter()
+        pending, first, clock = None, int(train_state.step), _clock()
         stop = processes.Stop(asked)
         for n in range(first + 1, self.steps + 1):
             if not self.course.compiled(n):  # a phase begins
@@ -196,7 +196,7 @@ class Trainer:
                     self._report(*pending, clock, bar)
                     pending = None
                 self.course.step(n, train_state, self.p.put(batch))
-                clock = time.perf_counter()
+                clock = _clock()
             rows_here = self.p.put(batch)
             train_state, out = self.course.step(n, train_state, rows_here)(train_state, rows_here)
             if e.placement.every and n % e.placement.every == 0:
@@ -220,7 +220,7 @@ class Trainer:
                 if last and not e.checkpoint.best:  # a crash in scoring costs no training
                     self._evaluate(train_state, n)
             if save or score:
-                clock = time.perf_counter()
+                clock = _clock()
             if asked_now and n < self.steps:
                 self.saver.wait()
                 raise recovery.Interrupted(
@@ -231,11 +231,11 @@ class Trainer:
                 batch = next(batches)
         return train_state
 
-    def _report(self, n, out, batch, clock, bar) -> float:
+    def _report(self, n, out, batch, clock, bar) -> tuple[float, float]:
         """Reads a step's metrics (waiting for the device), writes and shows them."""
         out = jax.device_get(out)
-        now = time.perf_counter()
-        loss, seconds = float(out["loss"]), now - clock
+        now = _clock()
+        loss, seconds, cpu = float(out["loss"]), now[0] - clock[0], now[1] - clock[1]
         if not (math.isfinite(loss) and math.isfinite(float(out["grad_norm"]))):
             path = recovery.save_batch(self.workdir, n, batch)
             raise recovery.RunFailed(
@@ -244,7 +244,7 @@ class Trainer:
             )
         per_step = self.p.run.tokens_per_step
         row = {"step": n, "tokens": n * per_step, **self.course.name(n)}
-        row |= rows.of_step(out, tokens=per_step, seconds=seconds)
+        row |= rows.of_step(out, tokens=per_step, seconds=seconds, cpu=cpu)
         row["mfu"] = row["tokens_per_second"] * self.course.flops_per_token(n) / self.peak
         if out["max_vio"] and (n % max(1, self.steps // 100) == 0 or n in (1, self.steps)):
             self.writer.moe(n, rows.of_experts(out))
@@ -310,6 +310,7 @@ class Trainer:
             "mfu": float(np.median([r["mfu"] for r in steps])),
             "compile_seconds": self.record.total("compile_seconds"),
             "train_seconds": training,  # of steps that stayed, not of those a crash undid
+            "train_cpu_seconds": rows.cpu_seconds(steps),
             "wall_seconds": wall,
             "goodput": training / wall,
             "peak_memory_bytes": record.peak_memory(),
@@ -347,6 +348,11 @@ class Trainer:
                 seed=self.experiment.seed,
             )
         return {"prompt": s.prompt, "text": text}
+
+
+def _clock() -> tuple[float, float]:
+    """(seconds, CPU seconds of this process so far)."""
+    return time.perf_counter(), time.process_time()
 
 
 class _NoBar:

@@ -7,8 +7,8 @@ import numpy as np
 from sparse_pretrain.training import evaluate
 
 
-def of_step(out: dict[str, Any], *, tokens: int, seconds: float) -> dict[str, Any]:
-    """A step's numbers as in metrics.jsonl; `tokens` positions took `seconds`."""
+def of_step(out: dict[str, Any], *, tokens: int, seconds: float, cpu: float) -> dict[str, Any]:
+    """A step's numbers as in metrics.jsonl; `tokens` positions took `seconds`, and `cpu` of CPU."""
     row = {
         "loss": float(out["loss"]),
         "bits_per_byte": float(out["bits_per_byte"]),
@@ -16,6 +16,7 @@ def of_step(out: dict[str, Any], *, tokens: int, seconds: float) -> dict[str, An
         "grad_norm": float(out["grad_norm"]),
         "tokens_per_second": tokens / seconds,  # as in the summary: all positions
         "step_seconds": seconds,
+        "step_cpu_seconds": cpu,  # all threads of this process: what a busy machine cannot stretch
     }
     if "indexer_loss" in out:
         row["indexer_loss"] = float(out["indexer_loss"])
@@ -54,6 +55,13 @@ def _market(told: dict[str, Any]) -> dict[str, Any]:
             layers = [np.atleast_2d(a) if wide else np.atleast_1d(a) for a in known]
             rows[name] = np.concatenate(layers).tolist()
     return rows
+
+
+def cpu_seconds(steps: list[dict[str, Any]]) -> float | None:
+    """CPU time of the steps; None when some are of a run from before it was recorded."""
+    if any("step_cpu_seconds" not in row for row in steps):
+        return None
+    return float(sum(row["step_cpu_seconds"] for row in steps))
 
 
 def batch_balance(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -189,7 +189,7 @@ def test_its_experts_are_balanced_and_its_loss_is_reported(rng):
     sign = np.sign(load.mean() - load)
     bias = after.router["mtp_0"]["ffn"]["router"]["bias"]
     np.testing.assert_allclose(bias, 0.01 * (sign - sign.mean()), atol=1e-7)
-    row = rows.of_step(jax.device_get(out), tokens=1, seconds=1.0)
+    row = rows.of_step(jax.device_get(out), tokens=1, seconds=1.0, cpu=1.0)
     assert len(row["mtp_loss"]) == 1
     assert abs(row["mtp_loss"][0] - np.log(61)) < 0.5
     assert len(rows.of_experts(jax.device_get(out))["load"]) == 1

@@ -9,8 +9,9 @@ def rows(root: Path, depth: int = 4) -> tuple[list[dict[str, Any]], list[str]]:
     """(a row per finished run at or below `root`, a line per run left out), sorted by folder.
 
     Units: `params` model FLOPs per token of training over 6; `total_params`, `active_params`
-    parameters; `tokens` training targets; `loss` held-out nats/token; `seconds` of training,
-    `memory` bytes at the peak.
+    parameters; `tokens` training targets; `loss` held-out nats/token; `seconds` of training steps,
+    `cpu_seconds` what the process's threads spent on them (None of older runs), `memory` bytes at
+    the peak of the process.
     """
     found: list[dict[str, Any]] = []
     left: list[str] = []
@@ -41,6 +42,7 @@ def rows(root: Path, depth: int = 4) -> tuple[list[dict[str, Any]], list[str]]:
                 "seed": (run.get("config") or {}).get("seed"),
                 "lr": ((run.get("config") or {}).get("optim") or {}).get("lr"),
                 "seconds": summary.get("train_seconds"),
+                "cpu_seconds": summary.get("train_cpu_seconds"),
                 "tokens_per_second": summary.get("tokens_per_second"),
                 "memory": summary.get("peak_memory_bytes"),
                 "corpus": summary.get("manifest_hash") or "",
