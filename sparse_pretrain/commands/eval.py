@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   sparse-pretrain eval --workdir=runs/quickstart --data=text_folder:notes
   sparse-pretrain eval --workdir=runs/quickstart --checkpoint=best
   sparse-pretrain eval --workdir=runs/quickstart --tasks=tasks.jsonl
+  sparse-pretrain eval --workdir=runs/quickstart --tasks=heldout:400
   sparse-pretrain eval --workdir=runs/quickstart --unread=1000000
 
 A line of the tasks is {"prompt": "2 + 2 =", "choices": ["3", "4"], "answer": 1}.
@@ -35,7 +36,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="score this much training text that the run has not read",
     )
     parser.add_argument(
-        "--tasks", metavar="FILE", help="score multiple-choice tasks, JSON lines, by likelihood"
+        "--tasks",
+        metavar="FILE",
+        help="score multiple-choice tasks by likelihood: JSON lines, or heldout:COUNT, which asks "
+        "for the right continuation of held-out text",
     )
     parser.add_argument("--json", action="store_true", help="for programs")
 
@@ -80,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     found["step"] = opened.step
     if args.tasks is not None:
         with status("scoring the tasks"):
-            found["tasks"] = trained.choices(opened, Path(args.tasks).expanduser())
+            found["tasks"] = trained.choices(opened, args.tasks)
     if args.tasks is None or text is not None or args.data is not None or args.unread:
         with status("scoring the text"):
             try:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_pretrain.commands import errors
-from sparse_pretrain.commands.fit import numbers
+from sparse_pretrain.commands.fit import numbers, score
 
 OVERRIDES = True
 EXAMPLES = """examples:
@@ -54,6 +54,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--fresh",
         action="store_true",
         help="a process for each run: seconds longer, and the memory at its peak is that run's own",
+    )
+    parser.add_argument(
+        "--tasks",
+        metavar="FILE",
+        help="score every run on multiple-choice tasks, as `eval --tasks` does, and forecast "
+        "accuracy beside loss",
     )
     parser.add_argument("--plan", action="store_true", help="print the grid and its cost, run none")
     parser.add_argument(
@@ -113,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
     record: dict[str, Any] = {"interrupted": False, "children": []}
     if not args.fit_only:
         record = isoflop.run(file, root, workers=args.workers, warm=not args.fresh, console=console)
+    if args.tasks is not None:
+        score(root, args.tasks)
     rows = isoflop.results(root)
     if rows:
         with status("fitting"):
@@ -132,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
 def beyond(args: Any, grid: Any, root: Path, widths: Any, given: Any, console: Any) -> int:
     """Forecast runs beyond the grid, or run and score them."""
     from sparse_pretrain.scaling import calibration, isoflop
+    from sparse_pretrain.scaling.fit import accuracy
 
     folder = root / "beyond"
     if args.beyond == "forecast":
@@ -158,7 +167,8 @@ def beyond(args: Any, grid: Any, root: Path, widths: Any, given: Any, console: A
             console.print(
                 f"{row['arm']} width {row['width']}, {row['tokens']:.3g} tokens: loss "
                 f"{row['loss']:.4f} [{low:.4f}, {high:.4f}], {row['seconds']:.3g} s, "
-                f"{row['memory']:.3g} bytes; {row['validity']}",
+                f"{row['memory']:.3g} bytes; {row['validity']}; "
+                f"{'; '.join(accuracy.sentence(told) for told in row['accuracy'])}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
@@ -174,13 +184,15 @@ def beyond(args: Any, grid: Any, root: Path, widths: Any, given: Any, console: A
         warm=not args.fresh,
         console=console,
     )
+    if args.tasks is not None:
+        score(folder, args.tasks)
     said = calibration.score(folder)
     (folder / "score.json").write_text(json.dumps(said, indent=1) + "\n")
     if args.json:
         print(json.dumps(said, indent=1))
     else:
         for what, inside in said["inside"].items():
-            line = f"{what}: {inside} of {said['finished']} inside their 95 % intervals"
+            line = f"{what}: {inside} of {said['of'][what]} inside their 95 % intervals"
             console.print(line, highlight=False)
     return 0
 
@@ -237,6 +249,8 @@ def show(said: dict[str, Any], root: Path, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"arms": said["arms"], "leverage": said["leverage"]}, indent=1))
         return
+    from sparse_pretrain.scaling.fit import accuracy
+
     console = Console()
     lines = []
     for arm, own in said["arms"].items():
@@ -253,6 +267,7 @@ def show(said: dict[str, Any], root: Path, *, as_json: bool) -> None:
         lines.append(
             f"  buy next: {best['params']:.3g} params on {best['tokens']:.3g} tokens: {best['why']}"
         )
+        lines += [f"  {accuracy.described(curve)}" for curve in own["accuracy"]]
     for arm, found in said["leverage"].items():
         last = found[-1]
         low, high = last["interval"]

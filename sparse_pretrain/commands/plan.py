@@ -13,10 +13,15 @@ EXAMPLES = """examples:
   sparse-pretrain plan --config=mixtral_8x7b --chips=v5p:4x4x8 --plan=fsdp_ep
   sparse-pretrain plan --config=deepseek/v3 --chips=h800:2048 --compile
   sparse-pretrain plan --budget=1000usd --chips=h200:1
+  sparse-pretrain plan --budget=0.1h --config=experiments/isoflop.py:moe --fit=runs/isoflop/fits/1
 
 A step's time comes from a roofline with two fitted constants: four of five published runs lie
 within a factor 1.34 of it (experiments/benchmarks/published_costs.py). --compile asks the chips'
 own compiler for memory and collectives of the real step: pip install 'sparse-pretrain[compile]'.
+
+The loss is forecast by --fit: the folder or fit.json of a sweep of yours (`fit`, `isoflop`), or a
+fit that ships, with the range it is known for. --budget tries the widths of --config, or a ladder
+of dense Llamas; lr.json and batch.json beside the fit (`fit --law=lr`) set rate and batch.
 """
 SHOWN = 5
 
@@ -46,6 +51,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="AMOUNT",
         help="1000usd, or 8h on all chips: the model, data and plan to spend it on",
     )
+    parser.add_argument(
+        "--fit",
+        metavar="WHERE",
+        help="a fit's folder or file, or the name of one that ships, to forecast the loss by "
+        "(default: chinchilla)",
+    )
     parser.add_argument("--compile", action="store_true", help="ask the chips' own compiler")
     parser.add_argument("--json", action="store_true", help="for programs")
 
@@ -66,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
     if args.budget is not None:
         from sparse_pretrain.planning import forecast
 
-        told = forecast.spend(args.budget, fleet, args.price)
+        fit, laws = _fits(args)
+        rungs = _rungs(args) if args.config or args.overrides else None
+        told = forecast.spend(args.budget, fleet, args.price, fit=fit, rungs=rungs, laws=laws)
         print(json.dumps(told, indent=1) if args.json else forecast.sentences(told))
         return 0
     found, told = _plan(args, fleet)
@@ -75,6 +88,46 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _show(found, told)
     return 0
+
+
+def _fits(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """(the law of loss, the laws of lr and batch that lie beside it)."""
+    from pathlib import Path
+
+    from sparse_pretrain.planning import forecast as budgets
+    from sparse_pretrain.scaling import forecast
+    from sparse_pretrain.scaling.fit import settings
+
+    try:
+        fit = forecast.read(args.fit or budgets.DEFAULT)
+    except ValueError as e:
+        raise errors.Usage(f"--fit: {str(e).removeprefix('fit: ')}") from None
+    folder = Path(args.fit or "").expanduser()
+    folder = folder if folder.is_dir() else folder.parent
+    laws = {}
+    for name in settings.SETTINGS if args.fit else ():
+        if (folder / f"{name}.json").is_file():
+            laws[name] = settings.read(folder / f"{name}.json")
+    return fit, laws
+
+
+def _rungs(args: argparse.Namespace) -> Any:
+    """The configuration at every width at which its heads are whole."""
+    import dataclasses
+
+    from sparse_pretrain import config
+    from sparse_pretrain.planning import forecast
+    from sparse_pretrain.scaling import sizes
+
+    base = _experiment(args)
+    for width in sizes.widths(base):
+        own = sizes.resize(base, width)
+        flags = [*args.overrides, *(f"{key}={value}" for key, value in own.items())]
+        experiment = config.resolve(args.config, flags)
+        model = dataclasses.replace(experiment.model, vocab=base.model.vocab)
+        found = dataclasses.replace(experiment, model=model)
+        given = dict(flag.split("=", 1) for flag in args.overrides)
+        yield forecast.Rung(args.config or "quickstart", found, given | own, own=True)
 
 
 def _plan(args: argparse.Namespace, fleet: Any) -> tuple[Any, dict[str, Any]]:
@@ -93,6 +146,7 @@ def _plan(args: argparse.Namespace, fleet: Any) -> tuple[Any, dict[str, Any]]:
     found = planner.Planner(problem)
     ranked = planner.chosen(found, names)
     told = summary.of(found, ranked, tokens=args.tokens, price=args.price, config=args.config)
+    told["forecast"] = _forecast(args, experiment, told["tokens"])
     if args.compile:
         import dataclasses
 
@@ -105,6 +159,20 @@ def _plan(args: argparse.Namespace, fleet: Any) -> tuple[Any, dict[str, Any]]:
         told["compiled"] = dataclasses.asdict(made)
         told["compiled"]["fits"] = made.memory_per_chip_bytes <= fleet.chip.memory
     return ranked, told
+
+
+def _forecast(args: argparse.Namespace, experiment: Any, tokens: float | None) -> Any:
+    """The loss after `tokens`, by --fit; None while nothing says how many they are."""
+    if not tokens:
+        return None
+    from sparse_pretrain.scaling import forecast
+
+    fit, _ = _fits(args)
+    said = forecast.of_config(fit, experiment, tokens)
+    return said | {
+        "law": fit.provenance["data"],
+        "law_span": {k: list(v) for k, v in fit.span.items()},
+    }
 
 
 def _experiment(args: argparse.Namespace) -> Any:
@@ -123,7 +191,7 @@ def _show(ranked: Any, told: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from sparse_pretrain.planning import summary
+    from sparse_pretrain.planning import forecast, summary
 
     console = Console()
     console.print(summary.headline(told), soft_wrap=True, highlight=False)
@@ -140,5 +208,8 @@ def _show(ranked: Any, told: dict[str, Any]) -> None:
         table.add_row(*(Text(str(c)) for c in (*cells, *numbers)), style=style)
     console.print(table)
     console.print()
-    for line in summary.sentences(told):
+    lines = summary.sentences(told)
+    if told["forecast"]:
+        lines[-1:-1] = forecast.said(told["forecast"], told["forecast"]["law"])
+    for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -62,7 +62,7 @@ def write(
         found.append(
             {"arm": p.arm, "width": p.width, "params": p.params, "tokens": p.tokens}
             | {"flops": p.flops, "overrides": p.overrides}
-            | {k: said[k] for k in ("loss", "interval", "half_width", "validity")}
+            | {k: said[k] for k in ("loss", "interval", "half_width", "validity", "accuracy")}
             | forecast.cost(own, p.params, p.tokens)
         )
     isoflop.write(root, points)
@@ -72,6 +72,8 @@ def write(
 
 def score(root: Path) -> dict[str, Any]:
     """How many of the finished runs in `root` lie inside their forecasts' intervals.
+
+    `of` counts those of which each was forecast and measured.
 
     Errors: ValueError when there is no forecast, or no run is finished.
     """
@@ -96,12 +98,26 @@ def score(root: Path) -> dict[str, Any]:
                 one |= {name: row[name], f"{name}_forecast": said[name]}
                 one[f"{name}_interval"] = said[f"{name}_interval"]
                 one[f"{name}_inside"] = _inside(row[name], said[f"{name}_interval"])
+        answers = row.get("tasks") or {}
+        for told in said.get("accuracy") or ():
+            if told["accuracy"] is not None and told["task"] in answers:
+                right = answers[told["task"]]["accuracy"]
+                inside = _inside(right, told["interval"])
+                one.setdefault("accuracy", []).append(told | {"measured": right, "inside": inside})
+        if one.get("accuracy"):
+            one["accuracy_inside"] = all(a["inside"] for a in one["accuracy"])
         runs.append(one)
     if not runs:
         raise ValueError(f"forecast: no run of {root} is finished")
-    known = [k for k in ("loss", *COSTS) if all(f"{k}_inside" in r for r in runs)]
-    inside = {k: sum(r[f"{k}_inside"] for r in runs) for k in known}
-    return {"forecast": len(made), "finished": len(runs), "inside": inside, "runs": runs}
+    known = ("loss", *COSTS, "accuracy")
+    held = {k: [r[f"{k}_inside"] for r in runs if f"{k}_inside" in r] for k in known}
+    return {
+        "forecast": len(made),
+        "finished": len(runs),
+        "inside": {k: sum(v) for k, v in held.items() if v},
+        "of": {k: len(v) for k, v in held.items() if v},
+        "runs": runs,
+    }
 
 
 def _inside(value: float, interval: Sequence[float]) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from sparse_pretrain import config as configs
 from sparse_pretrain.planning import flops
-from sparse_pretrain.scaling.fit import laws, record
+from sparse_pretrain.scaling.fit import accuracy, laws, record
 
 SHIPPED = Path(__file__).with_name("fit") / "shipped"
 REACH = 4.0  # times beyond the fitted span: as far as the planted laws and our own runs were tested
@@ -23,7 +23,8 @@ def loss(fit: record.Fit, **columns: float) -> dict[str, Any]:
     else the law takes.
 
     Returns `loss`, `interval` (95 %, of the run's loss), `law_interval` (of the law alone),
-    `half_width` over the loss, `validity` and `reach`, the largest factor beyond the fitted span.
+    `half_width` over the loss, `validity` and `reach`, the largest factor beyond the fitted span,
+    and `accuracy`, what the loss says of each task that the fitted runs were scored on.
     Units: nats/token. Errors: ValueError naming a column that is missing or not positive.
     """
     found = laws.find(fit.kind)
@@ -46,7 +47,25 @@ def loss(fit: record.Fit, **columns: float) -> dict[str, Any]:
         "half_width": (high - low) / 2 / middle,
         "validity": said,
         "reach": reach,
+        "accuracy": accuracies(fit, middle, [low, high], said),
     }
+
+
+def accuracies(
+    fit: record.Fit, loss: float, interval: Sequence[float], validity: str
+) -> list[dict[str, Any]]:
+    """Accuracy at a forecast loss, a row per task; a row without one says why.
+
+    A loss that lies outside the law's validity says nothing of accuracy.
+    """
+    none = {"task": "", "accuracy": None, "interval": None}
+    if not fit.accuracy:
+        return [none | {"validity": accuracy.NONE}]
+    curves = [accuracy.from_json(curve) for curve in fit.accuracy]
+    if validity.startswith(accuracy.OUTSIDE):
+        why = f"{accuracy.OUTSIDE}: the loss itself is"
+        return [none | {"task": curve.task, "validity": why} for curve in curves]
+    return [accuracy.predict(curve, loss, interval) for curve in curves]
 
 
 def validity(fit: record.Fit, columns: Mapping[str, float]) -> tuple[str, float]:
@@ -83,6 +102,8 @@ def optimal(fit: record.Fit, budgets: Sequence[float] = (), expansion: float = 1
         (n_low, n_high), (d_low, d_high), (l_low, l_high) = (
             [float(x) for x in np.nanpercentile(d, [2.5, 97.5])] for d in drawn
         )
+        given = {"flops": float(budget), "params": params, "tokens": tokens}
+        said = validity(fit, given)[0]
         out.append(
             {
                 "flops": float(budget),
@@ -93,7 +114,8 @@ def optimal(fit: record.Fit, budgets: Sequence[float] = (), expansion: float = 1
                 "tokens_per_param": tokens / params,
                 "loss": value,
                 "loss_interval": [l_low, l_high],
-                "validity": validity(fit, {"flops": budget, "params": params, "tokens": tokens})[0],
+                "validity": said,
+                "accuracy": accuracies(fit, value, [l_low, l_high], said),
             }
         )
     return out
@@ -103,8 +125,7 @@ def of_config(fit: record.Fit, experiment: configs.Experiment, tokens: float) ->
     """The loss of a configuration after `tokens`, as `loss` says it.
 
     Its size is training FLOPs per token over 6, so that C = 6 N D is what is counted; `expansion`
-    follows from the model where the law takes it. `accuracy` is None, with the reason
-    beside it: no law here goes from loss to accuracy.
+    follows from the model where the law takes it.
     Errors: ValueError when the vocabulary is not filled in, or the law needs what no model says.
     """
     model, seq = experiment.model, experiment.data.seq
@@ -117,8 +138,7 @@ def of_config(fit: record.Fit, experiment: configs.Experiment, tokens: float) ->
         given["expansion"] = counts.total / counts.active
     if fit.kind == "sparse_attention":
         raise ValueError("keys: what this model reads a token is not known; give it to `loss`")
-    said = loss(fit, **given) | given
-    return said | {"accuracy": None, "accuracy_validity": "outside validity: no fit of accuracy"}
+    return loss(fit, **given) | given
 
 
 def cost(rows: Sequence[Mapping[str, Any]], params: float, tokens: float) -> dict[str, Any]:

@@ -100,25 +100,12 @@ def plan(
     for arm in arms:
         base = configs.resolve(arm, [f"{k}={v}" for k, v in given.items()])
         held = data.load(base.data, seed=base.seed)
-        tried = list(widths) or _widths(base)
+        tried = list(widths) or sizes.widths(base)
         family = sizes.family(arm, tried, given, held.vocab)
         most = held.train_tokens
         found = points(arm, family, sorted(budgets), most_tokens=most, count=count, ratio=ratio)
         out += [dataclasses.replace(p, overrides=given | p.overrides) for p in found]
     return sorted(out, key=lambda p: p.budget)
-
-
-def _widths(base: configs.Experiment) -> list[int]:
-    """Widths about the experiment's own at which its heads are whole."""
-    found = []
-    for factor in (1 / 4, 3 / 8, 1 / 2, 3 / 4, 1, 3 / 2, 2, 3, 4):
-        width = round(base.model.width * factor)
-        try:
-            sizes.resize(base, width)
-        except ValueError:
-            continue
-        found.append(width)
-    return found
 
 
 def write(root: Path, grid: Sequence[Point]) -> Path:
@@ -203,7 +190,7 @@ def analyse(rows: Sequence[dict[str, Any]], *, bootstrap: int = 400) -> dict[str
 
 
 def _arm(arm: str, rows: list[dict[str, Any]], bootstrap: int) -> tuple[dict[str, Any], Any, Any]:
-    from sparse_pretrain.scaling.fit import fitting, parabola, tables
+    from sparse_pretrain.scaling.fit import accuracy, fitting, parabola, tables
 
     column = lambda key: np.array([row[key] for row in rows], np.float64)  # noqa: E731
     table = tables.Table(
@@ -225,7 +212,12 @@ def _arm(arm: str, rows: list[dict[str, Any]], bootstrap: int) -> tuple[dict[str
         fit = fitting.fit(table, bootstrap=bootstrap)
     except ValueError as e:
         return found | {"law": None, "why": str(e)}, None, table
+    curves = accuracy.of_rows(rows, bootstrap=bootstrap)
+    fit = dataclasses.replace(fit, accuracy=tuple(curve.to_json() for curve in curves))
     found["law"] = fit.to_json(samples=False)
+    found["accuracy"] = [
+        {k: v for k, v in curve.items() if k != "samples"} for curve in fit.accuracy
+    ]
     found["bias"] = parabola.bias(fit, budget, table.params)
     found["next"] = next_runs(fit, table)
     return found, fit, table

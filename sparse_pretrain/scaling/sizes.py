@@ -51,6 +51,19 @@ def resize(experiment: configs.Experiment, width: int) -> dict[str, Any]:
     return out
 
 
+def widths(base: configs.Experiment) -> list[int]:
+    """The experiment's own width and a quarter to four times it, where its heads are whole."""
+    found = []
+    for factor in (1 / 4, 3 / 8, 1 / 2, 3 / 4, 1, 3 / 2, 2, 3, 4):
+        width = round(base.model.width * factor)
+        try:
+            resize(base, width)
+        except ValueError:
+            continue
+        found.append(width)
+    return found
+
+
 def family(where: str, widths: list[int], overrides: dict[str, Any], vocab: int) -> list[Size]:
     """The experiment `where` at each width, with `overrides` besides.
 

@@ -10,7 +10,9 @@ from sparse_pretrain import checkpoint, config, data, nn, phases
 from sparse_pretrain.data import tokenize
 from sparse_pretrain.model import lm
 from sparse_pretrain.shapes import Batch
-from sparse_pretrain.training import evaluate, run, tasks
+from sparse_pretrain.training import continuations, evaluate, record, run, tasks
+
+TASKS = "tasks.json"  # as scaling.fit.workdirs reads it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +137,12 @@ def scores(
     return result | {"step": opened.step, "manifest_hash": found.manifest.get("hash")}
 
 
-def choices(opened: Trained, file: Path) -> dict[str, Any]:
-    """Accuracy on the multiple-choice tasks of a JSONL file.
+def choices(opened: Trained, where: str) -> dict[str, Any]:
+    """Accuracy on the multiple-choice tasks of a JSONL file, or of `heldout[:COUNT]`.
 
-    Errors: ValueError naming the file and the line.
+    Errors: ValueError naming the file and the line, or the count.
     """
-    todo, nats = tasks.read(file), tasks.row_nats(opened.definition)
+    todo, nats = _tasks(opened, where), tasks.row_nats(opened.definition)
     section = opened.experiment.data
     return tasks.score(
         todo,
@@ -149,3 +151,34 @@ def choices(opened: Trained, file: Path) -> dict[str, Any]:
         seq=section.seq,
         batch=section.batch,
     )
+
+
+def _tasks(opened: Trained, where: str) -> list[tasks.Task]:
+    name, _, text = where.partition(":")
+    if name != continuations.NAME:
+        return tasks.read(Path(where).expanduser())
+    count = int(text) if text.isdecimal() else 0 if text else continuations.COUNT
+    if count < continuations.CHOICES:
+        raise ValueError(
+            f"--tasks: {where!r} is not heldout:COUNT, of {continuations.CHOICES} tasks or more"
+        )
+    return continuations.made(dataset(opened), count)
+
+
+def keep_choices(workdir: Path, where: str) -> dict[str, Any]:
+    """What a finished run scores on tasks, from its tasks.json or else scored now and kept there.
+
+    A row per group of tasks, named by the tasks and the group: accuracy, count and chance.
+    Errors: ValueError as `open_run` and `choices`.
+    """
+    path = workdir / TASKS
+    held = checkpoint.read_json(path) or {}
+    found = {k: v for k, v in held.items() if v.get("from") == where}
+    if not found:
+        told = choices(open_run(workdir), where)
+        keep = ("accuracy", "count", "chance")
+        for group, row in told["per_task"].items():
+            name = group or Path(where).stem
+            found[name] = {k: row[k] for k in keep} | {"from": where}
+        record.write_json(path, held | found)
+    return found

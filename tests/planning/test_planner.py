@@ -12,6 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 from sparse_pretrain import cli, config
 from sparse_pretrain.model import lm
 from sparse_pretrain.planning import chips, cost, flops, forecast, layout, network, planner, work
+from sparse_pretrain.scaling import forecast as loss_of
+from sparse_pretrain.scaling import planted
+from sparse_pretrain.scaling.fit import fitting
 from sparse_pretrain.sharding import plans
 
 DENSE = "llama:512x8"
@@ -200,13 +203,54 @@ def test_too_large_a_model_says_how_many_chips_it_takes(capsys):
 def test_a_budget_goes_to_the_models_the_law_wants():
     """The best split of a compute budget is (2404.10102, from its E, A, B, alpha and beta) by
     Lagrange's rule; the ladder's rung lies within a factor two of it."""
-    law = forecast.CHINCHILLA
     told = forecast.spend("100h", chips.parse("h100:8"), None)
-    compute = 6 * told["parameters"] * told["tokens"]
-    gain = (law.alpha * law.A / (law.beta * law.B)) ** (1 / (law.alpha + law.beta))
-    best = gain * (compute / 6) ** (law.beta / (law.alpha + law.beta))
-    assert best / 2 < told["parameters"] < 2 * best
+    law = loss_of.read("chinchilla").constants
+    compute = 6 * told["params"] * told["tokens"]
+    gain = (law["alpha"] * law["A"] / (law["beta"] * law["B"])) ** (
+        1 / (law["alpha"] + law["beta"])
+    )
+    best = gain * (compute / 6) ** (law["beta"] / (law["alpha"] + law["beta"]))
+    assert best / 2 < told["params"] < 2 * best
+    value = law["E"] + law["A"] / told["params"] ** law["alpha"]
+    value += law["B"] / told["tokens"] ** law["beta"]
+    assert told["loss"] == pytest.approx(value, rel=1e-6)
+    assert told["interval"][0] < told["loss"] < told["interval"][1]
+    assert told["validity"] == "inside the fitted runs"
+    assert told["accuracy"][0]["validity"].startswith("outside validity")
     assert told["loss"] == min(row["loss"] for row in told["ladder"])
     less = forecast.spend("10h", chips.parse("h100:8"), None)
     assert less["loss"] > told["loss"]
     assert less["parameters"] < told["parameters"]
+
+
+def test_the_users_own_sweep_decides_among_the_widths_of_a_configuration(tmp_path, capsys):
+    fit = fitting.fit(planted.sweep(1, noise=0.001), bootstrap=40, follow=8)
+    (tmp_path / "fit.json").write_text(json.dumps(fit.to_json()))
+    args = ["--config=experiments/isoflop.py:dense", f"--fit={tmp_path}", "--json"]
+    args.append("--config.data.tokenizer=bytes")
+    code, out, _ = planned(capsys, *args, "--budget=0.01h")
+    told = json.loads(out)
+    assert code == 0
+    assert told["law"] == fit.provenance["data"]
+    widths = [row["overrides"]["model.width"] for row in told["ladder"]]
+    assert widths == [16, 24, 32, 48, 64, 96, 128, 192, 256]
+    assert {row["batch"] for row in told["ladder"]} == {4}
+    assert told["validity"].startswith("outside validity")
+    for row in told["ladder"]:
+        expected = loss_of.loss(fit, params=row["params"], tokens=row["tokens"])
+        assert row["loss"] == pytest.approx(expected["loss"])
+    code, out, _ = planned(capsys, *args, "--tokens=1e6")
+    said = json.loads(out)["forecast"]
+    assert said["tokens"] == 1e6
+    assert said["law_span"]["params"] == list(fit.span["params"])
+
+
+def test_a_plan_forecasts_the_loss_by_a_fit_that_ships(capsys):
+    code, out, _ = planned(capsys, "--config=llama:512x8", "--chips=h100:8", "--tokens=1e10")
+    assert code == 0
+    assert "The forecast is" in out
+    assert "outside validity: no task was scored" in out
+    code, _, err = planned(capsys, "--config=llama:512x8", "--chips=h100:8", "--fit=nowhere")
+    assert code == 2
+    assert err.startswith("error: --fit: there is no file nowhere; fits that ship: chinchilla")
+    assert err.count("\n") == 1

@@ -22,7 +22,8 @@ class Fit:
     `kind` names the law in `laws.TABLE`; `theta` are its internal parameters, `samples` those of
     every bootstrap refit; `constants` and `intervals` what people read. `noise` is the standard
     deviation of log loss about the law; `span` the least and largest value of each column that was
-    fitted, which is where the law is known to hold.
+    fitted, which is where the law is known to hold; `accuracy` the curves from loss to accuracy of
+    the tasks that the runs were scored on, as `accuracy.Curve.to_json` writes them.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Fit:
     span: Mapping[str, tuple[float, float]]
     held_out: Mapping[str, Any] | None
     provenance: Mapping[str, Any]
+    accuracy: tuple[Mapping[str, Any], ...] = ()
 
     def predict(
         self,
@@ -72,6 +74,7 @@ class Fit:
         if samples:
             out |= {"version": VERSION, "theta": self.theta.tolist()}
             out["samples"] = [[float(f"{x:.9g}") for x in row] for row in self.samples]
+            out |= {"accuracy": [dict(curve) for curve in self.accuracy]}
         return out
 
 
@@ -99,7 +102,7 @@ def from_json(content: Any, name: str = "fit") -> Fit:
     lacks = [k for k in need if not isinstance(content, dict) or k not in content]
     if lacks:
         raise ValueError(f"fit: {name} is no fit, it has no {lacks[0]!r}")
-    known = {"law", "version", "confidence", "theta", "samples", *FIELDS, "held_out", "provenance"}
+    known = {*need, "version", "confidence", "accuracy"}
     return Fit(
         kind=content["law"],
         theta=np.array(content["theta"], np.float64),
@@ -119,4 +122,5 @@ def from_json(content: Any, name: str = "fit") -> Fit:
         span={k: (float(v[0]), float(v[1])) for k, v in content["span"].items()},
         held_out=content["held_out"],
         provenance=content["provenance"],
+        accuracy=tuple(content.get("accuracy", ())),
     )
