@@ -18,7 +18,7 @@ from sparse_pretrain.scaling.fit import laws, leverage
 HERE = Path(__file__).parent
 ROW = (
     "budget", "width", "params", "total_params", "tokens", "flops", "loss", "bits_per_byte",
-    "seconds", "cpu_seconds", "memory", "tasks",
+    "seconds", "cpu_seconds", "memory", "tasks", "commit",
 )  # fmt: skip
 
 
@@ -34,13 +34,11 @@ def read(root: Path) -> dict:
     """Everything of a workdir that the record keeps."""
     said = json.loads((root / "isoflop.json").read_text())
     name = lambda arm: arm.rpartition(":")[2]  # noqa: E731
-    out: dict = {"arms": {}, "leverage": {}, "rows": {}}
+    out: dict = {"corpus": said["rows"][0]["corpus"], "arms": {}, "leverage": {}, "rows": []}
     for arm, own in said["arms"].items():
         out["arms"][name(arm)] = own
         rows = [row for row in said["rows"] if row["arm"] == arm]
-        out["rows"][name(arm)] = [{k: row.get(k) for k in ROW} for row in rows]
-        out["corpus"] = rows[0]["corpus"]
-        out["commits"] = sorted({row["commit"] for row in said["rows"]})
+        out["rows"] += [{"arm": name(arm)} | {k: row.get(k) for k in ROW} for row in rows]
     for arm, found in said["leverage"].items():
         active, fine = ratios(arm)
         published = [leverage.ling(active, fine, row["flops"]) for row in found]
@@ -60,7 +58,7 @@ def plot(found: dict, root: Path, file: Path) -> None:
     figure = Figure(figsize=(4.4 * len(arms), 3.8), layout="constrained")
     panels = figure.subplots(1, len(arms), sharey=True, squeeze=False)[0]
     for place, (axes, arm) in enumerate(zip(panels, arms, strict=True)):
-        rows = found["rows"][arm]
+        rows = [row for row in found["rows"] if row["arm"] == arm]
         fit = forecast.read(root / "fits" / str(place))
         for colour, budget in enumerate(sorted({row["budget"] for row in rows})):
             part = sorted((r["params"], r["loss"]) for r in rows if r["budget"] == budget)
@@ -91,7 +89,8 @@ def main(folder: str = "runs/isoflop") -> None:
     found = read(root)
     (HERE / "isoflop.json").write_text(json.dumps(found, indent=1) + "\n")
     plot(found, root, HERE / "isoflop.svg")
-    for arm, rows in found["rows"].items():
+    for arm in found["arms"]:
+        rows = [row for row in found["rows"] if row["arm"] == arm]
         cpu, flops = (sum(row[k] for row in rows) for k in ("cpu_seconds", "flops"))
         print(f"{arm}: {len(rows)} runs, {cpu:.0f} CPU s of steps, {flops:.3g} FLOPs")
     for arm, found_here in found["leverage"].items():
