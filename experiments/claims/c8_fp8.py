@@ -89,6 +89,6 @@ def measure(bench):
             "relative spread of the final loss over seeds": float(spread),
         },
         analysis=f"Float32 parts from bfloat16 by {100 * single['float32']:.1f} % in one run and "
-        f"{100 * curve['float32']:.2f} % over seeds: where that is no less than FP8's, what is seen "
-        "is how runs of this rate part after any rounding, and not what 8 bits cost.",
+        f"{100 * curve['float32']:.2f} % over seeds: where that is no less than FP8's, what is "
+        "seen is how runs of this rate part after any rounding, and not what 8 bits cost.",
     )
