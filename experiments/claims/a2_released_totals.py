@@ -9,7 +9,7 @@ Kind: EXACT.
 Tested: our abstract models of these sizes, with what our modules lack counted beside them.
 Criterion: equal.
 Cost: seconds.
-Result: PASS at d4dca4e: 11 of 11 equal, OLMoE's active 1,282,017,280.
+Result: PASS at 7bd4fe0: 11 of 11 equal, OLMoE's active 1,282,017,280.
 """
 
 from sparse_pretrain.claims import base, models

@@ -9,7 +9,7 @@ Tested: table 5's 2,262,400 and 7,239,680 rows (17.5 and 56 times the vocabulary
     a token in all tables of a layer. Table 1 prints 5.7B and 18.5B, cut off, not rounded.
 Criterion: within 0.5 %.
 Cost: under a second.
-Result: PASS at d4dca4e: 5.792B and 18.534B.
+Result: PASS at cdef768: 5.792B and 18.534B.
 """
 
 from sparse_pretrain.claims import base

@@ -9,6 +9,7 @@ Tested: a dense decoder of 2 layers and width 64, 0.3M bytes of the Python libra
     AdamW's final loss, 15 evaluations a run.
 Criterion: gap above 0.05 nats/byte and steps ratio below 0.75, 3/3, both rates interior.
 Cost: 14 runs, minutes.
+Result: PASS at cdef768: gap 0.335 nats/byte, AdamW's loss at 46 % of the steps, 3/3.
 """
 
 from sparse_pretrain.claims import arms, base
