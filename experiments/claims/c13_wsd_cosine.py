@@ -11,6 +11,7 @@ Tested: a dense decoder of 2 layers and width 64, 1.2M bytes of the Python libra
     eight of them could not have bounded a difference by 0.01.
 Criterion: difference below 0.01 nats/byte: the one-sided 95 % bounds on both sides inside it.
 Cost: 22 runs and two for every rate added, minutes.
+Result: FAIL at 5f72ef5: WSD less cosine +0.0127 nats/byte, at most 0.0254 apart.
 """
 
 import numpy as np
