@@ -23,11 +23,13 @@ import jax
 from kernels_pallas import device
 from kernels_pallas.cases import OPS, Case, cases
 from kernels_pallas.chips import CHIPS, EXTRA, Chip
+from kernels_pallas.compiled import Kept, Row, markdown, table
 
 EXAMPLES = """examples:
   python -m kernels_pallas.compile --target h200 --op grouped_matmul --backend mosaic_gpu
   python -m kernels_pallas.compile --target h100 v5p --op flash --spec mla_256 long_4k
   python -m kernels_pallas.compile --target all --json > compiled.json
+  python -m kernels_pallas.compile --keep rows.jsonl --markdown > kernels_pallas/COMPILED.md
 
 columns: seconds to compile; temp, what a call takes beside arguments and results; how many Mosaic
 kernels are in it, and on a GPU the most registers of a thread at entry and shared memory of a block
@@ -39,35 +41,6 @@ spills or has its asynchronous products serialized, 2 for arguments or packages.
 
 # (op, spec or None for all, direction or None for both, platform): why a compiler cannot be asked.
 DECLARED: dict[tuple[str, str | None, str | None, str], str] = {}
-
-
-@dataclasses.dataclass
-class Row:
-    """What became of one compilation. Units: seconds, bytes, FLOPs."""
-
-    target: str
-    op: str
-    spec: str
-    direction: str
-    backend: str | None = None
-    refused: dict[str, str] = dataclasses.field(default_factory=dict)  # by the backends before it
-    seconds: float | None = None
-    temp_bytes: int | None = None
-    kernels: int = 0
-    registers: int | None = None
-    shared_bytes: int | None = None
-    spilled_bytes: int | None = None
-    serialized: bool = False  # the assembler could not let products run on while code goes on
-    flops: float = 0.0
-    io_bytes: int | None = None
-    roofline_seconds: float | None = None
-    declared: str | None = None
-    error: str | None = None
-
-    @property
-    def failed(self) -> bool:
-        """Return whether this fails the command."""
-        return self.error is not None or bool(self.spilled_bytes) or self.serialized
 
 
 @contextlib.contextmanager
@@ -195,55 +168,22 @@ def backends_for(case: Case, chip: Chip, *, named: bool = False) -> Sequence[str
     return names or [None]
 
 
-def compile_for(chip: Chip, jobs: Sequence[tuple[Case, str | None]]) -> Iterator[Row]:
+def compile_for(chip: Chip, jobs: Sequence[tuple[Case, str | None]], kept: Kept) -> Iterator[Row]:
     """Compile these cases with these backends for a chip, one row for each direction."""
-    with _captured():  # compilers speak of the accelerators they look for
-        devices = chip.devices()
-    mesh = jax.sharding.Mesh(devices[:1], ("one",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    sharding = None
     for case, backend in jobs:
         for direction in case.directions:
-            yield compile_case(case, direction, chip, sharding, backend)
-
-
-def _amount(n: float | None, unit: str = "") -> str:
-    """A number with three digits and a prefix."""
-    if n is None:
-        return "-"
-    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3)):
-        if n >= size:
-            return f"{n / size:.3g} {prefix}{unit}".rstrip()
-    return f"{n / 1e-6:.3g} u{unit}" if n else f"0 {unit}".rstrip()
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Return the rows as text, with what was refused or failed below."""
-    names = ("target", "op", "spec", "direction", "backend", "seconds", "temp", "kernels",
-             "registers", "shared", "spilled", "roofline", "FLOPs")
-    cells: list[tuple[str, ...]] = [names]
-    for row in rows:
-        kernel = ["-" if n is None else str(n) for n in
-                  (row.kernels or None, row.registers, row.shared_bytes, row.spilled_bytes)]
-        state = "FAILED" if row.error else "refused" if row.seconds is None else ""
-        seconds = state or f"{row.seconds:.2f}"
-        cells.append((row.target, row.op, row.spec, row.direction, row.backend or "-", seconds,
-                      _amount(row.temp_bytes, "B"), *kernel, _amount(row.roofline_seconds, "s"),
-                      _amount(row.flops)))
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
-             for line in cells]
-    for row in rows:
-        where = f"{row.target} {row.op} {row.spec} {row.direction}"
-        if row.error:
-            lines.append(f"FAILED {where}: {row.error.splitlines()[0]}")
-        elif row.seconds is None:
-            reason = row.declared or "; ".join(f"{k}: {v}" for k, v in row.refused.items())
-            lines.append(f"refused {where}: {reason}")
-        if row.spilled_bytes:
-            lines.append(f"FAILED {where}: {row.spilled_bytes} bytes spilled")
-        if row.serialized:
-            lines.append(f"FAILED {where}: asynchronous products are serialized")
-    return "\n".join(lines)
+            key = kept.key(case, direction, chip, backend)
+            row = kept.get(key)
+            if row is None:
+                if sharding is None:
+                    with _captured():  # compilers speak of the accelerators they look for
+                        devices = chip.devices()
+                    mesh = jax.sharding.Mesh(devices[:1], ("one",))
+                    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+                row = compile_case(case, direction, chip, sharding, backend)
+                kept.add(key, row)
+            yield row
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -258,7 +198,12 @@ def _parser() -> argparse.ArgumentParser:
                         help="workloads in each op's specs.py, all unless named")
     parser.add_argument("--backend", metavar="NAME",
                         help="this backend only, where it can; all that the chip runs unless named")
-    parser.add_argument("--json", action="store_true", help="print JSON and not a table")
+    parser.add_argument("--keep", metavar="FILE",
+                        help="keep every row here as it is done, and do not compile again what is "
+                             "here from before: of the same source, shapes and versions")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON and not a table")
+    form.add_argument("--markdown", action="store_true", help="print a page and not a table")
     return parser
 
 
@@ -280,6 +225,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kernels_pallas.compile: {' and '.join(lacking)} not installed; "
               f"pip install 'sparse-pretrain[{EXTRA}]'", file=sys.stderr)
         return 2
+    try:
+        kept = Kept(options.keep)
+    except (OSError, ValueError) as e:
+        parser.error(str(e))
     # The assembler's report is printed where these are set.
     os.environ.update(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_RESOURCES="1")
     # libtpu takes a lock as if it used a chip; several of these commands may run beside each other.
@@ -293,15 +242,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             for chip in chips}
     total = sum(len(case.directions) for each in jobs.values() for case, _ in each)
     for chip in chips:
-        for row in compile_for(chip, jobs[chip.name]):
+        for row in compile_for(chip, jobs[chip.name], kept):
             rows.append(row)
-            state = "failed" if row.failed else "refused" if row.seconds is None else "compiled"
-            print(f"{len(rows)}/{total} {row.target} {row.op} {row.spec} {row.direction}: {state}",
-                  file=sys.stderr, flush=True)
+            print(f"{len(rows)}/{total} {row.target} {row.op} {row.spec} {row.direction}: "
+                  f"{row.state}", file=sys.stderr, flush=True)
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
-        print(table(rows))
+        print((markdown if options.markdown else table)(rows))
     return 1 if any(row.failed for row in rows) else 0
 
 

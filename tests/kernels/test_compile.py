@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import compile as command
-from kernels_pallas import device
+from kernels_pallas import compiled, device
 from kernels_pallas.cases import OPS, _visible, cases
 from kernels_pallas.chips import CHIPS, Chip
 from kernels_pallas.device import Target
@@ -85,6 +85,81 @@ def test_a_table_and_json(here, capfd):
     assert last["refused"] == {}
 
 
+def test_rows_are_kept_and_found_again(here, capfd, tmp_path, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    argv = ["--op", "linear", "--spec", "one_row", "prime", "--json", "--keep", str(file)]
+    assert here(argv) == 0
+    first = capfd.readouterr().out
+    lines = file.read_text().splitlines()
+    assert len(lines) == 4
+    file.write_text("\n".join(lines[:3]) + "\n")  # as if it had been stopped before the last
+    asked = []
+    compile_case = command.compile_case
+    monkeypatch.setattr(command, "compile_case",
+                        lambda *args: asked.append(args[:2]) or compile_case(*args))
+    assert here(argv) == 0
+    again = json.loads(capfd.readouterr().out)
+    assert [(case.spec, direction) for case, direction in asked] == [("prime", "gradient")]
+    assert again[:3] == json.loads(first)[:3]
+    # of another version, or of other source, nothing is found
+    monkeypatch.setattr(compiled, "versions", lambda: {"jax": "0"})
+    assert here(argv) == 0
+    assert len(asked) == 5
+    monkeypatch.undo()
+
+
+def test_what_failed_is_tried_again():
+    kept = compiled.Kept(None)
+    kept._rows = {"a": compiled.Row("here", "linear", "one_row", "forward", error="broke"),
+                  "b": compiled.Row("here", "linear", "one_row", "forward", seconds=1.0)}
+    assert kept.get("a") is None
+    assert kept.get("b") is kept._rows["b"]
+    assert kept.get("c") is None
+
+
+def test_another_source_makes_another_key(monkeypatch, tmp_path):
+    (case,) = cases(("linear",), ("one_row",), abstract=True)
+    (other,) = cases(("grouped_matmul",), ("even",), abstract=True)
+    file = str(tmp_path / "rows.jsonl")
+    sources = compiled._sources
+
+    def keys(name, text):
+        monkeypatch.setattr(compiled, "_sources", lambda root: sources(root) | {name: text})
+        kept = compiled.Kept(file)
+        return [kept.key(c, "forward", HERE, "xla") for c in (case, other)]
+
+    first, second = keys("linear", b"1"), keys("linear", b"2")
+    assert first[0] != second[0]
+    assert first[1] == second[1]
+    assert not set(keys("", b"3")) & {*first, *second}  # what all share
+
+
+def test_a_file_of_something_else_is_refused(here, tmp_path, capsys):
+    file = tmp_path / "notes.txt"
+    file.write_text("hello\n")
+    with pytest.raises(SystemExit):
+        here(["--op", "linear", "--keep", str(file)])
+    assert f"--keep {file}: line 1 is not a row" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        here(["--op", "linear", "--keep", str(tmp_path / "none" / "rows")])
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_a_page_counts_and_tells_what_did_not_compile():
+    rows = [compiled.Row("h200", "an_op", "small", "forward", backend="xla", seconds=1.2),
+            compiled.Row("h200", "an_op", "large", "forward", backend="mosaic_gpu", seconds=2.0,
+                         kernels=3, registers=168, shared_bytes=1024, spilled_bytes=0),
+            compiled.Row("h200", "an_op", "wrong", "forward", backend="xla", error="E: no\nmore"),
+            compiled.Row("v5p", "an_op", "small", "forward", refused={"xla": "too odd"})]
+    page = compiled.markdown(rows)
+    assert "| h200 | xla | 1 | 0 | 1 | 0 | 1 |" in page
+    assert "| h200 | mosaic_gpu | 1 | 0 | 0 | 0 | 2 |" in page
+    assert "- FAILED h200 an_op wrong forward: E: no\n" in page
+    assert "- refused v5p an_op small forward: xla: too odd" in page
+    assert page.count("| 168 |") == 1
+    assert "| small |" not in page
+
+
 def test_a_named_backend_that_refuses_is_no_failure(here, capfd):
     assert here(["--op", "grouped_matmul", "--spec", "nothing", "--backend", "mosaic_gpu"]) == 0
     assert "refused here grouped_matmul nothing forward: mosaic_gpu: needs an NVIDIA GPU" \
@@ -119,18 +194,18 @@ ptxas info    : Used 90 registers, used 16 barriers, 1 bytes smem
 """
     report = command._assembler_report(text)
     assert report == [(168, 229376, 16), (90, 1024, 0)]
-    row = command.Row("h200", "an_op", "a_spec", "forward", kernels=2)
+    row = compiled.Row("h200", "an_op", "a_spec", "forward", kernels=2)
     command._fill_in(row, report)
     assert (row.registers, row.shared_bytes, row.spilled_bytes) == (168, 229376, 16)
     assert row.failed  # it spills
-    again = command.Row("h100", "an_op", "a_spec", "forward", kernels=2)
+    again = compiled.Row("h100", "an_op", "a_spec", "forward", kernels=2)
     command._fill_in(again, [])
     assert again.spilled_bytes == 16
     assert command._assembler_report("nothing to say") == []
-    waits = command.Row("h200", "an_op", "a_spec", "forward", backend="b", seconds=1.0,
+    waits = compiled.Row("h200", "an_op", "a_spec", "forward", backend="b", seconds=1.0,
                         serialized=True)
     assert waits.failed
-    assert command.table([waits]).endswith("FAILED h200 an_op a_spec forward: asynchronous "
+    assert compiled.table([waits]).endswith("FAILED h200 an_op a_spec forward: asynchronous "
                                            "products are serialized")
 
 

@@ -1,0 +1,205 @@
+"""What became of compilations: a row each, kept in a file to go on from, and shown as tables."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kernels_pallas.cases import Case
+from kernels_pallas.chips import Chip
+
+# Files beside the ops' folders that change no program: commands, and what describes calls.
+_APART = ("bench", "cases", "compile", "compiled", "parity", "tune")
+_PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu",
+             "nvidia-cuda-nvcc")
+
+
+@dataclasses.dataclass
+class Row:
+    """What became of one compilation. Units: seconds, bytes, FLOPs."""
+
+    target: str
+    op: str
+    spec: str
+    direction: str
+    backend: str | None = None
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)  # by the backends before it
+    seconds: float | None = None
+    temp_bytes: int | None = None
+    kernels: int = 0
+    registers: int | None = None
+    shared_bytes: int | None = None
+    spilled_bytes: int | None = None
+    serialized: bool = False  # the assembler could not let products run on while code goes on
+    flops: float = 0.0
+    io_bytes: int | None = None
+    roofline_seconds: float | None = None
+    declared: str | None = None
+    error: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Return whether this fails the command."""
+        return self.error is not None or bool(self.spilled_bytes) or self.serialized
+
+    @property
+    def state(self) -> str:
+        """Return 'failed', 'refused' or 'compiled'."""
+        return "failed" if self.failed else "refused" if self.seconds is None else "compiled"
+
+    @property
+    def troubles(self) -> list[str]:
+        """Return a line for each thing that is to be told below a table."""
+        where = f"{self.target} {self.op} {self.spec} {self.direction}"
+        lines = []
+        if self.error:
+            lines.append(f"FAILED {where}: {self.error.splitlines()[0]}")
+        elif self.seconds is None:
+            reason = self.declared or "; ".join(f"{k}: {v}" for k, v in self.refused.items())
+            lines.append(f"refused {where}: {reason}")
+        if self.spilled_bytes:
+            lines.append(f"FAILED {where}: {self.spilled_bytes} bytes spilled")
+        if self.serialized:
+            lines.append(f"FAILED {where}: asynchronous products are serialized")
+        return lines
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what compiles, by package, where installed."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _sources(root: Path) -> dict[str, bytes]:
+    """Return the files a program may come from, by folder; '' is what all ops share."""
+    texts: dict[str, bytes] = collections.defaultdict(bytes)
+    for path in sorted(root.rglob("*.py")):
+        folder = path.parent.relative_to(root).as_posix()
+        if path.stem == "specs" or (folder == "." and path.stem in _APART):
+            continue  # shapes are asked of the case itself
+        texts["" if folder == "." else folder] += path.name.encode() + path.read_bytes()
+    return texts
+
+
+class Kept:
+    """Rows in a file, one JSON object a line: what a command that was stopped goes on from.
+
+    A row is found again only for the same chip, shapes, versions and source files of its op.
+    Several commands may write to one file.
+    Errors: ValueError for a file that holds something else, OSError for one that cannot be used.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self._file = Path(path) if path else None
+        self._rows: dict[str, Row] = {}
+        root = Path(__file__).parent
+        sources = _sources(root)
+        self._digests = {folder: hashlib.sha256(sources[""] + text).hexdigest()
+                         for folder, text in sources.items()}
+        self._versions = json.dumps(versions())
+        if self._file is not None:
+            self._file.touch()
+            for number, line in enumerate(self._file.read_text().splitlines(), 1):
+                try:
+                    entry = json.loads(line)
+                    self._rows[entry["key"]] = Row(**entry["row"])
+                except (ValueError, TypeError, KeyError):
+                    raise ValueError(f"--keep {path}: line {number} is not a row") from None
+
+    def key(self, case: Case, direction: str, chip: Chip, backend: str | None) -> str:
+        """Return what tells this compilation from any other."""
+        if self._file is None:
+            return ""
+        folder = case.call.__module__.split(".")[1]
+        arguments: Any = case.shapes()
+        parts = (chip, case.op.name, case.spec, direction, backend, arguments, self._versions,
+                 self._digests.get(folder))
+        return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:20]
+
+    def get(self, key: str) -> Row | None:
+        """Return the row kept under a key, or None. One that failed is tried again."""
+        row = self._rows.get(key)
+        return None if row is None or row.failed else row
+
+    def add(self, key: str, row: Row) -> None:
+        """Keep a row at once, so that it is there when this process ends."""
+        if self._file is not None:
+            with self._file.open("a") as file:
+                file.write(json.dumps({"key": key, "row": dataclasses.asdict(row)}) + "\n")
+
+
+def amount(n: float | None, unit: str = "") -> str:
+    """A number with three digits and a prefix."""
+    if n is None:
+        return "-"
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3)):
+        if n >= size:
+            return f"{n / size:.3g} {prefix}{unit}".rstrip()
+    return f"{n / 1e-6:.3g} u{unit}" if n else f"0 {unit}".rstrip()
+
+
+NAMES = ("target", "op", "spec", "direction", "backend", "seconds", "temp", "kernels",
+         "registers", "shared", "spilled", "roofline", "FLOPs")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    kernel = ["-" if n is None else str(n) for n in
+              (row.kernels or None, row.registers, row.shared_bytes, row.spilled_bytes)]
+    state = "FAILED" if row.error else "refused" if row.seconds is None else ""
+    return (row.target, row.op, row.spec, row.direction, row.backend or "-",
+            state or f"{row.seconds:.2f}", amount(row.temp_bytes, "B"), *kernel,
+            amount(row.roofline_seconds, "s"), amount(row.flops))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the rows as text, with what was refused or failed below."""
+    cells = [NAMES, *map(_cells, rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(NAMES))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+             for line in cells]
+    return "\n".join(lines + [line for row in rows for line in row.troubles])
+
+
+def _grid(names: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (names, ["---"] * len(names), *lines)]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return a page: versions, how many programs became what, and each one that holds a kernel.
+
+    Programs of the XLA backends are counted, and told one by one only where they did not compile.
+    """
+    lines = ["# Compiled ahead of time", "",
+             "Written by `python -m kernels_pallas.compile --markdown`, on a machine with none of "
+             "the chips, with " + ", ".join(f"{k} {v}" for k, v in versions().items()) + ".", ""]
+    counts: dict[tuple[str, str], collections.Counter[str]] = {}
+    for row in rows:
+        count = counts.setdefault((row.target, row.backend or "none"), collections.Counter())
+        count.update([row.state, row.op])
+        count["seconds"] += round(row.seconds or 0)
+        count["spilled"] += row.spilled_bytes or 0
+    lines += _grid(("target", "backend", "compiled", "refused", "failed", "spilled bytes",
+                    "seconds of compilation"),
+                   [(*key, *(str(c[n]) for n in ("compiled", "refused", "failed", "spilled",
+                                                 "seconds"))) for key, c in counts.items()])
+    troubles = [line for row in rows for line in row.troubles]
+    if troubles:
+        lines += ["", "## Not compiled", "", *(f"- {line}" for line in troubles)]
+    held = [_cells(row) for row in rows if row.kernels]
+    lines += ["", "## Programs with kernels", "",
+              "temp: bytes beside arguments and results; registers: the most of a thread at entry; "
+              "shared: the most bytes of a block; roofline: the time no call can beat.", "",
+              *_grid(NAMES, held)]
+    return "\n".join(lines)
