@@ -93,14 +93,14 @@ def spread(x, shape, dim):
     return lax.broadcast_in_dim(x, shape, [dim])
 
 
-def launch(body, out, scratch):
-    """A kernel of one program of three warpgroups per multiprocessor."""
+def launch(body, out, scratch, **params):
+    """A kernel of one program of three warpgroups per multiprocessor; `params` for the compiler."""
     target = device.target()
     return plgpu.kernel(
         body, out_type=out, scratch_types=scratch, grid=(target.cores,), grid_names=("core",),
         num_threads=3, thread_name="warpgroup", interpret=target.interpret,
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup))
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **params))
 
 
 def share(total):

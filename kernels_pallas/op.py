@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+_preferred: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
+    "preferred", default=())
+
+
+@contextlib.contextmanager
+def prefer(*names: str) -> Iterator[None]:
+    """Take these backends before others, in this order, in calls that name none.
+
+    An op without such a backend, or whose backend refuses, chooses as ever. JAX knows nothing of
+    it: what `jax.jit` has traced before keeps its choices, so trace a function made inside.
+    """
+    token = _preferred.set(names)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
 
 
 def _always(*args: Any, **kwargs: Any) -> str | None:
@@ -32,7 +51,7 @@ class Op:
 
     Errors: a named backend that does not exist or cannot run raises ValueError with the reason
     and never falls back, so a benchmark cannot measure the wrong thing. When none is named, the
-    first that can run is taken.
+    first that can run is taken; those that `prefer` names come before all.
     """
 
     name: str
@@ -58,7 +77,9 @@ class Op:
                     f"{self.name}: implementation={implementation!r} cannot run: {reason}")
             return backend
         reasons = []
-        for backend in self.backends:
+        preferred = _preferred.get()
+        first = [b for name in preferred for b in self.backends if b.name == name]
+        for backend in (*first, *(b for b in self.backends if b.name not in preferred)):
             reason = backend.supports(*args, **kwargs)
             if reason is None:
                 return backend

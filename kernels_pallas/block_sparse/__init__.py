@@ -6,7 +6,7 @@ import numbers
 
 import jax.numpy as jnp
 
-from kernels_pallas.block_sparse import gpu_plan, reference, xla
+from kernels_pallas.block_sparse import plan, reference, xla
 from kernels_pallas.op import Backend, Op
 
 
@@ -17,12 +17,19 @@ def _mosaic_gpu(*args, **kwargs):
     return mosaic_gpu.block_sparse(*args, **kwargs)
 
 
+def _mosaic_tpu(*args, **kwargs):
+    from kernels_pallas.block_sparse import mosaic_tpu
+
+    return mosaic_tpu.block_sparse(*args, **kwargs)
+
+
 op = Op(
     "block_sparse",
     (
         Backend("xla", xla.block_sparse),
-        # Only where it is asked for, until it has run on a chip: PENDING.md.
-        Backend("mosaic_gpu", _mosaic_gpu, gpu_plan.supports),
+        # Only where they are asked for, until they have run on a chip: PENDING.md.
+        Backend("mosaic_gpu", _mosaic_gpu, plan.supports),
+        Backend("mosaic_tpu", _mosaic_tpu, plan.supports_tpu),
         Backend("reference", reference.block_sparse),
     ),
 )

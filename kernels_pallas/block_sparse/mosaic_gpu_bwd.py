@@ -7,8 +7,6 @@ has few blocks, a block's tiles are cut in parts of fixed number, whose sums are
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,10 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import device, hopper
-from kernels_pallas.block_sparse.gpu_plan import HALF, Plan, X
-from kernels_pallas.block_sparse.tiles import distinct
+from kernels_pallas.block_sparse.plan import HALF, LOG2E, Plan, X
 
-LOG2E = math.log2(math.e)
 _F32, _BF16 = jnp.float32, jnp.bfloat16
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one number for each column of a product's result
 _COLUMNS = 32  # of a float32 result, written at once: 128 bytes
@@ -178,39 +174,3 @@ def key_gradients(plan: Plan, found, q, do, lse2, delta, k, v):
     )
     sums = hopper.launch(body, outs, scratch)(items, q, do, lse2, delta, k, v)
     return [x.reshape(parts, plan.groups, plan.block, -1).sum(0) for x in sums]
-
-
-def by_key(plan: Plan, gradients, blocks, starts):
-    """Return gradients [E, block, D] of groups by key: [B, S, K, D].
-
-    Which block a key belongs to is found among the chosen ones, which do not overlap: starts of
-    blocks that nobody can choose may be anything.
-    """
-    B, S, K, M, block = plan.B, plan.S, plan.K, plan.M, plan.block
-    chosen = distinct(blocks, M)
-    chosen = jnp.where(chosen < 0, M, chosen)
-    chosen = chosen.reshape(B, plan.L, K, -1).transpose(0, 2, 1, 3).reshape(B * K, -1)
-    lane = jnp.arange(B * K, dtype=jnp.int32)[:, None]
-    some = jnp.zeros((B * K, M + 1), bool).at[lane, chosen].set(True)[:, :M].reshape(B, K, M)
-    start = jnp.clip(starts.astype(jnp.int32), 0, S - block)
-    number = jnp.where(some, jnp.arange(M, dtype=jnp.int32)[None, None], -1)
-    # the number of the block that starts at a key, from there on for `block` keys
-    at = jnp.broadcast_to(start[:, None], (B, K, M))
-    b, h = (jnp.arange(n, dtype=jnp.int32) for n in (B, K))
-    begins = jnp.full((B, K, S), -1, jnp.int32).at[b[:, None, None], h[None, :, None], at].max(
-        number)
-    key = jnp.arange(S, dtype=jnp.int32)
-    place = jnp.where(begins >= 0, key[None, None], -block)
-    place = lax.cummax(place, axis=2)  # where the last chosen block before each key starts
-    offset = key[None, None] - place
-    inside = offset < block
-    own = jnp.take_along_axis(begins, jnp.maximum(place, 0), axis=2)
-    lane = b[:, None, None] * K + h[None, :, None]
-    row = jnp.where(inside, (lane * M + own) * block + offset, 0)
-    for_keys = []
-    for x in gradients:
-        flat = x.reshape(-1, x.shape[-1])
-        flat = flat.at[row].get(mode="promise_in_bounds")
-        flat = jnp.where(inside[..., None], flat, 0)
-        for_keys.append(flat.transpose(0, 2, 1, 3))
-    return for_keys

@@ -1,18 +1,27 @@
 """What the Hopper kernels of token_sparse can do, and how they cut a call.
 
-Letters beside the house's: Z tiles of two queries, 64 rows each, of which heads are the first.
+Letters beside the house's: Z tiles. A tile is two queries, 64 rows each, of which heads are the
+first; or, where latents are wider than a warpgroup's registers or heads more than its rows, one
+query and 64 of its heads, whose result the two warpgroups share by columns (mosaic_gpu_wide.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
 from kernels_pallas import device
 
 HALF = 64  # rows of a query, and tokens of it multiplied at once
-WIDEST = 128  # of what one warpgroup's registers hold beside the scores
+NARROW = 128  # of what one warpgroup's registers hold beside the scores
+# Of what two hold, and of what shared memory holds of queries, tokens and gradients at once:
+# DeepSeek's latent of 512 and 64 rotary dims.
+WIDEST, WIDEST_VALUE = 576, 512
+# A row that lists nothing, and the largest score that counts as nothing.
+NOTHING, EMPTY = -1e30, -1e29
+LOG2E = math.log2(math.e)
 # Tokens gathered at once: bounds the memory of keys and of their gradients by query.
 GATHERED = 1 << 19
 
@@ -41,19 +50,39 @@ class Plan:
         return _whole(self.Dk, 64)
 
     @property
+    def V(self) -> int:
+        """Width of values in memory."""
+        return _whole(self.v_dim, 64)
+
+    @property
+    def wide(self) -> bool:
+        """Whether two warpgroups share a query."""
+        return self.D > NARROW or self.H > HALF
+
+    @property
+    def pair(self) -> int:
+        """Queries of a tile."""
+        return 1 if self.wide else 2
+
+    @property
+    def sets(self) -> int:
+        """Sets of 64 heads."""
+        return -(-self.H // HALF)
+
+    @property
     def steps(self) -> int:
         """Parts of 64 tokens of a list."""
         return -(-self.N // HALF)
 
     @property
     def tiles(self) -> int:
-        """Tiles of a chunk."""
-        return -(-self.chunk // 2)
+        """Tiles of a chunk, of one set of heads."""
+        return -(-self.chunk // self.pair)
 
     @property
     def kept(self) -> int:
         """Rows of a query that are written: the heads, in whole tiles of shared memory."""
-        return _whole(self.H, 8)
+        return _whole(self.H, 8) if self.sets == 1 else self.sets * HALF
 
 
 def plan_of(q, kv, chosen, *, v_dim, scale) -> Plan:
@@ -65,7 +94,7 @@ def plan_of(q, kv, chosen, *, v_dim, scale) -> Plan:
 
 def supports(q, kv, chosen, *, v_dim, scale, unique=False, return_lse=False) -> str | None:
     """Return None, or why the Hopper kernels cannot run this call."""
-    del kv, chosen, v_dim, unique, return_lse
+    del kv, chosen, unique, return_lse
     reason = device.lacks_hopper()
     if reason is not None:
         return reason
@@ -73,8 +102,8 @@ def supports(q, kv, chosen, *, v_dim, scale, unique=False, return_lse=False) -> 
         return f"needs bfloat16, q is {q.dtype}"
     if q.shape[3] > WIDEST:
         return f"needs widths up to {WIDEST}, Dk is {q.shape[3]}"
-    if q.shape[2] > HALF:
-        return f"needs at most {HALF} heads, there are {q.shape[2]}"
+    if v_dim > WIDEST_VALUE:
+        return f"needs values of up to {WIDEST_VALUE}, v_dim is {v_dim}"
     if not scale >= 0:
         return f"needs a scale of 0 or more, scale is {scale}"
     return None

@@ -10,7 +10,6 @@ query and added up by token in mosaic_gpu_bwd.py.
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper, rows
-from kernels_pallas.token_sparse import mosaic_gpu_bwd
-from kernels_pallas.token_sparse.gpu_plan import HALF, Plan, plan_of
+from kernels_pallas.token_sparse import mosaic_gpu_bwd, mosaic_gpu_wide
+from kernels_pallas.token_sparse.gpu_plan import EMPTY, HALF, LOG2E, NOTHING, Plan, plan_of
 from kernels_pallas.token_sparse.xla import distinct
 
-# A row that lists nothing, and the largest score that counts as nothing.
-NOTHING, EMPTY = -1e30, -1e29
-LOG2E = math.log2(math.e)
 _F32, _BF16 = jnp.float32, jnp.bfloat16
 _ROW, _COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 _SHAPE = (HALF, HALF)
@@ -169,29 +165,29 @@ def _mass_tiles(plan: Plan, q, lse2, kv):
 
 
 def _by_tile(plan: Plan, x, fill=0):
-    """Return [chunk, H, ...] as the rows of tiles: [Z x 128, ...], filled up."""
-    widths = ((0, 2 * plan.tiles - x.shape[0]), (0, HALF - plan.H),
+    """Return [chunk, H, ...] as the rows of tiles, filled up: 128 of a pair, 64 of a set."""
+    widths = ((0, plan.pair * plan.tiles - x.shape[0]), (0, plan.sets * HALF - plan.H),
               *((0, plan.D - d) for d in x.shape[2:]))
     x = jnp.pad(x, widths, constant_values=fill)
     return x.reshape(-1, *x.shape[2:])
 
 
 def _of_tiles(plan: Plan, x):
-    """Return results [Z x 2 x kept, ...] by query: [chunk, H, ...]."""
+    """Return results [queries of tiles x kept, ...] by query: [chunk, H, ...]."""
     return x.reshape(-1, plan.kept, *x.shape[1:])[:plan.chunk, :plan.H]
 
 
 def _in_steps(plan: Plan, at):
     """Return the lists [chunk, N] in the order of the kernels: tile, step, query, token."""
-    widths = ((0, 2 * plan.tiles - at.shape[0]), (0, plan.steps * HALF - plan.N))
+    widths = ((0, plan.pair * plan.tiles - at.shape[0]), (0, plan.steps * HALF - plan.N))
     at = jnp.pad(at, widths, constant_values=plan.B * plan.S)
-    return at.reshape(plan.tiles, 2, plan.steps, HALF).swapaxes(1, 2).reshape(-1)
+    return at.reshape(plan.tiles, plan.pair, plan.steps, HALF).swapaxes(1, 2).reshape(-1)
 
 
 def _of_steps(plan: Plan, x):
     """Undo it: [chunk, N]."""
-    x = x.reshape(plan.tiles, plan.steps, 2, HALF).swapaxes(1, 2)
-    return x.reshape(2 * plan.tiles, -1)[:plan.chunk, :plan.N]
+    x = x.reshape(plan.tiles, plan.steps, plan.pair, HALF).swapaxes(1, 2)
+    return x.reshape(plan.pair * plan.tiles, -1)[:plan.chunk, :plan.N]
 
 
 def _bias(plan: Plan, at):
@@ -207,14 +203,16 @@ def _table(plan: Plan, kv):
 def _forward_chunk(plan: Plan, table, _, chunk):
     q, at = chunk
     at = _in_steps(plan, at)
-    o, lse = _forward_tiles(plan, _by_tile(plan, q), rows.read(table, at), _bias(plan, at))
+    run = mosaic_gpu_wide.forward_tiles if plan.wide else _forward_tiles
+    o, lse = run(plan, _by_tile(plan, q), rows.read(table, at), _bias(plan, at))
     return None, (_of_tiles(plan, o)[..., :plan.v_dim], _of_tiles(plan, lse))
 
 
 def _backward_chunk(plan: Plan, table, d_table, chunk):
     q, do, lse2, delta, at = chunk
     at = _in_steps(plan, at)
-    dq, d_tokens = _backward_tiles(
+    run = mosaic_gpu_wide.backward_tiles if plan.wide else _backward_tiles
+    dq, d_tokens = run(
         plan, _by_tile(plan, q), _by_tile(plan, do), _by_tile(plan, lse2, -NOTHING),
         _by_tile(plan, delta), rows.read(table, at), _bias(plan, at))
     d_table += mosaic_gpu_bwd.add_up(d_tokens, at, d_table.shape[0])
@@ -293,8 +291,9 @@ def token_mass(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, lse_BxLxH, *, scale):
 
     def chunk(_, x):
         q, lse2, at = x
-        found = _mass_tiles(plan, _by_tile(plan, q), _by_tile(plan, lse2, -NOTHING),
-                            rows.read(table, _in_steps(plan, at)))
+        run = mosaic_gpu_wide.mass_tiles if plan.wide else _mass_tiles
+        found = run(plan, _by_tile(plan, q), _by_tile(plan, lse2, -NOTHING),
+                    rows.read(table, _in_steps(plan, at)))
         return None, jnp.where(at < plan.B * plan.S, _of_steps(plan, found), 0)
 
     xs = [(q, 0), (_base2(lse.astype(_F32)), -NOTHING), (at, B * S)]

@@ -18,6 +18,7 @@ from kernels_pallas.hopper import HALF, X
 
 _F32, _BF16 = jnp.float32, jnp.bfloat16
 _COLUMNS = 32  # of a float32 result, written at once: 128 bytes
+_WIDEST = 192  # columns that a warpgroup's registers sum at once
 
 
 def whole(tokens):
@@ -31,6 +32,8 @@ def add_up(d_PxD, at_P, tokens):
     Shapes: P a multiple of 64, tokens of 128, at [P] int32 with `tokens` or more for none.
     """
     D, tiles = d_PxD.shape[1], tokens // X
+    width = max(w for w in range(64, _WIDEST + 1, 64) if D % w == 0)
+    blocks = D // width  # of columns; an item is a tile's sum of one of them
     order = jnp.argsort(at_P, stable=True)
     at_P = at_P[order]
     d_PxD = d_PxD.at[order].get(mode="promise_in_bounds")
@@ -45,22 +48,27 @@ def add_up(d_PxD, at_P, tokens):
         core, warpgroup = lax.axis_index("core"), lax.axis_index("warpgroup")
         cores = device.target().cores
         ring = hopper.Ring(*bar, slots)
-        share = hopper.share(hopper.i32(tiles))
+        share = hopper.share(hopper.i32(tiles * blocks))
+
+        def item(i):
+            n = core + i * cores
+            first = pl.multiple_of(lax.rem(n, hopper.i32(blocks)) * width, HALF)
+            return lax.div(n, hopper.i32(blocks)), pl.ds(first, width)
 
         @pl.when(warpgroup == 2)
         def _():
             plgpu.set_max_registers(40, action="decrease")
 
             def fill(i, done):
-                tile = core + i * cores
+                tile, columns = item(i)
                 first, count = items_gmem[tile, 0], items_gmem[tile, 1]
 
                 def chunk(c, _):
                     slot = ring.acquire(done + c)
                     where = pl.ds((first + c) * HALF, HALF)
-                    for source, target in ((at_gmem, at_smem), (d_gmem, d_smem)):
-                        plgpu.copy_gmem_to_smem(source.at[where], target.at[slot],
-                                                ring.full.at[slot])
+                    for source, target in ((at_gmem.at[where], at_smem),
+                                           (d_gmem.at[where, columns], d_smem)):
+                        plgpu.copy_gmem_to_smem(source, target.at[slot], ring.full.at[slot])
 
                 lax.fori_loop(0, count, chunk, None)
                 return done + count
@@ -72,7 +80,7 @@ def add_up(d_PxD, at_P, tokens):
             plgpu.set_max_registers(232, action="increase")
 
             def multiply(i, done):
-                tile = core + i * cores
+                tile, columns = item(i)
                 count = items_gmem[tile, 1]
                 row = pl.multiple_of(tile * X + warpgroup * HALF, HALF)
 
@@ -92,14 +100,14 @@ def add_up(d_PxD, at_P, tokens):
                     lax.fori_loop(0, count, chunk, None)
                     return acc[...]
 
-                total = pl.run_scoped(sum_up, plgpu.ACC((HALF, D), _F32))
-                for column in range(0, D, _COLUMNS):
+                total = pl.run_scoped(sum_up, plgpu.ACC((HALF, width), _F32))
+                for column in range(0, width, _COLUMNS):
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     out_smem.at[warpgroup][...] = total[:, column:column + _COLUMNS]
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(
                         out_smem.at[warpgroup],
-                        out_gmem.at[pl.ds(row, HALF), pl.ds(column, _COLUMNS)])
+                        out_gmem.at[pl.ds(row, HALF), pl.ds(columns.start + column, _COLUMNS)])
                 return done + count
 
             lax.fori_loop(0, share, multiply, hopper.i32(0))
@@ -107,7 +115,7 @@ def add_up(d_PxD, at_P, tokens):
 
     scratch = dict(
         at_smem=plgpu.SMEM((slots, HALF), jnp.int32),
-        d_smem=hopper.shared((slots, HALF, D), _BF16),
+        d_smem=hopper.shared((slots, HALF, width), _BF16),
         out_smem=hopper.shared((2, HALF, _COLUMNS), _F32),
         ones_smem=hopper.shared((2, HALF, HALF), _BF16) if hopper.interpreted() else None,
         bar=hopper.barriers(2, slots),

@@ -91,6 +91,18 @@ HOPPER = {
     "tile_none": dataclasses.replace(_TENSOR, L=4, N=3, choice="none"),
     "tile_one": dataclasses.replace(_TENSOR, L=6, S=129, N=2, H=64, choice="one"),
     "tile_past": dataclasses.replace(_TENSOR, L=9, S=260, N=130, H=9, Dk=128, v_dim=80),
+    "tile_heads": dataclasses.replace(_TENSOR, L=2, S=140, N=65, H=70, Dk=40, v_dim=24,
+                                      choice="any"),
+    "tile_wide": dataclasses.replace(_TENSOR, L=3, S=150, N=65, H=3, Dk=150, v_dim=70,
+                                     choice="any"),
+    "tile_latent": dataclasses.replace(_TENSOR, L=3, S=90, N=70, H=20, Dk=576, v_dim=512),
     "csa_64k": dataclasses.replace(_TENSOR, L=65536, S=16384, H=64, N=512, Dk=128, v_dim=128,
                                    unique=True),
+    # DeepSeek's: V2-Lite's 16 heads, V3.2's 128, and V4's compressed tokens, keys and values one.
+    "dsa_v2_lite_4k": dataclasses.replace(_TENSOR, L=4096, H=16, N=2048, Dk=576, v_dim=512,
+                                          unique=True),
+    "dsa_v3_64k": dataclasses.replace(_TENSOR, L=65536, H=128, N=2048, Dk=576, v_dim=512,
+                                      unique=True),
+    "csa_v4_64k": dataclasses.replace(_TENSOR, L=65536, S=16384, H=128, N=1024, Dk=512, v_dim=512,
+                                      unique=True),
 }

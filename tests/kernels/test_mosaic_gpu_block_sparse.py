@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import device, numerics
-from kernels_pallas.block_sparse import block_sparse, explain, gpu_plan, specs
+from kernels_pallas.block_sparse import block_sparse, explain, plan, specs
 from kernels_pallas.chips import CHIPS
 from tests.kernels.test_mosaic_gpu import hopper, recent, runs
 
@@ -126,7 +126,7 @@ def test_every_small_spec(name):
 @runs
 @pytest.mark.slow
 def test_chunks_of_queries_add_up(monkeypatch):
-    monkeypatch.setattr(gpu_plan, "CHUNK", 128)
+    monkeypatch.setattr(plan, "CHUNK", 128)
     spec = dataclasses.replace(specs.HOPPER["tile_any"], H=2)
     check(spec, compiled(spec, cores=3), spec.arguments()[0])
 

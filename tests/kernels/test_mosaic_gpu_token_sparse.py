@@ -132,17 +132,16 @@ def test_chunks_of_queries_add_up(monkeypatch):
     check(spec, compiled(spec, cores=3), spec.arguments()[0])
 
 
-def _arguments(dtype="bfloat16", H=4, Dk=80):
+def _arguments(dtype="bfloat16", Dk=80):
     shape = jax.ShapeDtypeStruct
-    return shape((1, 8, H, Dk), dtype), shape((1, 9, Dk), dtype), shape((1, 8, 5), jnp.int32)
+    return shape((1, 8, 4, Dk), dtype), shape((1, 9, Dk), dtype), shape((1, 8, 5), jnp.int32)
 
 
 REFUSED = {
     "cpu": (device.Target("cpu"), {}, {}, "needs an NVIDIA GPU, the device is cpu"),
     "blackwell": (CHIPS["b200"].target, {}, {}, r"Hopper's tensor cores \(9.0\), .*\(10, 0\)"),
     "dtype": (CHIPS["h200"].target, {"dtype": "float32"}, {}, "q is float32"),
-    "latent": (CHIPS["h200"].target, {"Dk": 576}, {}, "widths up to 128, Dk is 576"),
-    "heads": (CHIPS["h100"].target, {"H": 128}, {}, "at most 64 heads, there are 128"),
+    "latent": (CHIPS["h200"].target, {"Dk": 577}, {}, "widths up to 576, Dk is 577"),
     "scale": (CHIPS["h100"].target, {}, {"scale": -1.0}, "scale is -1.0"),
 }
 
@@ -152,7 +151,7 @@ REFUSED = {
 def test_what_is_not_served_is_refused_with_a_reason(name):
     target, changes, others, reason = REFUSED[name]
     keywords = {"scale": 1.0} | others
-    lse = jax.ShapeDtypeStruct((1, 8, changes.get("H", 4)), jnp.float32)
+    lse = jax.ShapeDtypeStruct((1, 8, 4), jnp.float32)
     with device.assume(target):
         if changes or others:
             assert op.explain(*_arguments(), v_dim=64, scale=1.0)["mosaic_gpu"] is None
@@ -161,3 +160,45 @@ def test_what_is_not_served_is_refused_with_a_reason(name):
             token_sparse(*_arguments(**changes), v_dim=64, implementation="mosaic_gpu", **keywords)
         with pytest.raises(ValueError, match=f"token_mass: .* cannot run: .*{reason}"):
             token_mass(*_arguments(**changes), lse, implementation="mosaic_gpu", **keywords)
+
+
+@recent
+def test_deepseeks_latent_is_served_and_wider_values_are_not():
+    with device.assume(CHIPS["h200"].target):
+        for v_dim, reason in ((512, None), (513, "needs values of up to 512, v_dim is 513")):
+            said = op.explain(*_arguments(Dk=576), v_dim=v_dim, scale=1.0)
+            assert said["mosaic_gpu"] == reason
+
+
+@runs
+@pytest.mark.slow
+def test_chunks_of_wide_queries_add_up(monkeypatch):
+    monkeypatch.setattr(gpu_plan, "GATHERED", 192)
+    spec = dataclasses.replace(specs.HOPPER["tile_wide"], B=2, L=5, H=65)
+    check(spec, compiled(spec, cores=3), spec.arguments()[0])
+
+
+@runs
+@pytest.mark.slow
+def test_a_meeting_left_out_is_found(monkeypatch):
+    """The warpgroups of a wide query share memory: race detection sees it when they do not meet."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    wait = plgpu.barrier_wait
+    arrive = plgpu.barrier_arrive
+    alone = {"barrier_wait": wait, "barrier_arrive": arrive}
+
+    def skipping(name):
+        def call(barrier, *args, **keywords):
+            if barrier.shape == ():  # the meeting's; rings have one for each slot
+                return None
+            return alone[name](barrier, *args, **keywords)
+
+        return call
+
+    for name in alone:
+        monkeypatch.setattr(plgpu, name, skipping(name))
+    spec = specs.HOPPER["tile_wide"]
+    run, arguments = compiled(spec), spec.arguments()[0]
+    with pytest.raises(Exception, match=r"(?i)race"):
+        check(spec, run, arguments)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kernels_pallas.op import Backend, Op
+from kernels_pallas.op import Backend, Op, prefer
 
 
 def _small_only(x, *, y=0):
@@ -47,3 +47,13 @@ def test_tables_are_checked():
         Op("x", (Backend("reference", print), Backend("a", print)))
     with pytest.raises(AssertionError, match="twice"):
         Op("x", (Backend("a", print), Backend("a", print)))
+
+
+def test_preferred_backends_come_first_where_they_can_run():
+    with prefer("reference", "slow"):
+        assert OP(3) == ("reference", 6)
+        with prefer("fast"):
+            assert OP(3, y=1) == ("fast", 7)
+            assert OP(30) == ("reference", 60)  # fast refuses
+        assert OP(3, implementation="fast") == ("fast", 6)
+    assert OP(3) == ("fast", 6)

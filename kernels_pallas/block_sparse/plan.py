@@ -1,4 +1,4 @@
-"""What the Hopper kernels of block_sparse can do, and how they cut a call.
+"""What the Mosaic kernels of block_sparse can do, and how they cut a call.
 
 Letters as in tiles.py; X rows of a tile, of which T x R are in use.
 """
@@ -6,14 +6,22 @@ Letters as in tiles.py; X rows of a tile, of which T x R are in use.
 from __future__ import annotations
 
 import dataclasses
+import math
 
+import jax
 import jax.numpy as jnp
 
 from kernels_pallas import device
 from kernels_pallas.block_sparse import tiles
 
-# Rows of a tile: 64 for each of the two warpgroups that multiply.
+# Rows of a tile on Hopper: 64 for each of the two warpgroups that multiply; on a TPU as many as
+# one product of its matrix units has.
 X, HALF = 128, 64
+TPU_X = 256
+_FAST = 48 << 20  # bytes of a TPU's fast memory that tiles may take
+# A row that sees nothing, and the largest score that counts as nothing.
+NOTHING, EMPTY = -1e30, -1e29
+LOG2E = math.log2(math.e)
 # Rows of tiles in one chunk of queries: bounds the memory of what is sorted and of its results.
 CHUNK = 1 << 19
 
@@ -35,6 +43,7 @@ class Plan:
     Dk: int
     Dv: int
     chunk: int  # queries, of all rows of the batch end to end
+    X: int
 
     @property
     def R(self) -> int:
@@ -44,7 +53,7 @@ class Plan:
     @property
     def T(self) -> int:
         """Pairs of a tile."""
-        return X // self.R
+        return self.X // self.R
 
     @property
     def groups(self) -> int:
@@ -83,12 +92,12 @@ class Plan:
         return min(-(-2 * device.target().cores // items), 8)
 
 
-def plan_of(q, k, v, blocks, starts, *, block, scale) -> Plan:
+def plan_of(q, k, v, blocks, starts, *, block, scale, rows=X) -> Plan:
     """Return the plan of a call."""
     (B, L, H, Dk), (S, K), Dv = q.shape, k.shape[1:3], v.shape[-1]
     (G, N), M = blocks.shape[2:], starts.shape[1]
     chunks = max(-(-B * L * H * N // CHUNK), 1)
-    return Plan(float(scale), block, B, L, S, H, K, G, N, M, Dk, Dv, -(-B * L // chunks))
+    return Plan(float(scale), block, B, L, S, H, K, G, N, M, Dk, Dv, -(-B * L // chunks), rows)
 
 
 def supports(q, k, v, blocks, starts, *, block, scale, return_lse=False) -> str | None:
@@ -109,4 +118,30 @@ def supports(q, k, v, blocks, starts, *, block, scale, return_lse=False) -> str 
         return f"needs at most {X} heads that choose together, there are {heads}"
     if not scale >= 0:
         return f"needs a scale of 0 or more, scale is {scale}"
+    return None
+
+
+def supports_tpu(q, k, v, blocks, starts, *, block, scale, return_lse=False) -> str | None:
+    """Return None, or why the TPU kernels cannot run this call."""
+    del starts, scale, return_lse
+    target = device.target()
+    if target.platform != "tpu":
+        return f"needs a TPU, the device is {target.kind or target.platform}"
+    if device.jax_version() < (0, 11):
+        return f"needs jax 0.11, this is {jax.__version__}"
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"needs bfloat16 or float32, q is {q.dtype}"
+    for name, x in (("Dk", k), ("Dv", v)):
+        if x.shape[-1] % 64:
+            return f"needs widths in multiples of 64, {name} is {x.shape[-1]}"
+    if block % 16:
+        return f"needs blocks in multiples of 16, block is {block}"
+    heads = q.shape[2] // blocks.shape[2]
+    if heads > TPU_X:
+        return f"needs at most {TPU_X} heads that choose together, there are {heads}"
+    # keys, values and their gradients twice, a tile's rows twice, and six times the scores
+    wide = k.shape[-1] + v.shape[-1]
+    fast = 4 * (4 * block * wide + 6 * TPU_X * wide + 6 * block * TPU_X)
+    if fast > _FAST:
+        return f"needs at most {_FAST} bytes of fast memory, a block of {block} takes {fast}"
     return None
