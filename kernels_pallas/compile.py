@@ -168,13 +168,19 @@ def backends_for(case: Case, chip: Chip, *, named: bool = False) -> Sequence[str
     return names or [None]
 
 
-def compile_for(chip: Chip, jobs: Sequence[tuple[Case, str | None]], kept: Kept) -> Iterator[Row]:
-    """Compile these cases with these backends for a chip, one row for each direction."""
+def compile_for(chip: Chip, jobs: Sequence[tuple[Case, str | None]], kept: Kept, *,
+                known_only: bool = False) -> Iterator[Row]:
+    """Compile these cases with these backends for a chip, one row for each direction.
+
+    `known_only` skips what `kept` does not hold.
+    """
     sharding = None
     for case, backend in jobs:
         for direction in case.directions:
             key = kept.key(case, direction, chip, backend)
             row = kept.get(key)
+            if row is None and known_only:
+                continue
             if row is None:
                 if sharding is None:
                     with _captured():  # compilers speak of the accelerators they look for
@@ -201,6 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep", metavar="FILE",
                         help="keep every row here as it is done, and do not compile again what is "
                              "here from before: of the same source, shapes and versions")
+    parser.add_argument("--kept-only", action="store_true",
+                        help="print what --keep's file holds of what is asked, compile nothing")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON and not a table")
     form.add_argument("--markdown", action="store_true", help="print a page and not a table")
@@ -225,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kernels_pallas.compile: {' and '.join(lacking)} not installed; "
               f"pip install 'sparse-pretrain[{EXTRA}]'", file=sys.stderr)
         return 2
+    if options.kept_only and not options.keep:
+        parser.error("--kept-only needs --keep FILE")
     try:
         kept = Kept(options.keep)
     except (OSError, ValueError) as e:
@@ -242,14 +252,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             for chip in chips}
     total = sum(len(case.directions) for each in jobs.values() for case, _ in each)
     for chip in chips:
-        for row in compile_for(chip, jobs[chip.name], kept):
+        for row in compile_for(chip, jobs[chip.name], kept, known_only=options.kept_only):
             rows.append(row)
             print(f"{len(rows)}/{total} {row.target} {row.op} {row.spec} {row.direction}: "
                   f"{row.state}", file=sys.stderr, flush=True)
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
-        print((markdown if options.markdown else table)(rows))
+        print(markdown(rows, total) if options.markdown else table(rows))
     return 1 if any(row.failed for row in rows) else 0
 
 

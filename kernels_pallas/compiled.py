@@ -15,8 +15,10 @@ from typing import Any
 from kernels_pallas.cases import Case
 from kernels_pallas.chips import Chip
 
-# Files beside the ops' folders that change no program: commands, and what describes calls.
-_APART = ("bench", "cases", "compile", "compiled", "parity", "tune")
+# Files beside the ops' folders that change no program of a given backend: commands, what describes
+# calls, and the choice among backends.
+_APART = ("bench", "cases", "compile", "compiled", "op", "parity", "tune")
+_HOPPER = "hopper"  # a file that only these kernels are made of
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu",
              "nvidia-cuda-nvcc")
 
@@ -83,13 +85,16 @@ def versions() -> dict[str, str]:
 
 
 def _sources(root: Path) -> dict[str, bytes]:
-    """Return the files a program may come from, by folder; '' is what all ops share."""
+    """Return the files a program may come from, by folder; '' is what all ops share, and 'hopper'
+    what Hopper's kernels share."""
     texts: dict[str, bytes] = collections.defaultdict(bytes)
     for path in sorted(root.rglob("*.py")):
         folder = path.parent.relative_to(root).as_posix()
         if path.stem == "specs" or (folder == "." and path.stem in _APART):
             continue  # shapes are asked of the case itself
-        texts["" if folder == "." else folder] += path.name.encode() + path.read_bytes()
+        if folder == ".":
+            folder = _HOPPER if path.stem == _HOPPER else ""
+        texts[folder] += path.name.encode() + path.read_bytes()
     return texts
 
 
@@ -125,7 +130,8 @@ class Kept:
         folder = case.call.__module__.split(".")[1]
         arguments: Any = case.shapes()
         parts = (chip, case.op.name, case.spec, direction, backend, arguments, self._versions,
-                 self._digests.get(folder))
+                 self._digests.get(folder),
+                 self._digests[_HOPPER] if backend == "mosaic_gpu" else "")
         return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:20]
 
     def get(self, key: str) -> Row | None:
@@ -176,14 +182,17 @@ def _grid(names: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (names, ["---"] * len(names), *lines)]
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row], asked: int | None = None) -> str:
     """Return a page: versions, how many programs became what, and each one that holds a kernel.
 
     Programs of the XLA backends are counted, and told one by one only where they did not compile.
+    `asked` is how many there would be, if these are not all.
     """
     lines = ["# Compiled ahead of time", "",
              "Written by `python -m kernels_pallas.compile --markdown`, on a machine with none of "
              "the chips, with " + ", ".join(f"{k} {v}" for k, v in versions().items()) + ".", ""]
+    if asked is not None and asked > len(rows):
+        lines += [f"{len(rows)} of {asked} programs; the others were not tried.", ""]
     counts: dict[tuple[str, str], collections.Counter[str]] = {}
     for row in rows:
         count = counts.setdefault((row.target, row.backend or "none"), collections.Counter())

@@ -101,8 +101,13 @@ def test_rows_are_kept_and_found_again(here, capfd, tmp_path, monkeypatch):
     again = json.loads(capfd.readouterr().out)
     assert [(case.spec, direction) for case, direction in asked] == [("prime", "gradient")]
     assert again[:3] == json.loads(first)[:3]
-    # of another version, or of other source, nothing is found
+    assert here([*argv, "--kept-only"]) == 0  # three as before, the last compiled anew
+    assert len(json.loads(capfd.readouterr().out)) == 4
+    assert len(asked) == 1
+    # of another version nothing is found, nor compiled if it must not be
     monkeypatch.setattr(compiled, "versions", lambda: {"jax": "0"})
+    assert here([*argv, "--kept-only"]) == 0
+    assert (json.loads(capfd.readouterr().out), len(asked)) == ([], 1)
     assert here(argv) == 0
     assert len(asked) == 5
     monkeypatch.undo()
@@ -132,6 +137,7 @@ def test_another_source_makes_another_key(monkeypatch, tmp_path):
     assert first[0] != second[0]
     assert first[1] == second[1]
     assert not set(keys("", b"3")) & {*first, *second}  # what all share
+    assert keys("hopper", b"4") == keys("hopper", b"5")  # no kernel of Hopper's
 
 
 def test_a_file_of_something_else_is_refused(here, tmp_path, capsys):
@@ -140,6 +146,9 @@ def test_a_file_of_something_else_is_refused(here, tmp_path, capsys):
     with pytest.raises(SystemExit):
         here(["--op", "linear", "--keep", str(file)])
     assert f"--keep {file}: line 1 is not a row" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        here(["--op", "linear", "--kept-only"])
+    assert "--kept-only needs --keep FILE" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         here(["--op", "linear", "--keep", str(tmp_path / "none" / "rows")])
     assert "No such file" in capsys.readouterr().err
@@ -151,7 +160,9 @@ def test_a_page_counts_and_tells_what_did_not_compile():
                          kernels=3, registers=168, shared_bytes=1024, spilled_bytes=0),
             compiled.Row("h200", "an_op", "wrong", "forward", backend="xla", error="E: no\nmore"),
             compiled.Row("v5p", "an_op", "small", "forward", refused={"xla": "too odd"})]
-    page = compiled.markdown(rows)
+    assert "programs; the others" not in compiled.markdown(rows, 4)
+    page = compiled.markdown(rows, 9)
+    assert "4 of 9 programs; the others were not tried." in page
     assert "| h200 | xla | 1 | 0 | 1 | 0 | 1 |" in page
     assert "| h200 | mosaic_gpu | 1 | 0 | 0 | 0 | 2 |" in page
     assert "- FAILED h200 an_op wrong forward: E: no\n" in page
@@ -249,7 +260,8 @@ def test_a_gpu_is_described_as_xla_reads_it():
 @pytest.mark.skipif(CHIPS["h200"].missing() is not None,
                     reason=f"needs {CHIPS['h200'].missing()}, of the extra 'compile'")
 @pytest.mark.parametrize(("op", "spec"), [
-    ("grouped_matmul", "tile_edges"), ("block_sparse", "nsa_64k"), ("token_sparse", "csa_64k")])
+    ("grouped_matmul", "tile_edges"), ("block_sparse", "nsa_64k"), ("token_sparse", "csa_64k"),
+    ("token_sparse", "dsa_v2_lite_4k")])
 def test_it_compiles_for_a_hopper_gpu(op, spec):
     argv = ["--target", "h200", "--op", op, "--spec", spec, "--json", "--backend", "mosaic_gpu"]
     done = subprocess.run([sys.executable, "-m", "kernels_pallas.compile", *argv], cwd=ROOT,
@@ -262,3 +274,21 @@ def test_it_compiles_for_a_hopper_gpu(op, spec):
         assert row["spilled_bytes"] == 0
         assert 0 < row["registers"] <= 168  # 384 threads share 65,536
         assert row["shared_bytes"] <= 232448
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHIPS["v5p"].missing() is not None,
+                    reason=f"needs {CHIPS['v5p'].missing()}, of the extra 'compile'")
+@pytest.mark.parametrize(("op", "spec"), [("grouped_matmul", "olmoe"), ("block_sparse", "nsa_4k")])
+def test_it_compiles_for_a_tpu_and_keeps_the_rows(op, spec, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    argv = ["--target", "v5p", "--op", op, "--spec", spec, "--json", "--backend", "mosaic_tpu",
+            "--keep", str(file)]
+    for _ in range(2):  # the second time from the file
+        done = subprocess.run([sys.executable, "-m", "kernels_pallas.compile", *argv], cwd=ROOT,
+                              capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows = json.loads(done.stdout)
+        assert [row["direction"] for row in rows] == ["forward", "gradient"]
+        assert all(row["backend"] == "mosaic_tpu" and row["kernels"] for row in rows)
+        assert len(file.read_text().splitlines()) == 2
