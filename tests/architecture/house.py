@@ -69,7 +69,11 @@ HOMES = {
     "tensorflow_datasets": ("sparse_pretrain.data",),
     "grain": ("sparse_pretrain.data",),
     "orbax": ("sparse_pretrain.checkpoint",),
-    "optax": ("sparse_pretrain.optim", "sparse_pretrain.training", "experiments"),
+    # claims.gpt2 is the other side of a comparison and shares nothing with our optimizers
+    "optax": (
+        "sparse_pretrain.optim", "sparse_pretrain.training", "sparse_pretrain.claims.gpt2",
+        "experiments",
+    ),
     "torch": ("experiments.benchmarks",),
     "transformers": ("experiments.benchmarks",),
     "tensorflow": (),
