@@ -5,7 +5,6 @@ Differs from the rest of planning: it stands on floor 6, for it builds the step 
 
 import dataclasses
 import os
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,16 +17,11 @@ from kernels_pallas import device
 from sparse_pretrain import config as configs
 from sparse_pretrain import optim, shapes
 from sparse_pretrain.model import lm
-from sparse_pretrain.planning import chips
+from sparse_pretrain.planning import chips, hlo
 from sparse_pretrain.sharding import apply, mesh, plans
 from sparse_pretrain.training import state, step
 
 EXTRA = targets.EXTRA
-COLLECTIVES = (
-    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
-    "collective-permute",
-)  # fmt: skip
-_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
 
 
 def _gpu(name: str, kind: str, capability: tuple[int, int], cores: int, l2: int, clock: float):
@@ -50,10 +44,10 @@ _GRIDS = {"v5e": (16, 16), "v5p": (4, 4, 4), "v6e": (16, 16), "tpu7x": (4, 4, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one chip's program.
+    """What the compiler says of one chip's program, a step of it.
 
-    Units: bytes; FLOPs of the program's text, where a loop's body counts once; `collectives` are
-    how often each stands in the text and the bytes of its results; seconds to lower and compile.
+    Units: bytes; `flops`, `collectives`, `open_loops` and `kernels` as in `hlo.Counted`; seconds to
+    lower and compile.
     """
 
     memory_per_chip_bytes: int
@@ -61,6 +55,8 @@ class Compiled:
     temporary_bytes: int
     flops: float
     collectives: dict[str, dict[str, int]]
+    open_loops: int
+    kernels: int
     seconds: float
 
 
@@ -154,38 +150,13 @@ def compiled(
         )  # fmt: skip
         program = run.lower(like, placed.like_batch(batch)).compile()
     memory: Any = program.memory_analysis()
-    cost = program.cost_analysis() or {}
+    runs = hlo.count(program.as_text() or "")
     given, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
         memory_per_chip_bytes=int(given + temporary + made),
         arguments_bytes=int(given),
         temporary_bytes=int(temporary),
-        flops=float(cost.get("flops", 0.0)),
-        collectives=collectives(program.as_text() or ""),
+        **dataclasses.asdict(runs),
         seconds=time.perf_counter() - began,
     )
-
-
-def collectives(text: str) -> dict[str, dict[str, int]]:
-    """Kind -> how many stand in a compiled program, and the bytes of their results."""
-    out: dict[str, dict[str, int]] = {}
-    pattern = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
-    for result, kind in pattern.findall(text):
-        row = out.setdefault(kind, {"count": 0, "bytes": 0})
-        row["count"] += 1
-        row["bytes"] += _bytes(result)
-    return out
-
-
-def _bytes(result: str) -> int:
-    """Bytes of the last array in a result's type: of an asynchronous start, what it makes."""
-    found = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", result)
-    if not found:
-        return 0
-    kind, sizes = found[-1]
-    bits = _BITS.get(kind) or int(re.sub(r"\D", "", kind)[:2] or 8)
-    total = 1
-    for n in filter(None, sizes.split(",")):
-        total *= int(n)
-    return total * bits // 8

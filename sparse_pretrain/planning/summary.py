@@ -6,7 +6,7 @@ from typing import Any
 from sparse_pretrain.planning import cost, flops, network
 from sparse_pretrain.planning.planner import Candidate, Planner
 
-HOUR, DAY, GIGA = 3600.0, 24.0, 1e9
+HOUR, DAY, GIGA, TERA = 3600.0, 24.0, 1e9, 1e12
 SHOWN = 5
 
 
@@ -173,7 +173,9 @@ def _why(t: dict[str, Any]) -> list[str]:
 
 def _compiled(t: dict[str, Any]) -> str:
     c = t["compiled"]
-    kinds = ", ".join(f"{v['count']} {k}" for k, v in c["collectives"].items()) or "none"
+    kinds = ", ".join(
+        f"{v['count']} {k} of {v['bytes'] / GIGA:.3g} GB" for k, v in c["collectives"].items()
+    )
     off = t["memory_per_chip_bytes"] / c["memory_per_chip_bytes"] - 1
     held, state, rest = (
         f"{c[k] / GIGA:.1f}"
@@ -182,6 +184,15 @@ def _compiled(t: dict[str, Any]) -> str:
     verdict = "fits" if c["fits"] else "does NOT fit"
     return (
         f"The compiler, after {c['seconds']:.0f} s, says {held} GB a chip ({state} of state, "
-        f"{rest} temporary), which {verdict}; the estimate is {off:+.0%} off. Collectives in the "
-        f"program's text, loops once: {kinds}."
+        f"{rest} temporary), which {verdict}; the estimate is {off:+.0%} off. A step runs "
+        f"{c['flops'] / TERA:.4g} TFLOP of products on each{_open(c)}; collectives: "
+        f"{kinds or 'none'}."
     )
+
+
+def _open(c: dict[str, Any]) -> str:
+    """What the count of products leaves open."""
+    loops, kernels = c["open_loops"], c["kernels"]
+    parts = [f"{loops} loops over what the data decides taken once"] if loops else []
+    parts += [f"{kernels} calls of kernels left out"] if kernels else []
+    return f" ({', '.join(parts)})" if parts else ""
