@@ -1,5 +1,6 @@
 """What every router returns, and the pieces routers share."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -79,7 +80,8 @@ def assign(
     B, L = valid_BxL.shape
     E = score_TxE.shape[1]
     live = expert_TxC < E
-    weight = jnp.where(live, take_seats(score_TxE, jnp.where(live, expert_TxC, 0)), 0)
+    taken = per_token(take_seats, (B, L), score_TxE, jnp.where(live, expert_TxC, 0))
+    weight = jnp.where(live, taken, 0)
     if config.normalise:
         weight = weight / (jnp.sum(weight, axis=1, keepdims=True) + 1e-20)
     balance = jnp.zeros((), jnp.float32)
@@ -104,7 +106,8 @@ def dual_of_choice(
     valid_T: Bool[Array, " T"],
 ) -> Float[Array, ""]:
     """`games.prices.dual` where every token's experts are its C highest score - price: no sort."""
-    worth = jnp.take_along_axis(score_TxE - price_E[None, :], expert_TxC, axis=1)
+    T = expert_TxC.shape[0]
+    worth = per_token(take_seats, (T, 1), score_TxE - price_E[None, :], expert_TxC)
     tokens = jnp.maximum(jnp.sum(valid_T, dtype=jnp.float32), 1.0)
     rent = jnp.sum(price_E) * (expert_TxC.shape[1] / score_TxE.shape[1])
     return jnp.sum(jnp.where(valid_T, jnp.sum(worth, axis=1), 0.0)) / tokens + rent
@@ -190,6 +193,23 @@ def best_groups(
     chosen = top_k(rank, kept)
     allowed = jnp.any(chosen[:, :, None] == jnp.arange(groups)[None, None, :], axis=1)
     return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(score_TxE.shape)
+
+
+def per_token(function: Callable, rows: tuple[int, ...], *parts_TxN: Array) -> Array:
+    """`function` of tokens, [T, N] each -> [T, C], on the devices that have the tokens.
+
+    `rows` are B and L of the T tokens. The compiler's partitioner would gather the scores of all
+    devices for a sort or a pick: 13 GB on each of 2,048 chips for a layer of DeepSeek-V3.
+    """
+
+    def local(*parts, axes):
+        del axes
+        out = function(*(part.reshape(-1, part.shape[-1]) for part in parts))
+        return out.reshape(*parts[0].shape[:2], -1)
+
+    whole = [part.reshape(*rows, -1) for part in parts_TxN]
+    found = ops.each_device(local, whole, ("BL.",) * len(whole), "BL.")
+    return found.reshape(parts_TxN[0].shape[0], -1)
 
 
 def top_k(score_TxE: Float[Array, "T E"], k: int) -> Int[Array, "T C"]:

@@ -1,6 +1,7 @@
 """Experts as a market: any score, and prices by any of the solvers of `games`."""
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -130,7 +131,8 @@ class Market(nn.Module):
             if held is not None:  # what it won comes first; the rest only if bidding was cut short
                 most = jnp.max(jnp.where(valid[:, None], jnp.abs(worth), 0))
                 worth = jnp.where(held, most * 3 + 1 + worth, worth)
-            expert = base.top_k(worth, k)
+            best = functools.partial(base.top_k, k=k)
+            expert = base.per_token(best, valid_BxL.shape, worth)
         told = {"proposal": proposal, "price": price}
         told["objective"] = prices.dual(fixed, price, k, valid)
         if c.exact and not train:  # a sort, which a training step is spared

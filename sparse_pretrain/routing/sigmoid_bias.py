@@ -1,6 +1,7 @@
 """DeepSeek-V3's router: sigmoid scores, and a bias per expert that moves with the load."""
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -69,7 +70,8 @@ class SigmoidBias(nn.Module):
         del tokens_BxL
         score = base.score("sigmoid", base.logits(x_BxLxD, nn.read(self.w)))
         fixed, bias = jax.lax.stop_gradient(score), nn.read(self.bias)
-        expert = select(fixed, bias, self.top_k, self.config)
+        z, best = fixed + bias[None, :], functools.partial(_best, self.top_k, self.config)
+        expert = base.per_token(best, valid_BxL.shape, z)
         market = {"price": -bias}
         if self.config.groups == 1:
             valid = jnp.reshape(jnp.asarray(valid_BxL), (-1,))
@@ -91,5 +93,8 @@ def select(
     score_TxE: Float[Array, "T E"], bias_E: Float[Array, " E"], top_k: int, config: Config
 ) -> Int[Array, "T C"]:
     """Experts [T, C] int32 with the highest score + bias, within each token's best groups."""
-    z = score_TxE + bias_E[None, :]
+    return _best(top_k, config, score_TxE + bias_E[None, :])
+
+
+def _best(top_k: int, config: Config, z):
     return base.top_k(base.best_groups(z, config.groups, config.groups_kept, 2), top_k)

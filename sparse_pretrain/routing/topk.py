@@ -77,8 +77,11 @@ class TopK(nn.Module):
         c = self.config
         logits = base.logits(x_BxLxD, nn.read(self.w))
         score = base.score(c.score, logits)
-        fixed = base.best_groups(jax.lax.stop_gradient(score), c.groups, c.groups_kept, 1)
-        expert = base.top_k(fixed, self.top_k)
+
+        def best(score):
+            return base.top_k(base.best_groups(score, c.groups, c.groups_kept, 1), self.top_k)
+
+        expert = base.per_token(best, valid_BxL.shape, jax.lax.stop_gradient(score))
         found = base.assign(expert, score, valid_BxL, c, self.top_k)
         extra = jnp.zeros((), jnp.float32)
         live = jnp.reshape(jnp.asarray(valid_BxL), (-1,)).astype(jnp.float32)
