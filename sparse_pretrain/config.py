@@ -19,8 +19,8 @@ from sparse_pretrain.checkpoint import Config as CheckpointConfig
 from sparse_pretrain.data import Config as DataConfig
 from sparse_pretrain.model import ffn, lm, residual
 from sparse_pretrain.optim import schedules
+from sparse_pretrain.sharding import apply, plans
 from sparse_pretrain.sharding import mesh as meshes
-from sparse_pretrain.sharding import plans
 from sparse_pretrain.sharding.placement import Config as PlacementConfig
 
 SINKS = ("jsonl", "tensorboard", "wandb", "mlflow", "trackio")
@@ -95,8 +95,8 @@ class Experiment(spec.Config):
     Units: `steps` optimizer steps, 0 to derive them from `tokens`; `tokens` training targets, 0
     for one epoch of the data; `accumulate` micro-batches per step; `ema` decay per step of the
     averaged weights, 0 for none; `plan` and `mesh` (such as fsdp=2,expert=4) how the run is spread
-    over devices, see `sharding.plans`; `init_from` a workdir whose weights the run starts from,
-    with @best or @STEP after it for another checkpoint than the last.
+    over devices, see `sharding.plans`, or plan=auto; `exchange` how tokens travel to experts, auto,
+    padded or ragged; `init_from` a workdir whose weights the run starts from, with @best or @STEP.
     """
 
     name: str
@@ -107,6 +107,7 @@ class Experiment(spec.Config):
     ema: float = 0.0
     plan: str = "single"
     mesh: str = ""
+    exchange: str = "auto"
     init_from: str = ""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: lm.Config
@@ -127,7 +128,8 @@ class Experiment(spec.Config):
         spec.require(self.seed < 2**32, f"seed: must be below 2**32, got {self.seed}")
         spec.positive(self, "accumulate")
         spec.require(0 <= self.ema < 1, f"ema: must be in [0, 1), got {self.ema}")
-        plans.find(self.plan)
+        plans.find("single" if self.plan == plans.AUTO else self.plan)
+        one_of("exchange", self.exchange, apply.EXCHANGES)
         products = self.model.precision.products
         ok = products == "model" or self.plan == "single"
         where = f"{products} runs on one device, under plan=single; got plan {self.plan}"

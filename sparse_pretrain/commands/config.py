@@ -57,20 +57,7 @@ def vocab(experiment: Any) -> int:
     """The vocabulary's size: the model's, else what the tokenizer's name says, else the data's."""
     from sparse_pretrain import data
 
-    section = experiment.data
-    kind, _, arg = section.tokenizer.partition(":")
-    if experiment.model.vocab:
-        return experiment.model.vocab
-    if not section.source.startswith("synthetic:"):
-        if kind == "bpe":
-            return int(arg)
-        if kind in ("bytes", "file"):
-            from sparse_pretrain.data import tokenize
-
-            with_end = section.pack == "documents"
-            made = tokenize.Bytes() if kind == "bytes" else tokenize.read(arg, documents=with_end)
-            return made.vocab
-    return data.load(section, seed=experiment.seed).vocab
+    return experiment.model.vocab or data.vocab(experiment.data, seed=experiment.seed)
 
 
 def _show(values: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:

@@ -34,7 +34,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="CHIP:N",
         default="cpu",
         help="h100, h200, h800, a100, b200, l40s, rtx4090, v5e, v5p, v6e, tpu7x or cpu, with how "
-        "many, or a TPU's grid as in v5p:8x16x16 (default: this machine's processor)",
+        "many, or a TPU's grid as in v5p:8x16x16; cpu:8 as train --cpu-devices=8 (default: this "
+        "machine's processor)",
     )
     parser.add_argument(
         "--tokens", type=float, metavar="N", help="to train on (default: the configuration's)"
@@ -194,6 +195,8 @@ def _show(ranked: Any, told: dict[str, Any]) -> None:
     from sparse_pretrain.planning import forecast, summary
 
     console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width to cut columns to
+        console = Console(width=120)
     console.print(summary.headline(told), soft_wrap=True, highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("plan", "mesh", "remat"):

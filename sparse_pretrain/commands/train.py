@@ -40,7 +40,8 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
         "--plan",
         metavar="NAME",
         help="how the run is spread over devices: single, ddp, zero1, fsdp, fsdp_tp, fsdp_ep, "
-        "fsdp_ep_cp, fsdp_ep_pp and other products; short for --config.plan",
+        "fsdp_ep_cp, fsdp_ep_pp and other products, or auto: the best that `plan` finds for these "
+        "devices; short for --config.plan",
     )
     group.add_argument(
         "--mesh",

@@ -55,6 +55,24 @@ def cache_dir(cache: str = "") -> Path:
     return Path(chosen).expanduser()
 
 
+def vocab(config: Config, *, seed: int) -> int:
+    """The vocabulary's size: what the tokenizer's name says, else the data's own.
+
+    Errors: ValueError as of `load`.
+    """
+    kind, _, arg = config.tokenizer.partition(":")
+    if not config.source.startswith("synthetic:"):
+        if kind == "bpe":
+            return int(arg)
+        if kind in ("bytes", "file"):
+            from sparse_pretrain.data import tokenize
+
+            with_end = config.pack == "documents"
+            made = tokenize.Bytes() if kind == "bytes" else tokenize.read(arg, documents=with_end)
+            return made.vocab
+    return load(config, seed=seed).vocab
+
+
 def load(config: Config, *, seed: int, process_index: int = 0, process_count: int = 1) -> Dataset:
     """The dataset that `config` describes, with this process's share of every batch.
 

@@ -81,7 +81,7 @@ class Fleet:
 
 
 def parse(text: str) -> Fleet:
-    """`h800:2048`, `v5p:8x16x16`, `cpu`.
+    """`h800:2048`, `v5p:8x16x16`, `cpu`, and `cpu:8`: simulated devices, which share it.
 
     Errors: ValueError naming the chip that is not known, or the number that is none.
     """
@@ -102,10 +102,26 @@ def parse(text: str) -> Fleet:
     total = math.prod(grid)
     spec.require(total <= 2**20, f"--chips: at most 2**20 chips, got {total}")
     chip = CHIPS[name] if name in CHIPS else here()
-    spec.require(
-        name != HERE or total == 1, f"--chips: there is one cpu, got {total}; its cores share it"
-    )
+    if name == HERE:
+        chip = shared(chip, total)
     return Fleet(chip, total, f"{name}:{count}" if tpu and len(grid) > 1 else "")
+
+
+def shared(chip: Chip, among: int) -> Chip:
+    """What each of so many devices has of a chip that they share."""
+    parts = ("bf16", "fp8", "memory", "bandwidth", "inside", "between")
+    each = {name: getattr(chip, name) / among for name in parts}
+    return dataclasses.replace(chip, **each, node=chip.node * among)
+
+
+def at_hand() -> Fleet:
+    """The devices of all processes, as JAX counts them."""
+    chip, devices = here(), jax.devices()
+    if chip.name == HERE and devices[0].platform == "cpu":
+        chip = shared(chip, len(devices))
+    elif chip.name == "tpu7x":  # two of JAX's devices
+        chip = shared(chip, 2)
+    return Fleet(chip, len(devices))
 
 
 @functools.cache
@@ -155,7 +171,10 @@ def _best(step, x, seconds: float) -> float:
 
 
 def _memory() -> float:
-    """Bytes of memory of this machine; 8 GB where it does not say."""
+    """Bytes of memory of this device, or of this machine; 8 GB where neither says."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return float((device.memory_stats() or {}).get("bytes_limit", 8e9))
     try:
         with open("/proc/meminfo") as lines:
             return 1024.0 * int(next(lines).split()[1])

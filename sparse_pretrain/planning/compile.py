@@ -132,23 +132,29 @@ def compiled(
     definition = lm.define(model)
     rate = lambda count: jnp.float32(experiment.optim.lr)  # noqa: E731 (a schedule's cost is none)
     tx = optim.TABLE[experiment.optim.KIND].build(experiment.optim, definition.dims, rate)
-    found, chosen = plans.find(plan), target(fleet)
-    text = ",".join(f"{a}={n}" for a, n in sizes.items())
-    laid = mesh.make(found, text, devices(fleet))
-    placed = apply.Placed(found, laid, microbatches=micro)
+    found, chosen, where = plans.find(plan), target(fleet), devices(fleet)
     rows, length = experiment.data.batch, experiment.data.seq
-    placed.check(definition, rows=rows, length=length)
+    placed = None
+    if found.axes:
+        text = ",".join(f"{a}={n}" for a, n in sizes.items())
+        laid = mesh.make(found, text, where)
+        placed = apply.Placed(found, laid, microbatches=micro, exchange=experiment.exchange)
+        placed.check(definition, rows=rows, length=length)
     ema = experiment.ema > 0
     with device.assume(chosen.target):
-        like = state.abstract(definition, tx, ema=ema, placed=placed)
         fields = dict.fromkeys(shapes.Batch._fields, jnp.int32) | {"weights": jnp.float32}
         like_rows: Any = {f: jax.ShapeDtypeStruct((rows, length), d) for f, d in fields.items()}
         batch = shapes.Batch(**like_rows)
+        like = state.abstract(definition, tx, ema=ema, placed=placed)
+        if placed is None:
+            like, batch = _on(where[0], (like, batch))
+        else:
+            batch = placed.like_batch(batch)
         run = step.make_train_step(
             definition, model, tx, schedule=rate, accumulate=micro, ema=experiment.ema,
             placed=placed,
         )  # fmt: skip
-        program = run.lower(like, placed.like_batch(batch)).compile()
+        program = run.lower(like, batch).compile()
     memory: Any = program.memory_analysis()
     runs = hlo.count(program.as_text() or "")
     given, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -160,3 +166,9 @@ def compiled(
         **dataclasses.asdict(runs),
         seconds=time.perf_counter() - began,
     )
+
+
+def _on(one: Any, tree: Any) -> Any:
+    """The tree's shapes on one device."""
+    there = jax.sharding.SingleDeviceSharding(one)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), tree)

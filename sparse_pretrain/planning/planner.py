@@ -69,13 +69,17 @@ class Planner:
         self._known: dict[Any, Any] = {}
 
     def candidates(self, names: Sequence[str] = plans.PLANS) -> list[Candidate]:
-        """All that divide, the fastest that fit first, then the smallest that do not."""
+        """All that divide, the fastest that fit first, then the smallest that do not.
+
+        Of equally fast ones the one with fewest micro-batches: larger products run better.
+        """
         found = [c for name in names for c in self._of_plan(plans.find(name))]
         limit = USABLE * self.problem.fleet.chip.memory
 
         def order(c: Candidate):
             fits = c.memory_per_chip <= limit
-            return (not fits, c.step.total if fits else c.memory_per_chip, c.memory_per_chip)
+            first = float(f"{c.step.total:.4g}") if fits else c.memory_per_chip
+            return (not fits, first, c.micro, c.memory_per_chip)
 
         return sorted(found, key=order)
 
@@ -148,8 +152,9 @@ class Planner:
         if key not in self._known:
             if what == "held":
                 found: Any = layout.held_bytes(self.state, plan, sizes, 2 if many else 1)
-            elif what == "weights":
-                found = layout.weight_bytes(self.definition, self.model, plan, sizes)
+            elif what in ("weights", "kept"):
+                of = {"weights": layout.weight_bytes, "kept": layout.kept_weight_bytes}[what]
+                found = of(self.definition, self.model, plan, sizes)
             else:
                 found = network.parameters(self.definition, plan, sizes)
             self._known[key] = found
@@ -169,6 +174,8 @@ class Planner:
         memory["buffers"] = self._fixed("weights", plan, sizes) + layout.working_bytes(
             self.shapes, self.model, tokens=tokens, sizes=sizes
         )
+        if remat == "none":
+            memory["buffers"] += self._fixed("kept", plan, sizes)
         sent = 1 if self.problem.precision == "fp8" else network.BFLOAT16
         load = network.Load(tokens, micro, 2 if remat == "none" else 3, sent)
         messages = [
@@ -210,8 +217,8 @@ def chosen(planner: Planner, names: Sequence[str] = plans.PLANS) -> list[Candida
         limit = USABLE * fleet.chip.memory
         raise ValueError(
             f"--chips: the smallest plan, {least.plan} {least.mesh}, holds "
-            f"{least.memory_per_chip / 1e9:.1f} GB on each of {what} and there are "
-            f"{limit / 1e9:.1f}; " + _chips_that_fit(planner, names)
+            f"{least.memory_per_chip / 1e9:.3g} GB on each of {what} and there are "
+            f"{limit / 1e9:.3g}; " + _chips_that_fit(planner, names)
         )
     return found
 

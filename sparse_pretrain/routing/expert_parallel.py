@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas import device
 from kernels_pallas.rounding import narrow
 from sparse_pretrain.routing import experts
 from sparse_pretrain.sharding import ops
@@ -48,20 +47,21 @@ def everywhere(
 ) -> Float[Array, "B L D"]:
     """`experts.run` wherever the plan has put tokens, experts and their hidden width.
 
-    Tokens travel by `exchanged`, ragged where the platform can; a hidden width in parts adds up.
+    Tokens travel by `exchanged`, as `ops.exchange` says; a hidden width in parts adds up.
     """
 
     def local(weights, x, expert, weight, axes):
         args = weights, x.reshape(-1, x.shape[-1]), *(a.reshape(-1, C) for a in (expert, weight))
         if axes.get("E"):
             (axis,) = axes["E"]
-            y = exchanged(*args, axis=axis, ragged=device.platform() != "cpu")
+            y = exchanged(*args, axis=axis, ragged=ragged)
         else:
             y = experts.run(*args)
         if axes.get("F"):
             y = narrow(jax.lax.psum(y.astype(jnp.float32), axes["F"]), x.dtype)
         return y.reshape(x.shape)
 
+    ragged = ops.exchange() == "ragged"
     (B, L, _), C = x_BxLxD.shape, expert_TxC.shape[1]
     seats = (a.reshape(B, L, C) for a in (expert_TxC, weight_TxC))
     dims = (("E.F", "E.F", "EF."), "BL.", "BL.", "BL.")

@@ -18,18 +18,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparse_pretrain.sharding import peers, plans
 
+EXCHANGES = ("auto", "padded", "ragged")
 _CURRENT: contextvars.ContextVar["Placed | None"] = contextvars.ContextVar("placed", default=None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placed:
-    """A plan on a mesh. `microbatches` go through a pipeline per step; `manual` axes are those
-    that a surrounding shard_map has already taken (only the pipeline's own code sets them).
+    """A plan on a mesh. `microbatches` go through a pipeline per step; `exchange` is how tokens
+    travel to experts, one of EXCHANGES; `manual` axes are those that a surrounding shard_map has
+    already taken (only the pipeline's own code sets them).
     """
 
     plan: plans.Plan
     mesh: Mesh
     microbatches: int = 1
+    exchange: str = "auto"
     manual: frozenset[str] = frozenset()
 
     @functools.cached_property
@@ -88,9 +91,7 @@ class Placed:
     def spec(self, dims: str, shape: tuple[int, ...]) -> PartitionSpec:
         """Where an activation lies; one letter a dim, '.' for one that is never cut."""
         assert len(dims) == len(shape), (dims, shape)
-        return PartitionSpec(
-            *(entry(self.cut(d, n)) for d, n in zip(dims, shape, strict=True))
-        )
+        return PartitionSpec(*(entry(self.cut(d, n)) for d, n in zip(dims, shape, strict=True)))
 
     # --- parameters and state
 
@@ -153,6 +154,12 @@ class Placed:
                 "one run; order devices by process"
             )
         return first // size, rows // size
+
+    @property
+    def shares(self) -> int:
+        """Into how many runs of rows a batch falls, each of which some process reads."""
+        cut = tuple(a for a in self.axes("B") if a != "pipe")
+        return self.share(math.prod(self.sizes[a] for a in cut))[1]
 
     def put(self, batch: Any, rows: int) -> Any:
         """This process's rows of a batch of `rows`, as arrays over all processes."""
@@ -259,6 +266,18 @@ def one_device() -> Iterator[None]:
         _CURRENT.reset(token)
 
 
+def exchange(asked: str, platform: str) -> str:
+    """How tokens travel to experts there: `ragged` only rows that are there, or `padded`.
+
+    Auto is ragged on GPU alone. TPU's compiler has ragged_all_to_all, and refuses it on thousands
+    of chips ("Assigned barrier is not acceptable", libtpu 0.0.50); CPU has none.
+    Errors: ValueError naming the field where the platform cannot do what is asked.
+    """
+    if asked == "ragged" and platform == "cpu":
+        raise ValueError("exchange: ragged, which cpu cannot do; padded and auto can")
+    return asked if asked != "auto" else "ragged" if platform == "gpu" else "padded"
+
+
 def entry(axes: tuple[str, ...]) -> Any:
     """One dim's entry in a PartitionSpec."""
     return axes if len(axes) > 1 else (axes[0] if axes else None)
@@ -283,8 +302,7 @@ def _by_path(definition: Any) -> Mapping[tuple[str, ...], tuple[Any, Any]]:
     dims = jax.tree.leaves(definition.dims, is_leaf=lambda x: isinstance(x, tuple))
     shapes = jax.tree_util.tree_leaves_with_path(definition.shapes)
     return {
-        _keys(path): (d, tuple(leaf.shape))
-        for (path, leaf), d in zip(shapes, dims, strict=True)
+        _keys(path): (d, tuple(leaf.shape)) for (path, leaf), d in zip(shapes, dims, strict=True)
     }
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from kernels_pallas import device
 from kernels_pallas.block_sparse import block_sparse as _block_sparse
 from kernels_pallas.block_sparse.xla import keys_per_query as block_sparse_keys_per_query
 from kernels_pallas.cross_entropy import cross_entropy as _cross_entropy
@@ -40,6 +41,7 @@ __all__ = [
     "each_device",
     "eight_bits",
     "embed",
+    "exchange",
     "flash",
     "flash_keys_per_query",
     "gathered",
@@ -84,6 +86,12 @@ def microbatches() -> int:
     """Into how many parts a pipeline cuts a batch; 1 without one."""
     placed = apply.current()
     return placed.microbatches if placed is not None and placed.stages > 1 else 1
+
+
+def exchange() -> str:
+    """How tokens travel to experts: `padded` or `ragged`."""
+    placed = apply.current()
+    return apply.exchange("auto" if placed is None else placed.exchange, device.platform())
 
 
 def rows_are_cut() -> bool:

@@ -70,6 +70,7 @@ PARTS = {
     "pp": Plan("pp", dims={"N": ("pipe",)}),
 }
 HOLDS, CUTS = ("ddp", "zero1", "fsdp"), ("ep", "tp", "cp", "pp")
+AUTO = "auto"  # no plan: the planner's choice for the devices at hand
 PLANS = (
     "single",
     "ddp",

@@ -102,8 +102,7 @@ class Evaluator:
             length = batch.tokens.shape[1]
             if self._placed is not None:
                 # rows are those of all processes, which hold equal shares
-                _, count = self._placed.share(batch.tokens.shape[0])
-                batch = self._placed.put(batch, batch.tokens.shape[0] * count)
+                batch = self._placed.put(batch, batch.tokens.shape[0] * self._placed.shares)
             sums = self._step(params, prices, batch)
             if pending is not None:  # read one batch late, so that the device is never idle
                 add(*pending)

@@ -15,6 +15,7 @@ from rich.console import Console
 from sparse_pretrain import checkpoint, config
 from sparse_pretrain.planning import chips
 from sparse_pretrain.training import (
+    auto,
     course,
     metrics,
     processes,
@@ -62,6 +63,9 @@ def _train(experiment, workdir, argv, quiet, on_finish) -> dict[str, Any]:
         derived = (checkpoint.read_record(workdir) or {})["derived"]
         _say(quiet, f"{run.headline(experiment, derived)}; {workdir}, finished already")
     else:
+        experiment, chosen = auto.planned(experiment)
+        if chosen:
+            _say(quiet, chosen)
         with _quietly(quiet, "preparing the data"):
             prepared = run.prepare(experiment, workdir)
         _say(quiet, f"{run.headline(prepared.experiment, prepared.derived)}; {workdir}")

@@ -3,11 +3,14 @@
 JAX's own distributed runtime does the work; this says when to start it and what to ask of it.
 """
 
+import functools
 import os
+import sys
 from typing import Any
 
 import jax
 
+from kernels_pallas import device
 from sparse_pretrain.sharding import apply, mesh, peers, plans
 
 # What tells a process that a launcher started several. Units: processes, where there is a number.
@@ -18,6 +21,7 @@ LAUNCHERS = {
 }
 HEARTBEAT = 25  # seconds without a sign of life after which the others are told
 GONE = ("connection", "socket", "gloo", "heartbeat", "unavailable", "timed out", "deadline")
+FAILED = 1  # the exit code of a process that ends so
 _STOP = "sparse_pretrain/stop"
 
 
@@ -49,6 +53,15 @@ def start(coordinator: str = "", processes: int = 0, process_id: int = -1) -> No
     if jax.config.jax_platforms == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT)
+    jax.devices()  # so that the two numbers below are known to whoever asks
+    me = f"process {jax.process_index()} of {jax.process_count()}"
+    peers.when_lost(functools.partial(_ended, me))
+
+
+def _ended(me: str) -> None:
+    """Ends this process where it stands, in a collective that will never end or before one."""
+    print(f"error: {_gone(me, 'as JAX says above')}", file=sys.stderr, flush=True)
+    os._exit(FAILED)
 
 
 def _launched() -> bool:
@@ -75,10 +88,10 @@ def lead() -> bool:
     return jax.process_index() == 0
 
 
-def place(plan: str, text: str, microbatches: int) -> apply.Placed | None:
+def place(plan: str, text: str, microbatches: int, exchange: str = "auto") -> apply.Placed | None:
     """The plan on the devices of all processes; None for one device.
 
-    Errors: ValueError naming plan or mesh, and what would fit.
+    Errors: ValueError naming plan, mesh or exchange, and what would fit.
     """
     found = plans.find(plan)
     if not found.axes:
@@ -92,9 +105,10 @@ def place(plan: str, text: str, microbatches: int) -> apply.Placed | None:
         return None
     try:
         laid = mesh.make(found, text)
+        apply.exchange(exchange, device.platform())
     except ValueError as e:
         raise ValueError(f"config.{e}") from None
-    return apply.Placed(found, laid, microbatches) if laid.size > 1 else None
+    return apply.Placed(found, laid, microbatches, exchange) if laid.size > 1 else None
 
 
 class Stop:
@@ -133,8 +147,12 @@ def lost(error: BaseException) -> PeerLost | None:
     text = " ".join(str(error).split())
     if not any(word in text.lower() for word in GONE):
         return None
-    return PeerLost(
-        f"process {jax.process_index()} of {jax.process_count()}: another process of the run is "
-        f"gone ({text[:160]}); the same command, on any number of devices that fit, continues "
-        "from the last checkpoint"
+    me = f"process {jax.process_index()} of {jax.process_count()}"
+    return PeerLost(_gone(me, text[:160]))
+
+
+def _gone(me: str, reason: str) -> str:
+    return (
+        f"{me}: another process of the run is gone ({reason}); the same command, on any number of "
+        "devices that fit, continues from the last checkpoint"
     )

@@ -46,7 +46,7 @@ def prepare(experiment: configs.Experiment, workdir: Path | None = None) -> Prep
     fresh = workdir is None or not checkpoint.steps(workdir)
     if experiment.init_from and fresh:
         start_from(experiment)  # looked at before the data, whose preparation can take minutes
-    placed = processes.place(experiment.plan, experiment.mesh, experiment.accumulate)
+    placed = place(experiment)
     index, count = (0, 1) if placed is None else placed.share(experiment.data.batch)
     dataset = data.load(
         experiment.data, seed=experiment.seed, process_index=index, process_count=count
@@ -72,6 +72,15 @@ def prepare(experiment: configs.Experiment, workdir: Path | None = None) -> Prep
     tx = build(experiment.optim, definition.dims, schedule, factors)
     derived = derive(experiment, run) | {"train_tokens": dataset.train_tokens}
     return Prepared(experiment, dataset, definition, run, schedule, tx, derived, stages, placed)
+
+
+def place(experiment: configs.Experiment) -> apply.Placed | None:
+    """The experiment's plan on the devices of all processes; None for one device.
+
+    Errors: ValueError as of `processes.place`.
+    """
+    where = experiment.plan, experiment.mesh
+    return processes.place(*where, experiment.accumulate, experiment.exchange)
 
 
 def check_plan(

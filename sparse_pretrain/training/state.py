@@ -47,10 +47,17 @@ def create(
 
 
 def abstract(
-    definition: nn.Definition, tx: Any, *, ema: bool, game: Any = None, placed: apply.Placed
+    definition: nn.Definition,
+    tx: Any,
+    *,
+    ema: bool,
+    game: Any = None,
+    placed: apply.Placed | None = None,
 ) -> TrainState:
     """The state's shapes and where each lies, without arrays: what a step is lowered for."""
     shapes = jax.eval_shape(_builder(definition, tx, ema, game), jax.random.key(0))
+    if placed is None:
+        return shapes
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,

@@ -1,5 +1,7 @@
 """Every plan: what it cuts, what it refuses, and that it computes what one device does."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from sparse_pretrain.model import lm
 from sparse_pretrain.sharding import apply, mesh, plans
+from sparse_pretrain.training import processes
 from tests.sharding import equality
 
 MESHES = {
@@ -96,12 +99,23 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would(plan, text, batch,
     assert "\n" not in str(e.value)
 
 
+def test_tokens_travel_as_asked_or_as_the_platform_can():
+    assert [apply.exchange("auto", p) for p in ("cpu", "gpu", "tpu")] == [
+        "padded", "ragged", "padded",
+    ]  # fmt: skip
+    assert apply.exchange("ragged", "tpu") == "ragged"
+    with pytest.raises(ValueError, match=r"^config.exchange: ragged, which cpu cannot do; padded"):
+        processes.place("fsdp_ep", "expert=4", 1, "ragged")
+    assert processes.place("fsdp_ep", "expert=4", 1, "padded").exchange == "padded"
+
+
 def test_each_process_reads_one_run_of_rows():
     assert placed("fsdp_ep_cp", "context=2").share(16) == (0, 1)
     batch = next(equality.batches(1))
     laid = placed("fsdp_ep_cp", "fsdp=2,expert=2,context=2").put(batch, 8)
     assert laid.tokens.sharding.spec == P(("fsdp", "expert"), "context")
     np.testing.assert_array_equal(laid.tokens, batch.tokens)
+    assert placed("fsdp_ep", "expert=4").shares == 1
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +142,12 @@ def test_tokens_and_experts_on_eight_devices_equal_one_device(alone):
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", MESHES)
 def test_every_plan_equals_one_device(plan, alone):
-    equal(alone, "mla", plan, MESHES[plan], accumulate=1 if plan in ("ddp", "zero1") else 2)
+    laid = placed(plan, MESHES[plan])
+    groups = math.prod(laid.sizes.get(a, 1) for a in laid.plan.batch)
+    equal(alone, "mla", plan, MESHES[plan], accumulate=1 if groups == equality.ROWS else 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", sorted(set(equality.ATTENTIONS) - {"mla"}))
 def test_every_attention_equals_one_device_with_rows_cut_and_heads_cut(attention, alone):
     equal(alone, attention, "fsdp_tp_cp", "fsdp=2,tensor=2,context=2")
-
-

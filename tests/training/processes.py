@@ -16,7 +16,7 @@ def get_config(arg=""):
         name="tiny", steps=int(arg or 6),
         data=dict(source="synthetic:copy", seq=64, batch=24),
         model=dict(
-            width=32, dtype="float32", blocks=dict(b=dict(attention=attention, ffn=moe)),
+            width=48, dtype="float32", blocks=dict(b=dict(attention=attention, ffn=moe)),
             pattern=("b",), repeats=2,
         ),
         optim=dict(kind="adamw", lr=0.01),
@@ -28,13 +28,18 @@ def get_config(arg=""):
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
+def port() -> int:
+    """One that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def start(folder: Path, name: str, *, processes: int, devices: int, mesh: str, steps: int = 6):
     """The processes of a run in `folder`/`name`, as they are started."""
     config = folder / "tiny.py"
     config.write_text(CONFIG)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    where = port()
     command = [
         sys.executable, "-m", "sparse_pretrain", "train", f"--config={config}:{steps}",
         "--plan=fsdp_ep", f"--mesh={mesh}", f"--cpu-devices={devices}",
@@ -42,15 +47,15 @@ def start(folder: Path, name: str, *, processes: int, devices: int, mesh: str, s
     ]
     found = []
     for i in range(processes):
-        join = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process-id={i}"]
-        log = (folder / f"{name}.{i}.log").open("w")
-        found.append(
-            subprocess.Popen(
-                command + (join if processes > 1 else []),
-                stdout=log, stderr=subprocess.STDOUT,
-                env=os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"},
-            )
-        )
+        join = [f"--coordinator=127.0.0.1:{where}", f"--processes={processes}", f"--process-id={i}"]
+        with (folder / f"{name}.{i}.log").open("w") as log:
+            found.append(
+                subprocess.Popen(
+                    command + (join if processes > 1 else []),
+                    stdout=log, stderr=subprocess.STDOUT,
+                    env=os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"},
+                )
+            )  # fmt: skip
     return found
 
 
