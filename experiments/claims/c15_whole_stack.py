@@ -13,6 +13,8 @@ Tested: both of 2 layers and width 64 on bytes of the Python library, no byte tw
     log FLOPs; where the least is better already, at least as many times fewer.
 Criterion: FLOPs to equal held-out loss at least 3 times fewer, interval given.
 Cost: 26 runs, two for every rate and five for every share added, minutes.
+Result: PASS at 78ed304: 15.42 times fewer FLOPs to GPT-2's 2.377 nats/byte (2/5 at the least that
+    was run); -0.706 at half its FLOPs.
 """
 
 import math
