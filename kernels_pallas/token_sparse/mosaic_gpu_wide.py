@@ -27,6 +27,9 @@ QUARTER = 32  # tokens that a warpgroup scores at once
 _SCORES = (HALF, QUARTER)
 _SLOTS = 3  # of tokens, where they fit
 _BARRIERS = 256  # bytes
+# Columns of the queries' gradient that two warpgroups' registers sum; of a wider one XLA makes the
+# rest, DeepSeek's 64 rotary ones, of d_scores that the kernel writes anyway.
+_SUMMED = 512
 _PARAMS = {field.name for field in dataclasses.fields(plgpu.CompilerParams)}  # of this JAX
 
 
@@ -56,9 +59,10 @@ def _over_tiles(plan: Plan, attend, by_row, keyed, outs, *, shared=(), numbers=0
     by token, [chunk x steps x 64, ...]; `shared` shapes of bfloat16 memory that the warpgroups
     share, and `numbers` how many times 64 float32. Whatever is float32 lies in one buffer, since
     each buffer begins at a whole kilobyte.
-    attend(tile, warpgroup, rows, keys, outs, shared, numbers, meet) writes to `outs` itself and
-    returns when what it wrote has left the memory of the rows; keys(c, use) returns
-    use(wide rows, *keyed) of step c, and meet() waits until both warpgroups have come there.
+    attend(tile, warpgroup, rows, keys, outs, numbers, meet) writes to `outs` itself and returns
+    when what it wrote has left the memory of the rows; keys(c, use) returns
+    use([*wide rows, *shared], *keyed) of step c, and meet() waits until both warpgroups have come
+    there.
     """
     tiles, steps = plan.tiles * plan.sets, plan.steps
 
@@ -98,11 +102,11 @@ def _over_tiles(plan: Plan, attend, by_row, keyed, outs, *, shared=(), numbers=0
             memory, at = iter(keyed_smem), slot + (numbers + narrow(by_row))
             assert narrow(keyed) <= 1
             seen = [next(memory).at[slot] if x.ndim == 2 else numbers_smem.at[at] for x in keyed]
-            return ([x.at[c & zero] for x in rows_smem], *seen)
+            return ([x.at[c & zero] for x in (*rows_smem, *shared_smem)], *seen)
 
         @pl.when(warpgroup == 2)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
 
             def fill(i, _):
                 tile = core + i * cores
@@ -124,7 +128,7 @@ def _over_tiles(plan: Plan, attend, by_row, keyed, outs, *, shared=(), numbers=0
 
         @pl.when(warpgroup < 2)
         def _():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
 
             def meet():
                 plgpu.barrier_arrive(meet_bar)
@@ -139,8 +143,7 @@ def _over_tiles(plan: Plan, attend, by_row, keyed, outs, *, shared=(), numbers=0
                     key_ring.release(count)
                     return result
 
-                attend(core + i * cores, warpgroup, rows, keys, outs_gmem, shared_smem, extra,
-                       meet)
+                attend(core + i * cores, warpgroup, rows, keys, outs_gmem, extra, meet)
                 row_ring.release(i)
 
             lax.fori_loop(0, share, multiply, None)
@@ -149,7 +152,7 @@ def _over_tiles(plan: Plan, attend, by_row, keyed, outs, *, shared=(), numbers=0
     memory = dict(
         rows_smem=[_memory((1, *shape)) for shape in wide(by_row)],
         keyed_smem=[_memory((slots, *shape)) for shape in wide(keyed)],
-        shared_smem=[_memory(shape) for shape in shared],
+        shared_smem=[_memory((1, *shape)) for shape in shared],
         numbers_smem=plgpu.SMEM((numbers + narrow(by_row) + slots * narrow(keyed), HALF), _F32),
         rows_bar=hopper.barriers(len(by_row), 1),
         keys_bar=hopper.barriers(len(keyed), slots),
@@ -191,15 +194,17 @@ def forward_tiles(plan: Plan, q, kv, bias):
     factor, V = plan.scale * LOG2E, plan.V
     pieces = _pieces(V, 128)
 
-    def attend(tile, warpgroup, by_row, keys, outs, shared, numbers, meet):
-        (q_smem,), (o_gmem, lse_gmem), (weights_smem,) = by_row, outs, shared
+    def attend(tile, warpgroup, by_row, keys, outs, numbers, meet):
+        (q_smem,), (o_gmem, lse_gmem) = by_row, outs
         top_smem, total_smem, lse_smem = numbers.at[0:2], numbers.at[2:4], numbers.at[4]
         mine = pl.ds(warpgroup * QUARTER, QUARTER)
 
         def step(c, old):
-            def part(rows, kv_smem, bias_smem):
+            def part(memory, kv_smem, bias_smem):
+                own_q, weights_smem = memory
+
                 def score(acc):
-                    plgpu.wgmma(acc, rows[0], kv_smem.at[mine].transpose((1, 0)))
+                    plgpu.wgmma(acc, own_q, kv_smem.at[mine].transpose((1, 0)))
                     return acc[...]
 
                 raw = pl.run_scoped(score, plgpu.ACC(_SCORES, _F32))
@@ -264,39 +269,41 @@ def forward_tiles(plan: Plan, q, kv, bias):
 
 
 def _gradient_tiles(plan: Plan, q, do, lse2, delta, kv, bias):
-    """Return dq [queries x kept, D] and, by tile, d_scores above weights [Z x 128, steps x 64]."""
-    factor, D, V = plan.scale * LOG2E, plan.D, plan.V
-    pieces = _pieces(D, 256)
+    """Return dq [queries x kept, 512 of D] and, by tile, d_scores above weights [Z x 128, N]."""
+    factor, W, V = plan.scale * LOG2E, min(plan.D, _SUMMED), plan.V
+    pieces = _pieces(W, 256)
 
-    def attend(tile, warpgroup, by_row, keys, outs, shared, _, meet):
+    def attend(tile, warpgroup, by_row, keys, outs, _, meet):
         q_smem, _, lse_smem, delta_smem = by_row
         dq_gmem, weights_gmem = outs
-        d_scores_smem, weights_smem = shared
         mine = pl.ds(warpgroup * QUARTER, QUARTER)
-        less, delta = (plgpu.load(x, layout=_ROW) for x in (lse_smem, delta_smem))
 
         def sum_up(*dq):
             def step(c, _):
-                def part(rows, kv_smem, bias_smem):
+                def part(memory, kv_smem, bias_smem):
+                    own_q, own_do, d_scores_smem, weights_smem = memory
                     own = kv_smem.at[mine]
 
-                    def both(score, d_weight):
-                        plgpu.wgmma(score, rows[0], own.transpose((1, 0)))
-                        plgpu.wgmma(d_weight, rows[1],
-                                    own.at[:, pl.ds(0, V)].transpose((1, 0)))
-                        raw = plgpu.wgmma_accumulator_load(score, wait_n=1)
-                        bias = plgpu.load(bias_smem.at[mine], layout=_COLUMN)
-                        scores = raw * factor + hopper.spread(bias, _SCORES, 1)
-                        weights = jnp.exp2(scores - hopper.spread(less, _SCORES, 0))
-                        more = d_weight[...] - hopper.spread(delta, _SCORES, 0)
-                        return weights, weights * more * plan.scale
+                    # One after the other, and weights kept in bfloat16: beside the sums
+                    # registers have room for no more.
+                    def product(a, b):
+                        def of(acc):
+                            plgpu.wgmma(acc, a, b.transpose((1, 0)))
+                            return acc[...]
 
-                    acc = plgpu.ACC(_SCORES, _F32)
-                    weights, d_scores = pl.run_scoped(both, acc, acc)
+                        return pl.run_scoped(of, plgpu.ACC(_SCORES, _F32))
+
+                    raw, less = product(own_q, own), plgpu.load(lse_smem, layout=_ROW)
+                    bias = plgpu.load(bias_smem.at[mine], layout=_COLUMN)
+                    scores = raw * factor + hopper.spread(bias, _SCORES, 1)
+                    weights = jnp.exp2(scores - hopper.spread(less, _SCORES, 0)).astype(_BF16)
+                    more = product(own_do, own.at[:, pl.ds(0, V)])
+                    more -= hopper.spread(plgpu.load(delta_smem, layout=_ROW), _SCORES, 0)
+                    d_scores = (weights.astype(_F32) * more * plan.scale).astype(_BF16)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     meet()  # neither reads what is to be overwritten
-                    _half(weights_smem, HALF, warpgroup)[...] = weights.astype(_BF16)
-                    _half(d_scores_smem, HALF, warpgroup)[...] = d_scores.astype(_BF16)
+                    _half(weights_smem, HALF, warpgroup)[...] = weights
+                    _half(d_scores_smem, HALF, warpgroup)[...] = d_scores
                     plgpu.commit_smem()
                     meet()  # both have written
                     at = pl.ds(pl.multiple_of(c * HALF, HALF), HALF)
@@ -306,7 +313,7 @@ def _gradient_tiles(plan: Plan, q, do, lse2, delta, kv, bias):
                             rows = pl.ds((tile * 2 + n) * HALF, HALF)
                             plgpu.copy_smem_to_gmem(smem, weights_gmem.at[rows, at])
 
-                    first = warpgroup * (D // 2)
+                    first = warpgroup * (W // 2)
                     for acc, width in zip(dq, pieces, strict=True):
                         columns = pl.ds(pl.multiple_of(first, QUARTER), width)
                         plgpu.wgmma(acc, d_scores_smem, kv_smem.at[:, columns])
@@ -320,13 +327,13 @@ def _gradient_tiles(plan: Plan, q, do, lse2, delta, kv, bias):
 
         parts = pl.run_scoped(sum_up, *(plgpu.ACC((HALF, n), _F32) for n in pieces))
         # The queries were read last before the warpgroups met: their memory is free.
-        first = warpgroup * (D // 2)
+        first = warpgroup * (W // 2)
         for values in parts:
             _send(plan, values, q_smem, dq_gmem, tile, first)
             first += values.shape[1]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    outs = [jax.ShapeDtypeStruct((plan.tiles * plan.kept, D), _BF16),
+    outs = [jax.ShapeDtypeStruct((plan.tiles * plan.kept, W), _BF16),
             jax.ShapeDtypeStruct((plan.tiles * plan.sets * 2 * HALF, plan.steps * HALF), _BF16)]
     return _over_tiles(plan, attend, [q, do, lse2, delta], [kv, bias], outs,
                        shared=[(HALF, HALF)] * 2)
@@ -342,6 +349,12 @@ def backward_tiles(plan: Plan, q, do, lse2, delta, kv, bias):
     rows = jnp.stack(both, 2).reshape(plan.tiles, -1, plan.D)
     weights = weights.reshape(plan.tiles, rows.shape[1], -1)
     d_tokens = jnp.einsum("qhn,qhd->qnd", weights, rows, preferred_element_type=_F32)
+    if plan.D > _SUMMED:
+        d_scores = weights.reshape(plan.tiles, plan.sets, 2, HALF, -1)[:, :, 0, :_kept(plan)]
+        rest = jnp.einsum("qshn,qnd->qshd", d_scores,
+                          kv[:, _SUMMED:].reshape(plan.tiles, -1, plan.D - _SUMMED),
+                          preferred_element_type=_F32)
+        dq = jnp.concatenate([dq, rest.astype(_BF16).reshape(dq.shape[0], -1)], 1)
     return dq, d_tokens.astype(_BF16).reshape(-1, plan.D)
 
 
@@ -349,7 +362,7 @@ def mass_tiles(plan: Plan, q, lse2, kv):
     """Return the weight of every gathered token, summed over heads [chunk x steps x 64]."""
     factor = plan.scale * LOG2E
 
-    def attend(tile, warpgroup, by_row, keys, outs, _, mass_smem, meet):
+    def attend(tile, warpgroup, by_row, keys, outs, mass_smem, meet):
         del meet
         (_, lse_smem), (mass_gmem,) = by_row, outs
         mine = pl.ds(warpgroup * QUARTER, QUARTER)  # heads
