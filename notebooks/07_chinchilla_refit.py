@@ -50,7 +50,7 @@ laws = {
     "as published in 2022": (406.4, 410.7, 0.34, 0.28),
 }
 budgets = np.logspace(18, 26, 33)
-fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+fig, left = plt.subplots(figsize=(6, 3.6))
 for name, law in laws.items():
     ratio = [d / n for n, d in (best(law, c) for c in budgets)]
     left.loglog(budgets, ratio, label=name)
@@ -59,6 +59,7 @@ left.axhline(20, color="gray", lw=0.8, ls="--")
 left.set_xlabel("compute, FLOPs (line: Chinchilla's)")
 left.set_ylabel("tokens per parameter at the optimum")
 left.legend()
+fig.tight_layout()
 
 # %% [markdown]
 # Kaplan had found that parameters grow as compute to the 0.73. Count parameters without embeddings
@@ -69,6 +70,7 @@ kaplan = known["A15"]
 exponent = kaplan.measure.__globals__["exponent"]
 omegas = np.linspace(0, 60_000, 25)
 law = kaplan.measure.__globals__["LAWS"]["refit"]
+fig, right = plt.subplots(figsize=(6, 3.6))
 right.plot(omegas, [exponent(law, w) for w in omegas])
 right.axhline(0.73, color="gray", lw=0.8, ls="--")
 right.plot([47_491], [exponent(law, 47_491)], "o")

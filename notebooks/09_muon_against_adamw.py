@@ -41,13 +41,13 @@ fig, axes = plt.subplots(1, 3, figsize=(12, 3.5))
 axes[0].semilogy(before / before.max(), label="gradient")
 axes[0].semilogy(after, label="Muon's direction")
 axes[0].set_xlabel("number of the singular value")
-axes[0].set_ylabel("singular value (gradient: over its largest)")
+axes[0].set_ylabel("singular value\n(gradient: over its largest)")
 axes[0].legend()
 
 final = race["numbers"]["final"]
 axes[1].bar(list(final), list(final.values()))
 axes[1].set_ylim(3.25, 3.36)
-axes[1].set_ylabel("last validation loss, nats/token (one run each)")
+axes[1].set_ylabel("last validation loss, nats/token\n(one run each)")
 
 moonlight = known["A11"].measure.__globals__
 compute = np.logspace(-1, 1.2, 50)
