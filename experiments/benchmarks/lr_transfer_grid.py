@@ -5,9 +5,9 @@ Command:  python3 experiments/benchmarks/lr_transfer_grid.py [--seeds=1] [--widt
           --out=experiments/results/lr_transfer.json; a cell that the file holds is not run again.
 Method:   each width's run is compiled once, with the rate as an argument. Rates are powers of the
           square root of 2; a cell's grid grows until its lowest loss has three neighbours on either
-          side. The loss of a run is the training loss of its last eighth, no token read twice; the
-          best rate is the vertex of the parabola through the lowest five. With transfer on, width
-          64 is the base: its runs are those with it off.
+          side. The loss of a run is the training loss of its last quarter, no token read twice; the
+          best rate is the vertex of the parabola through those seven. With transfer on, width 64 is
+          the base: its runs are those with it off.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def cell(losses, start: int, seed: int) -> dict[int, float]:
         if exponent not in found:
             began = time.perf_counter()
             curve = np.asarray(losses(jnp.float32(2.0 ** (exponent / 2)), seed), np.float64)
-            last = curve[-len(curve) // 8 :].mean()
+            last = curve[-len(curve) // 4 :].mean()
             found[exponent] = float(last) if np.isfinite(last) else 1e9
             spent = time.perf_counter() - began
             print(f"  rate 2^{exponent / 2:g}: {found[exponent]:.4f}  {spent:.0f} s", flush=True)
@@ -86,9 +86,9 @@ def cell(losses, start: int, seed: int) -> dict[int, float]:
 
 
 def vertex(found: dict[int, float]) -> float:
-    """The rate at the lowest point of the parabola through the lowest five of the grid."""
+    """The rate at the lowest point of the parabola about the lowest of the grid."""
     lowest = min(found, key=found.__getitem__)
-    at = [x for x in range(lowest - 2, lowest + 3) if x in found]
+    at = [x for x in range(lowest - REACH, lowest + REACH + 1) if x in found]
     a, b, _ = np.polyfit([x / 2 for x in at], [found[x] for x in at], 2)
     return float(2.0 ** (-b / (2 * a)))
 

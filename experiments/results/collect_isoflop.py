@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from sparse_pretrain import config
-from sparse_pretrain.scaling import forecast
+from sparse_pretrain.scaling import forecast, isoflop
 from sparse_pretrain.scaling.fit import laws, leverage
 
 HERE = Path(__file__).parent
@@ -49,6 +49,32 @@ def read(root: Path) -> dict:
         path = root / "beyond" / f"{file}.json"
         if path.is_file():
             out[file] = json.loads(path.read_text())
+    if "score" in out:
+        out["accuracy_beyond"] = accuracies(root, list(said["arms"]), out["forecasts"])
+    return out
+
+
+def accuracies(root: Path, arms: list[str], forecasts: list[dict]) -> list[dict]:
+    """Accuracy that the grid's curves say at the loss forecast for a run, and what it reached.
+
+    The forecasts of loss were committed before the runs; these curves were fitted after them, to
+    the grid's runs alone.
+    """
+    fits = {arm: forecast.read(root / "fits" / str(i)) for i, arm in enumerate(arms)}
+    done = {(r["arm"], r["width"], r["tokens"]): r for r in isoflop.results(root / "beyond")}
+    out = []
+    for said in forecasts:
+        row = done.get((said["arm"], said["width"], float(said["tokens"])))
+        told = forecast.accuracies(
+            fits[said["arm"]], said["loss"], said["interval"], said["validity"]
+        )
+        for one in told:
+            if row is None or one["task"] not in row["tasks"]:
+                continue
+            right = row["tasks"][one["task"]]["accuracy"]
+            inside = one["interval"] and one["interval"][0] <= right <= one["interval"][1]
+            out.append({"arm": said["arm"], "width": said["width"]} | one
+                       | {"measured": right, "inside": inside})  # fmt: skip
     return out
 
 

@@ -49,6 +49,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bootstrap", type=int, default=400, metavar="N", help="refits for intervals (400)"
     )
+    parser.add_argument(
+        "--least-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave runs of fewer steps out of the laws, as they have hardly begun to learn (0)",
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (1)")
     parser.add_argument(
         "--fresh",
@@ -124,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     rows = isoflop.results(root)
     if rows:
         with status("fitting"):
-            said = isoflop.analyse(rows, bootstrap=args.bootstrap)
+            said = isoflop.analyse(rows, bootstrap=args.bootstrap, least_steps=args.least_steps)
         write(root, said, rows)
         show(said, root, as_json=args.json)
     if record["interrupted"]:
@@ -145,7 +152,11 @@ def beyond(args: Any, grid: Any, root: Path, widths: Any, given: Any, console: A
     folder = root / "beyond"
     if args.beyond == "forecast":
         rows = isoflop.results(root)
-        fits = isoflop.analyse(rows, bootstrap=args.bootstrap)["fits"] if rows else {}
+        fits = (
+            isoflop.analyse(rows, bootstrap=args.bootstrap, least_steps=args.least_steps)["fits"]
+            if rows
+            else {}
+        )
         edge = max(p.budget for p in grid)
         budgets = [edge * factor for factor in calibration.FACTORS]
         more = isoflop.plan(
@@ -262,7 +273,10 @@ def show(said: dict[str, Any], root: Path, *, as_json: bool) -> None:
             f"{k} {law[k]:.4g} [{law['intervals'][k][0]:.4g}, {law['intervals'][k][1]:.4g}]"
             for k in ("E", "A", "B", "alpha", "beta")
         ]
-        lines.append(f"{arm or 'quickstart'}: {', '.join(parts)}; dropped {len(law['dropped'])}")
+        lines.append(
+            f"{arm or 'quickstart'}: {', '.join(parts)}; dropped "
+            f"{len(law['dropped'])}, too short {own['too_short']}"
+        )
         best = own["next"][0]
         lines.append(
             f"  buy next: {best['params']:.3g} params on {best['tokens']:.3g} tokens: {best['why']}"

@@ -167,11 +167,14 @@ def results(root: Path) -> list[dict[str, Any]]:
     return out
 
 
-def analyse(rows: Sequence[dict[str, Any]], *, bootstrap: int = 400) -> dict[str, Any]:
+def analyse(
+    rows: Sequence[dict[str, Any]], *, bootstrap: int = 400, least_steps: int = 0
+) -> dict[str, Any]:
     """What a grid's finished runs say: by arm the law, the parabolas and their bias, the next run;
     between the first arm and each other the efficiency leverage.
 
-    An arm of too few runs has None for its law. `fits` holds the laws themselves.
+    An arm of too few runs has None for its law. `fits` holds the laws themselves. Runs of fewer
+    than `least_steps` have hardly begun to learn: parabolas show them, the laws leave them out.
     """
     from sparse_pretrain.scaling.fit import leverage
 
@@ -179,7 +182,9 @@ def analyse(rows: Sequence[dict[str, Any]], *, bootstrap: int = 400) -> dict[str
     said: dict[str, Any] = {"arms": {}, "leverage": {}, "fits": {}, "tables": {}}
     for arm in arms:
         own = [row for row in rows if row["arm"] == arm]
-        said["arms"][arm], said["fits"][arm], said["tables"][arm] = _arm(arm, own, bootstrap)
+        said["arms"][arm], said["fits"][arm], said["tables"][arm] = _arm(
+            arm, own, bootstrap, least_steps
+        )
     first = said["fits"][arms[0]] if arms else None
     for arm in arms[1:]:
         other = said["fits"][arm]
@@ -189,7 +194,9 @@ def analyse(rows: Sequence[dict[str, Any]], *, bootstrap: int = 400) -> dict[str
     return said
 
 
-def _arm(arm: str, rows: list[dict[str, Any]], bootstrap: int) -> tuple[dict[str, Any], Any, Any]:
+def _arm(
+    arm: str, rows: list[dict[str, Any]], bootstrap: int, least_steps: int
+) -> tuple[dict[str, Any], Any, Any]:
     from sparse_pretrain.scaling.fit import accuracy, fitting, parabola, tables
 
     column = lambda key: np.array([row[key] for row in rows], np.float64)  # noqa: E731
@@ -201,15 +208,18 @@ def _arm(arm: str, rows: list[dict[str, Any]], bootstrap: int) -> tuple[dict[str
         source=f"{arm}, corpus {rows[0]['corpus']}",
     )
     budget = column("budget")
+    enough = np.array([not least_steps or r["tokens"] / r["batch"] >= least_steps for r in rows])
     vertices = parabola.budgets(budget, table.params, table.loss)
     found: dict[str, Any] = {
         "runs": len(rows),
         "parabolas": vertices,
         "exponent": parabola.exponent(vertices),
         "stated_bias": parabola.STATED_BIAS,
+        "least_steps": least_steps,
+        "too_short": int((~enough).sum()),
     }
     try:
-        fit = fitting.fit(table, bootstrap=bootstrap)
+        fit = fitting.fit(table.take(enough), bootstrap=bootstrap)
     except ValueError as e:
         return found | {"law": None, "why": str(e)}, None, table
     curves = accuracy.of_rows(rows, bootstrap=bootstrap)

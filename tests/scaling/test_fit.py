@@ -183,7 +183,8 @@ def test_a_shipped_fit_forecasts_a_configuration_and_says_that_it_reaches_too_fa
     assert said["loss"] == pytest.approx(law, rel=1e-3)
     assert said["interval"][0] < said["loss"] < said["interval"][1]
     assert said["validity"].startswith("outside validity: flops")
-    assert said["accuracy_validity"].startswith("outside validity")
+    (told,) = said["accuracy"]
+    assert told["validity"].startswith("outside validity")
     with pytest.raises(ValueError, match="fits that ship: chinchilla"):
         forecast.read("chinchila")
 

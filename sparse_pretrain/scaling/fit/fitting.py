@@ -27,10 +27,11 @@ def fit(
 ) -> record.Fit:
     """The law `kind` of the table's losses.
 
-    `drop` is 'rule' (tables.RULE), 'none', or 'highest:K' for the K highest losses. Refits of
-    resampled runs give percentile intervals; a fit without the runs of most compute forecasts
-    those, and its error is `held_out`. Source: as `laws.find(kind).source`.
+    `drop` is 'rule' (tables.RULE), 'none', or 'highest:K' for the K highest losses. Refits with
+    random weights on the runs (a Bayesian bootstrap) give percentile intervals; a fit without the
+    runs of most compute forecasts those, and its error is `held_out`.
     Errors: ValueError naming the column or the number of runs when the table does not suffice.
+    Source: as `laws.find(kind).source`.
     """
     found = laws.find(kind)
     keep, dropped, rule = _drop(table, found, drop, delta, follow)
@@ -45,16 +46,15 @@ def fit(
     target = np.log(kept.loss)
     best = _solve(features, target, found, delta, follow)
     rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(kept), np.full(len(kept), 1 / len(kept)), size=bootstrap)
+    free = len(kept) - size
+    spread = _widening(len(kept), free) ** 2
     samples = batched.minimise(
         features,
         np.tile(target, (bootstrap, 1)),
-        weights.astype(np.float64),
+        rng.gamma(1 / spread, spread, size=(bootstrap, len(kept))),
         best.theta,
         delta=delta,
     )
-    free = len(kept) - size
-    samples = best.theta + _widening(len(kept), free) * (samples - best.theta)
     rest = target - law.values(features, best.theta)
     constants = {k: float(v) for k, v in found.constants(best.theta).items()}
     tail = 50 * (1 - record.CONFIDENCE)
@@ -80,8 +80,8 @@ def fit(
         provenance={
             "formula": found.formula,
             "method": f"sum of Huber losses of log loss, delta {delta:g}; the best of "
-            f"{len(found.starts())} starts; {bootstrap} refits of resampled runs, widened for "
-            f"{free} degrees of freedom, seed {seed}",
+            f"{len(found.starts())} starts; {bootstrap} refits with random weights on the runs "
+            f"(gamma of mean 1, variance {spread:.3g} for {free} degrees of freedom), seed {seed}",
             "law_source": found.source,
             "data": table.source,
             "sha256": table.sha256,
@@ -94,8 +94,11 @@ def fit(
 def _widening(runs: int, free: int) -> float:
     """What a bootstrap of few runs is too narrow by, and Student's quantile over the normal's.
 
-    Resampled residuals are those of a fit, smaller by sqrt(free / runs) than those of the law.
-    Source: Efron and Tibshirani, "An introduction to the bootstrap" (1993), 9.4 and 12.4.
+    Resampled residuals are those of a fit, smaller by sqrt(free / runs) than those of the law. The
+    weights' variance is its square, so that every refit is a law of its own: moving the refits
+    apart in their parameters would leave the curved valley they lie in, and forecast nonsense.
+    Source: Efron and Tibshirani, "An introduction to the bootstrap" (1993), 9.4 and 12.4; Rubin,
+    "The Bayesian bootstrap" (1981), whose weights have variance 1.
     """
     from scipy.special import ndtri, stdtrit
 
