@@ -10,7 +10,7 @@ Tested: our own iso-FLOP runs of dense models and mixtures of equal FLOPs per to
 Criterion: own iso-FLOP runs at four budgets: lower 95 % bound above 1 at the largest, printed
     beside the law's value.
 Cost: hours of one core.
-Result: PASS at 00eb283: 1.86 at 8e+11 FLOPs, the published law's value there 0.77.
+Result: PASS at aaec7e0: 1.86 at 8e+11 FLOPs, the published law's value there 0.77.
 """
 
 import json
