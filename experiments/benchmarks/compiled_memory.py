@@ -24,8 +24,8 @@ Learned:  planning/layout.py's WORKING and KEYS were set on the first, third and
           `dots` has not been compared. `plan --config=deepseek/v3 --chips=v5p:8x16x16 --compile`
           then chose fsdp=2,expert=256,context=4 without remat, a forecast for both: 88.3 GB of 95
           compiled, 77.1 estimated (-13 %), the exchange padded; 266 s of processor time, 3.9 GB
-          and, beside that load, 34 minutes. On H800 V3's took 525 to 868 s of wall time beside that load, 50
-          to 70 s of processor time, and 1.3 GB.
+          and, beside that load, 34 minutes. On H800 V3's took 525 to 868 s of wall time, 50 to 70 s
+          of processor time, and 1.3 GB.
 """
 
 import dataclasses
