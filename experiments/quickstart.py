@@ -54,6 +54,8 @@ def get_config(arg: str = "") -> ConfigDict:
                 pattern=("moe",),
                 repeats=3,
                 scan=False,  # unrolled, four layers run a fifth faster on CPU
+                # tuned at this size, where it changes nothing; other sizes get rates of their own
+                transfer=dict(base_width=256, base_depth=4, base_active=3 / 16),
             ),
             optim=dict(kind="muon", lr=0.01, router_lr=0.1),
             schedule=dict(kind="wsd", warmup=0.05, decay=0.4),

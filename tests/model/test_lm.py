@@ -52,7 +52,7 @@ def _loss(definition, prices, batch):
 def test_scan_unroll_and_remat_agree(changes, batch):
     results = []
     for each in ({}, changes):
-        definition, params, prices = _made(small(**each))
+        definition, params, prices = _made(small(prefix=(), pattern=("mixed",), **each))
         results.append(jax.jit(jax.value_and_grad(_loss(definition, prices, batch)))(params))
     np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-6)
     for a, b in zip(*(jax.tree.leaves(grads) for _, grads in results), strict=True):

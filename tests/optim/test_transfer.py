@@ -154,6 +154,7 @@ def check():
     sys.path.remove(str(FILE.parent))
 
 
+@pytest.mark.slow
 def test_sizes_do_not_follow_the_width(check):
     """Two widths and few steps; the benchmark has four widths and more."""
     largest = {}

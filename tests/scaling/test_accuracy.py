@@ -76,7 +76,7 @@ def test_a_mistake_names_its_number(losses, values, n, chance, said):
 
 def test_every_forecast_loss_has_an_accuracy_beside_it(tmp_path, rng):
     fit = fitting.fit(planted.sweep(1, noise=0.001), bootstrap=40, follow=8)
-    inside = {"params": fit.span["params"][0] * 2, "tokens": fit.span["tokens"][0] * 2}
+    inside = {"params": fit.span["params"][0] * 4, "tokens": fit.span["tokens"][0] * 4}
     (bare,) = forecast.loss(fit, **inside)["accuracy"]
     assert bare["accuracy"] is None
     assert bare["validity"] == accuracy.NONE

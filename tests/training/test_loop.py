@@ -314,6 +314,7 @@ def test_one_process_at_a_time(text, tmp_path):
     assert _train(experiment(text), tmp_path)["steps"] == STEPS  # a dead process holds nothing
 
 
+@pytest.mark.slow
 def test_weights_of_another_tokenizer_are_refused(text, tmp_path):
     source = tmp_path / "source"
     data = {"source": f"text_folder:{text}", "seq": 32, "batch": 4}

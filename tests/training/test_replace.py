@@ -112,6 +112,7 @@ def _copies_agree(tree, held):
     assert looked >= 3
 
 
+@pytest.mark.slow
 def test_a_resumed_run_moves_the_same_experts(text, tmp_path):
     wanted = experiment(
         text, 4, "muon", placement={"every": 3, "devices": 2}, checkpoint={"every": 4, "keep": 9}

@@ -35,7 +35,7 @@ def _close(a, b, atol):
 @pytest.mark.parametrize("accumulate", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulation_equals_the_large_batch(accumulate, rng):
     batch = packed(rng, rows=8)  # weights are uneven: the last row ends in padding
-    definition, fresh, _ = _setup(small())
+    definition, fresh, _ = _setup(small(prefix=(), pattern=("mixed",)))
     grads, report = step.gradients(definition, fresh, batch, 1)
     parts, summed = step.gradients(definition, fresh, batch, accumulate)
     _close(grads, parts, 1e-6)
