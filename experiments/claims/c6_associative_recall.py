@@ -16,6 +16,7 @@ Result: FAIL at 4468d0f: full 0.965 to 0.999 (3/4), sliding 0.021 to 0.129 (3/3)
 import json
 
 from sparse_pretrain.claims import base, results
+from sparse_pretrain.report import stats
 
 SPARSE = ("dsa", "csa", "nsa", "moba")
 
@@ -26,11 +27,13 @@ def measure(bench):
     if not file.exists():
         raise base.NotRun("experiments/results/recall.json does not ship with this installation")
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    found = {}
+    found, pairs = {}, {}
     for row in sorted(rows, key=lambda row: (row["task"] != "recall", row["seed"])):
         found.setdefault(row["attention"], []).append(row["accuracy"])
         bench.seconds += row["wall_seconds"]
+        bench.flops += row["flops"]
         bench.commits.add(row["commit"])
+        pairs.setdefault((row["task"], row["seed"]), {})[row["attention"]] = row["accuracy"]
     met = {
         "full": [a > 0.98 for a in found["full"]],
         "sliding": [a < 0.75 for a in found["sliding"]],
@@ -39,10 +42,13 @@ def measure(bench):
         f"{name} {min(found[name]):.3f} to {max(found[name]):.3f} ({sum(ok)}/{len(ok)})"
         for name, ok in met.items()
     )
+    apart = [p["full"] - p["sliding"] for p in pairs.values() if {"full", "sliding"} <= p.keys()]
     short = [name for name, ok in met.items() if not all(ok)]
     return base.Outcome(
         passed=not short,
         measured=text,
+        interval=stats.interval(apart),
+        of="the share that full attention finds above the window's, runs paired by task and seed",
         numbers={"right answers": found},
         analysis=""
         if not short

@@ -13,7 +13,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-SUMMARY = ("accuracy", "nats_per_token", "steps", "tokens", "tokens_per_second", "heldout_tokens")
+SUMMARY = (
+    "accuracy", "nats_per_token", "steps", "tokens", "tokens_per_second", "heldout_tokens", "flops"
+)
 SECONDS = ("train_seconds", "compile_seconds", "wall_seconds")
 
 
