@@ -9,7 +9,7 @@ Tested: our own runs of recall and needles over 2,048 tokens, a window of 256, s
     each attention, four of full.
 Criterion: full above 0.98, window below 0.75, each sparse variant above 0.9, 3/3.
 Cost: 19 runs of a minute or two on one core.
-Result: FAIL at 4468d0f: full 0.965 to 0.999 (3/4), sliding 0.021 to 0.129 (3/3), dsa 0.984 to 0.990
+Result: FAIL at 599cda6: full 0.965 to 0.999 (3/4), sliding 0.021 to 0.129 (3/3), dsa 0.984 to 0.990
     (3/3), csa 0.967 to 0.997 (3/3), nsa 0.956 to 0.996 (3/3), moba 0.937 to 0.976 (3/3).
 """
 
