@@ -110,6 +110,23 @@ def summary(cells: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str
     return out
 
 
+def by_seed(cells: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """How far each arm's best rate moves for every seed that all cells have, alone."""
+    seeds = sorted(set.intersection(*(set(held) for held in cells.values())))
+    alone = {s: summary({name: {s: held[s]} for name, held in cells.items()}) for s in seeds}
+    return {s: {arm: v["largest_over_smallest"] for arm, v in x.items()} for s, x in alone.items()}
+
+
+def flops(cells: dict[str, dict[str, dict[str, float]]], file: Path) -> float:
+    """Training FLOPs of all runs in the cells."""
+    total = 0.0
+    for name, seeds in cells.items():
+        width, arm = name.split("/")
+        one = run.prepare(config.resolve(f"{file}:width={width},transfer={arm}")).derived["flops"]
+        total += one * sum(len(grid) for grid in seeds.values())
+    return total
+
+
 def main() -> None:
     """Every cell that is not there yet, then the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -139,7 +156,9 @@ def main() -> None:
             record |= {"best": summary(record["cells"]), "commit": at}
             record["device"] = "cpu, one core"
             args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record["best"], indent=1))
+    record |= {"by_seed": by_seed(record["cells"]), "flops": flops(record["cells"], file)}
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps({k: record[k] for k in ("best", "by_seed", "flops")}, indent=1))
 
 
 if __name__ == "__main__":

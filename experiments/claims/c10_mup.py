@@ -17,6 +17,7 @@ import json
 import math
 
 from sparse_pretrain.claims import base, results
+from sparse_pretrain.report import stats
 
 WIDTHS = ("64", "128", "256", "512")
 
@@ -31,6 +32,7 @@ def measure(bench):
         held[name] = json.loads(file.read_text(encoding="utf-8"))
     grid, check = held["lr_transfer"], held["coordinate_check"]
     bench.seconds += grid["seconds"]
+    bench.flops += grid["flops"]
     bench.commits |= {grid["commit"], check["commit"]}
     lacks = [f"{w} {arm}" for arm in ("on", "off") for w in WIDTHS if w not in grid["best"][arm]]
     if lacks:
@@ -42,12 +44,16 @@ def measure(bench):
         "by two factors or more without": moved["off"] >= 2,
         "slopes below 0.1": slopes["on"] < 0.1,
     }
+    seeds = grid["by_seed"].values()
+    apart = [math.log2(moves["off"] / moves["on"]) for moves in seeds]
     short = [name for name, ok in met.items() if not ok]
     return base.Outcome(
         passed=not short,
         measured=f"the best rate moves by a factor of {2 ** moved['on']:.2f} with and "
         f"{2 ** moved['off']:.2f} without; largest slope {slopes['on']:.3f} with, "
         f"{slopes['off']:.2f} without",
-        numbers={"best rate": grid["best"], "slopes": slopes},
+        interval=stats.interval(apart),
+        of=f"factors of 2 that the best rate moves further without, by seed, {len(apart)} pairs",
+        numbers={"best rate": grid["best"], "moved, by seed": grid["by_seed"], "slopes": slopes},
         analysis="" if not short else f"Missed: {', '.join(short)}.",
     )
