@@ -9,7 +9,7 @@ Tested: our own AdamW runs on a grid of square roots of 2 (experiments/lr_transf
 Criterion: shift at most one factor of 2 with, two or more without, widths 64 to 512; coordinate
     slopes below 0.1.
 Cost: the runs of half an hour of one core.
-Result: PASS at aaec7e0: the best rate moves by a factor of 1.43 with and 5.58 without; largest
+Result: PASS at 2bdbe2d: the best rate moves by a factor of 1.43 with and 5.58 without; largest
     slope 0.086 with, 1.35 without.
 """
 
