@@ -90,8 +90,15 @@ def lacks_hopper() -> str | None:
     if at.capability is None or at.capability[0] != 9:
         return f"needs Hopper's tensor cores (9.0), the device {at.kind} is {at.capability}"
     if jax_version() < (0, 11):
+        # the oldest that they were compiled with
         return f"needs jax 0.11, this is {jax.__version__}"
     return None
+
+
+def lacks_tpu() -> str | None:
+    """Return None, or why kernels for a TPU cannot run on the device."""
+    at = target()
+    return None if at.platform == "tpu" else f"needs a TPU, the device is {at.kind or at.platform}"
 
 
 def kind() -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 
 from kernels_pallas import device
@@ -124,11 +123,8 @@ def supports(q, k, v, blocks, starts, *, block, scale, return_lse=False) -> str 
 def supports_tpu(q, k, v, blocks, starts, *, block, scale, return_lse=False) -> str | None:
     """Return None, or why the TPU kernels cannot run this call."""
     del starts, scale, return_lse
-    target = device.target()
-    if target.platform != "tpu":
-        return f"needs a TPU, the device is {target.kind or target.platform}"
-    if device.jax_version() < (0, 11):
-        return f"needs jax 0.11, this is {jax.__version__}"
+    if lacks := device.lacks_tpu():
+        return lacks
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"needs bfloat16 or float32, q is {q.dtype}"
     for name, x in (("Dk", k), ("Dv", v)):

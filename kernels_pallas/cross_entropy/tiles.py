@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from kernels_pallas import blocks, device
@@ -27,11 +26,9 @@ class Tiles(NamedTuple):
 def supports(x, head, targets, weights, **keywords) -> str | None:
     """Return None, or why the TPU kernels cannot run this call."""
     del targets, weights, keywords
-    target, (T, D) = device.target(), x.shape
-    if target.platform != "tpu":
-        return f"needs a TPU, the device is {target.kind or target.platform}"
-    if device.jax_version() < (0, 11):
-        return f"needs jax 0.11, this is {jax.__version__}"
+    T, D = x.shape
+    if lacks := device.lacks_tpu():
+        return lacks
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"needs bfloat16 or float32 activations, x is {x.dtype}"
     V = head.size // D if D else 0

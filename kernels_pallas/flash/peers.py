@@ -71,11 +71,9 @@ def cudnn(q, k, v, *, scale, causal=True, window=None, implementation="cudnn", *
 def splash_supports(q, k, v, **keywords) -> str | None:
     """Return None, or why splash attention cannot run this call."""
     del v
-    target, L, S = device.target(), q.shape[1], k.shape[1]
-    if target.platform != "tpu":
-        return f"needs a TPU, the device is {target.kind or target.platform}"
-    if device.jax_version() < (0, 11):
-        return f"needs jax 0.11, this is {jax.__version__}"
+    L, S = q.shape[1], k.shape[1]
+    if lacks := device.lacks_tpu():
+        return lacks
     if L % 128 or S % 128 or 0 in (L, S):
         return f"splash needs lengths in multiples of 128, got {L} and {S}"
     if L > S and keywords.get("causal", True):

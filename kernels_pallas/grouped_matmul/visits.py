@@ -53,11 +53,8 @@ class Visits(NamedTuple):
 
 def supports(x, w, layout) -> str | None:
     """Return None, or why the TPU kernels cannot run this call."""
-    target = device.target()
-    if target.platform != "tpu":
-        return f"needs a TPU, the device is {target.kind or target.platform}"
-    if device.jax_version() < (0, 11):
-        return f"needs jax 0.11, this is {jax.__version__}"
+    if lacks := device.lacks_tpu():
+        return lacks
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"needs bfloat16 or float32 rows, x is {x.dtype}"
     if layout.rows == 0 or w.shape[0] == 0:

@@ -25,8 +25,6 @@ from tests.kernels.test_mosaic_gpu_block_sparse import (
 )
 from tests.kernels.test_mosaic_tpu import chip
 
-runs = pytest.mark.skipif(device.jax_version() < (0, 11), reason="kernels need jax 0.11")
-
 
 def compiled(spec):
     """Values and gradients from the kernels, for any numbers of one workload's shapes."""
@@ -43,13 +41,11 @@ def compiled(spec):
     return run
 
 
-@runs
 def test_tile_edges_repeated_and_absent_choices():
     got = check(EDGES, compiled(EDGES), edges())
     assert not np.asarray(got["dq"], np.float32)[0, 0].any()  # a row that sees nothing
 
 
-@runs
 @pytest.mark.slow
 def test_float32_is_not_rounded():
     spec = dataclasses.replace(specs.HOPPER["tile_shared"], L=20, dtype="float32")
@@ -65,7 +61,6 @@ def test_float32_is_not_rounded():
         assert numerics.error(held, seen, floor=1.0) < 1e-5, name
 
 
-@runs
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_every_small_spec(name):
@@ -73,7 +68,6 @@ def test_every_small_spec(name):
     check(spec, compiled(spec), spec.arguments()[0])
 
 
-@runs
 @pytest.mark.slow
 def test_blocks_as_high_as_tiles_and_chunks_of_queries(monkeypatch):
     monkeypatch.setattr(plan, "CHUNK", 512)
@@ -93,7 +87,6 @@ REFUSED = {
 }
 
 
-@runs
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_served_is_refused_with_a_reason(name):
     target, changes, others, reason = REFUSED[name]

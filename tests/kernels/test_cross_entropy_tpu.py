@@ -17,8 +17,6 @@ from kernels_pallas.cross_entropy import cross_entropy, explain, specs, tiles
 from tests.kernels.test_cross_entropy import _numpy, _results
 from tests.kernels.test_mosaic_tpu import chip
 
-runs = pytest.mark.skipif(device.jax_version() < (0, 11), reason="kernels need jax 0.11")
-
 # Over tiles of 32 tokens and 128 entries: ends inside a tile, at its edge, and beyond it by one.
 EDGES = {
     "inside": specs.Spec(T=40, D=24, V=200, padding=True, z_loss=0.02),
@@ -55,27 +53,23 @@ def verify(spec, small=True):
     return got
 
 
-@runs
 @pytest.mark.parametrize("name", EDGES)
 def test_values_and_gradients(name):
     verify(EDGES[name])
 
 
-@runs
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE)
 def test_more_edges(name):
     verify(MORE[name])
 
 
-@runs
 @pytest.mark.slow
 @pytest.mark.parametrize("name", specs.PARITY)
 def test_every_spec(name):
     verify(specs.PARITY[name], small=False)
 
 
-@runs
 @pytest.mark.slow
 def test_weight_zero_means_absent():
     spec = EDGES["inside"]
@@ -87,7 +81,6 @@ def test_weight_zero_means_absent():
         np.testing.assert_array_equal(got[name], want[name])
 
 
-@runs
 @pytest.mark.slow
 def test_two_runs_give_the_same_bits():
     arguments, keywords = EDGES["tied"].arguments()
@@ -106,7 +99,6 @@ def test_tiles_fit_in_fast_memory():
                 assert found.n == V or found.n % tiles.LANES == 0
 
 
-@runs
 @pytest.mark.parametrize(("target", "changes", "reason"), [
     (device.Target("cpu"), {}, "needs a TPU, the device is cpu"),
     (CHIPS["v6e"].target, {"dtype": "float16"}, "x is float16"),

@@ -19,7 +19,8 @@ from kernels_pallas.grouped_matmul.layout import row_expert
 runs = pytest.mark.skipif(
     device.jax_version() < (0, 12) and device.target().capability != (9, 0),
     reason="GPU interpretation is public from jax 0.12, and there is no Hopper GPU")
-recent = pytest.mark.skipif(device.jax_version() < (0, 11), reason="kernels need jax 0.11")
+recent = pytest.mark.skipif(
+    device.jax_version() < (0, 11), reason="Hopper kernels are refused before jax 0.11")
 
 # Over tiles of 128 rows: edges, empty groups in every place, and all in one.
 LOADS = {

@@ -16,7 +16,6 @@ from kernels_pallas.chips import CHIPS
 from kernels_pallas.grouped_matmul import Layout, aligned, explain, grouped_matmul, specs, visits
 from tests.kernels.test_mosaic_gpu import LOADS, arrays, verify
 
-runs = pytest.mark.skipif(device.jax_version() < (0, 11), reason="kernels need jax 0.11")
 SMALL = visits.Tiles(64, 128, 128)  # of 480 rows and 256 columns, so that there are several
 
 
@@ -59,14 +58,12 @@ def compiled():
     return lambda x, w, dy, layout: function(x, w, dy, layout.sizes)
 
 
-@runs
 @pytest.mark.parametrize("load", ["edges", "nothing"])
 def test_grouped_matmul(load, compiled, rng):
     layout = aligned(jnp.asarray(LOADS[load], jnp.int32), pairs=384)
     verify(layout, 128, 256, "float32", rng, compiled)
 
 
-@runs
 @pytest.mark.slow
 def test_two_runs_give_the_same_bits(compiled, rng):
     layout = aligned(jnp.asarray(LOADS["skewed"], jnp.int32), pairs=384)
@@ -75,7 +72,6 @@ def test_two_runs_give_the_same_bits(compiled, rng):
         assert np.asarray(first).tobytes() == np.asarray(second).tobytes()
 
 
-@runs
 def test_a_neighbours_infinity_stays_its_own(compiled, rng):
     layout = aligned(jnp.asarray(LOADS["skewed"], jnp.int32), pairs=384)
     _, x, w, dy = arrays(rng, layout, 128, 256, "float32")
@@ -89,7 +85,6 @@ def test_a_neighbours_infinity_stays_its_own(compiled, rng):
     assert np.isfinite(np.delete(np.asarray(y, np.float32), row, 0)).all()
 
 
-@runs
 @pytest.mark.slow
 @pytest.mark.parametrize("name", specs.PARITY)
 def test_every_spec(name, rng):
@@ -98,7 +93,6 @@ def test_every_spec(name, rng):
     verify(layout, spec.D, spec.F, spec.w_dtype, rng, run)
 
 
-@runs
 @pytest.mark.slow
 @pytest.mark.parametrize("load", LOADS)
 def test_every_load_in_small_tiles(load, rng):
@@ -158,7 +152,6 @@ def _arguments(dtype="bfloat16", D=64, F=128):
     return shape((512, D), dtype), shape((4, D, F), jnp.float32), layout
 
 
-@runs
 @pytest.mark.parametrize(("target", "changes", "reason"), [
     (device.Target("cpu"), {}, "needs a TPU, the device is cpu"),
     (CHIPS["h200"].target, {}, "the device is NVIDIA H200"),

@@ -13,7 +13,6 @@ from kernels_pallas import device, numerics
 from kernels_pallas.chips import CHIPS
 from kernels_pallas.flash import explain, flash, peers, specs
 
-runs = pytest.mark.skipif(device.jax_version() < (0, 11), reason="splash is used from jax 0.11 on")
 TPU = device.Target("tpu", "interpreted", interpret=object())
 
 
@@ -49,7 +48,6 @@ SPLASH = {
 }
 
 
-@runs
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPLASH)
 def test_splash(name):
@@ -72,7 +70,6 @@ REFUSED = [
 ]
 
 
-@runs
 @pytest.mark.parametrize(("backend", "chip", "changes", "reason"), REFUSED)
 def test_what_they_do_not_do_is_refused(backend, chip, changes, reason, monkeypatch):
     monkeypatch.setattr(peers, "_has_cudnn", lambda: True)
@@ -87,7 +84,6 @@ def test_what_they_do_not_do_is_refused(backend, chip, changes, reason, monkeypa
         assert served["xla"] is None
 
 
-@runs
 @pytest.mark.parametrize("first", [0, 1, 64])
 def test_a_part_of_a_row_is_refused(first):
     arguments, keywords = specs.Spec(L=128, dtype="bfloat16").arguments()
