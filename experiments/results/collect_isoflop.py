@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from sparse_pretrain import config
 from sparse_pretrain.scaling import forecast, isoflop
 from sparse_pretrain.scaling.fit import laws, leverage
+from sparse_pretrain.training import record
 
 HERE = Path(__file__).parent
 ROW = (
@@ -113,7 +114,7 @@ def main(folder: str = "runs/isoflop") -> None:
     """Writes both, and prints what the record quotes."""
     root = Path(folder)
     found = read(root)
-    (HERE / "isoflop.json").write_text(json.dumps(found, indent=1) + "\n")
+    record.write_json(HERE / "isoflop.json", found)
     plot(found, root, HERE / "isoflop.svg")
     for arm in found["arms"]:
         rows = [row for row in found["rows"] if row["arm"] == arm]

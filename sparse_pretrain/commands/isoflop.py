@@ -211,9 +211,10 @@ def beyond(args: Any, grid: Any, root: Path, widths: Any, given: Any, console: A
 def write(root: Path, said: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """isoflop.json, isoflop.html, and a fit.json per arm, in the workdir."""
     from sparse_pretrain.report import isoflop as page
+    from sparse_pretrain.training import record
 
     plain = {"arms": said["arms"], "leverage": said["leverage"], "rows": rows}
-    (root / "isoflop.json").write_text(json.dumps(plain, indent=1) + "\n")
+    record.write_json(root / "isoflop.json", plain)
     for place, fit in enumerate(said["fits"].values()):
         if fit is not None:
             folder = root / "fits" / str(place)
@@ -258,7 +259,10 @@ def show(said: dict[str, Any], root: Path, *, as_json: bool) -> None:
     from rich.console import Console
 
     if as_json:
-        print(json.dumps({"arms": said["arms"], "leverage": said["leverage"]}, indent=1))
+        from sparse_pretrain.training import metrics
+
+        plain = metrics.plain({"arms": said["arms"], "leverage": said["leverage"]})
+        print(json.dumps(plain, indent=1, allow_nan=False))
         return
     from sparse_pretrain.scaling.fit import accuracy
 

@@ -8,6 +8,7 @@ import pytest
 
 from sparse_pretrain import cli
 from sparse_pretrain.commands import isoflop as command
+from sparse_pretrain.report import isoflop as page
 from sparse_pretrain.scaling import calibration, children, forecast, isoflop, planted, sizes
 from sparse_pretrain.scaling.engines import local
 from sparse_pretrain.scaling.fit import design, fitting, hyper, leverage, parabola
@@ -171,6 +172,18 @@ def test_finished_grids_are_fitted_and_shown(tmp_path, capsys):
     assert "Known bias" in page
     assert "Buy next" in page
     assert json.loads((tmp_path / "isoflop.json").read_text())["leverage"]["moe"]
+
+
+def test_a_budget_without_an_optimum_is_null_in_strict_json(tmp_path, monkeypatch, capsys):
+    hill = parabola.vertex(np.array([1e4, 2e4, 4e4]), np.array([2.0, 2.1, 2.0]))
+    assert not hill["inside"]
+    said = {"arms": {"dense": {"parabolas": [hill]}}, "leverage": {}, "fits": {}}
+    monkeypatch.setattr(page, "write", lambda *_: None)
+    command.write(tmp_path, said, [])
+    command.show(said, tmp_path, as_json=True)
+    for text in ((tmp_path / "isoflop.json").read_text(), capsys.readouterr().out):
+        (found,) = json.loads(text, parse_constant=pytest.fail)["arms"]["dense"]["parabolas"]
+        assert found["loss"] is None
 
 
 def test_forecasts_are_made_once_and_scored_by_the_runs(tmp_path, planted_fit, rng):
