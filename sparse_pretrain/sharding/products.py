@@ -74,7 +74,7 @@ def _spread_backward(contract, kept, dy):
     outer = tuple(range(contract, w.ndim)), tuple(range(lead, dy.ndim))
     dx = jax.lax.dot_general(dy, w.astype(x.dtype), ((outer[1], outer[0]), ((), ())))
     rows = tuple(range(lead))
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     dw = jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=wide)
     return dx, dw.astype(w.dtype)
 
