@@ -86,9 +86,9 @@ def test_a_lost_process_ends_the_others_and_other_devices_go_on(tmp_path):
     again = runs.start(tmp_path, "lost", processes=3, devices=2, mesh="expert=2", steps=200)
     found = np.array(runs.finish(tmp_path, "lost", again))
     alone = np.array(runs.finish(tmp_path, "whole", whole))
-    np.testing.assert_allclose(found[: at + 20], alone[: at + 20], atol=1e-3)
+    np.testing.assert_allclose(found[: at + 20], alone[: at + 20], atol=1e-5)
     # further on the rounding of another mesh has turned a choice of experts: the curve is the same
-    assert abs(found[-50:].mean() - alone[-50:].mean()) < 0.05
+    assert abs(found[-50:].mean() - alone[-50:].mean()) < 1e-3
     assert len(found) == len(alone) == 200
 
 
