@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.grouped_matmul import aligned, grouped_matmul
+from kernels_pallas.grouped_matmul import aligned, grouped_matmul, xla
 from kernels_pallas.grouped_matmul.layout import row_expert, rows_needed
 from kernels_pallas.linear import linear
 from kernels_pallas.linear.xla import split_rows
@@ -62,8 +62,29 @@ def test_grouped_matmul(load, dtype, implementation, rng):
     assert (y.dtype, dx.dtype, dw.dtype) == (x.dtype, x.dtype, w.dtype)
 
 
+@pytest.mark.parametrize("turns", ["one turn", "several, the last reaches back"])
+def test_wide_blocks(turns, rng, monkeypatch):
+    if turns != "one turn":
+        monkeypatch.setattr(xla, "_COPIED", 1)  # four blocks a turn, of the 15 that there are
+    D, F = 24, 40
+    sizes = [1000, 900, 700, 472]  # 4 + 4 + 3 + 2 blocks of 256; an even share is 768
+    layout = aligned(jnp.asarray(sizes, jnp.int32), pairs=3072)
+    assert (layout.wide, bool(layout.broad), bool(layout.uniform)) == (256, True, False)
+    assert layout.starts.tolist() == [0, 1024, 2048, 2816]
+    keep = np.asarray(row_expert(layout)[1])[:, None]
+    assert keep.sum() == sum(sizes)
+    x = rng.normal(size=(layout.rows, D)).astype(np.float32)
+    dy = (rng.normal(size=(layout.rows, F)) * keep).astype(np.float32)
+    w = rng.normal(size=(4, D, F)).astype(np.float32)
+    y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, layout, implementation="xla"), x, w)
+    results = (np.asarray(y) * keep, *pull(jnp.asarray(dy)))
+    for ours, oracle in zip(results, _numpy(x, w, dy, layout), strict=True):
+        scale = np.abs(oracle).max()
+        np.testing.assert_allclose(np.asarray(ours) / scale, oracle / scale, atol=1e-5)
+
+
 def test_any_split_fits_in_one_buffer(rng):
-    for experts, pairs in ((4, 64), (16, 6144), (64, 1000), (256, 2048), (3, 7)):
+    for experts, pairs in ((4, 64), (16, 6144), (16, 24576), (64, 1000), (256, 2048), (3, 7)):
         rows, block = rows_needed(pairs, experts, 128, 1.25)
         for _ in range(50):
             sizes = rng.multinomial(pairs, rng.dirichlet(np.full(experts, 0.1)))
@@ -73,7 +94,8 @@ def test_any_split_fits_in_one_buffer(rng):
             assert (ends[:-1] <= np.asarray(layout.starts)[1:]).all()
             assert ends[-1] <= layout.rows
             if not layout.uniform:
-                assert (np.asarray(layout.starts) % layout.block == 0).all()
+                unit = layout.wide if layout.broad else layout.block
+                assert (np.asarray(layout.starts) % unit == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 33), (4, 256), (1, 1)])

@@ -184,7 +184,7 @@ def test_tiles_fit_in_shared_memory():
 def _arguments(dtype="bfloat16", w_dtype="float32", D=64, F=128, block=128):
     shape = jax.ShapeDtypeStruct
     whole = shape((4,), jnp.int32)
-    layout = Layout(whole, whole, shape((), bool), 4 * block, block)
+    layout = Layout(whole, whole, *[shape((), bool)] * 2, 4 * block, block, 0)
     return shape((4 * block, D), dtype), shape((4, D, F), w_dtype), layout
 
 

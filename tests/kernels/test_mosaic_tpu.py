@@ -148,7 +148,7 @@ def test_tiles_fit_in_fast_memory():
 def _arguments(dtype="bfloat16", D=64, F=128):
     shape = jax.ShapeDtypeStruct
     whole = shape((4,), jnp.int32)
-    layout = Layout(whole, whole, shape((), bool), 512, 128)
+    layout = Layout(whole, whole, *[shape((), bool)] * 2, 512, 128, 0)
     return shape((512, D), dtype), shape((4, D, F), jnp.float32), layout
 
 

@@ -102,7 +102,7 @@ def test_cross_entropy_takes_its_chunk_from_the_file(folder):
 def test_hopper_tiles_come_from_the_file(folder):
     shape = jax.ShapeDtypeStruct
     whole = shape((4,), jnp.int32)
-    layout = Layout(whole, whole, shape((), bool), 512, 128)
+    layout = Layout(whole, whole, *[shape((), bool)] * 2, 512, 128, 0)
     with device.assume(CHIPS["h200"].target):
         assert tiles.choose(layout, 512, 2, contracted=64).n == 256
         workload = {"product": "rows", "rows": 512, "experts": 4, "contracted": 64, "columns": 512}
