@@ -36,8 +36,9 @@ def _close(a, b, atol):
 def test_accumulation_equals_the_large_batch(accumulate, rng):
     batch = packed(rng, rows=8)  # weights are uneven: the last row ends in padding
     definition, fresh, _ = _setup(small(prefix=(), pattern=("mixed",)))
-    grads, report = step.gradients(definition, fresh, batch, 1)
-    parts, summed = step.gradients(definition, fresh, batch, accumulate)
+    gradients = jax.jit(step.gradients, static_argnums=(0, 3))
+    grads, report = gradients(definition, fresh, batch, 1)
+    parts, summed = gradients(definition, fresh, batch, accumulate)
     _close(grads, parts, 1e-6)
     _close(report, summed, 1e-3)
 
@@ -59,7 +60,7 @@ def test_accumulation_equals_the_large_batch(accumulate, rng):
 def test_prices_move_once_per_step_whatever_is_recomputed(accumulate, changes, rng):
     """One step changes each bias by exactly rate * (sign - mean sign) of that step's load."""
     batch = packed(rng, rows=8)
-    config = small(**changes)
+    config = small(prefix=("moe",), pattern=("mixed",), **changes)
     _, fresh, run = _setup(config, accumulate=accumulate)
     before = jax.tree.map(np.asarray, fresh.router)
     after, out = run(fresh, batch)
@@ -73,10 +74,22 @@ def test_prices_move_once_per_step_whatever_is_recomputed(accumulate, changes, r
         assert np.abs(move).max(-1).min() > 0  # every layer had something to correct
 
 
-def test_balance_law_over_many_steps(rng):
+@pytest.fixture(scope="module")
+def one_of_each():
+    """(a fresh state as numpy arrays, its step): three layers, and an average of the parameters."""
+    _, fresh, run = _setup(small(repeats=1), ema=0.5)
+    # the key stays out: it is of no dtype that numpy knows, and a step leaves it alone
+    return jax.tree.map(np.asarray, fresh._replace(key=None)), run, fresh.key
+
+
+def _fresh(one_of_each):
+    held, run, key = one_of_each
+    return jax.tree.map(jnp.array, held)._replace(key=jnp.copy(key)), run
+
+
+def test_balance_law_over_many_steps(one_of_each):
     """Every layer's bias moves, MaxVio falls, the mean bias stays, the gradient has no share."""
-    config = small(repeats=1)
-    _, train_state, run = _setup(config)
+    train_state, run = _fresh(one_of_each)
     loads = []
     batches = [packed(np.random.default_rng(i), rows=16) for i in range(8)]
     for n in range(80):
@@ -104,9 +117,9 @@ def test_sign_rule_against_a_loop(rng):
         np.testing.assert_allclose(ours[n], expected, atol=1e-6)
 
 
-def test_average_follows_the_parameters(rng):
-    batch = packed(rng, rows=8)
-    _, fresh, run = _setup(small(repeats=1), ema=0.5)
+def test_average_follows_the_parameters(one_of_each, rng):
+    batch = packed(rng, rows=16)
+    fresh, run = _fresh(one_of_each)
     start = jax.tree.map(np.array, fresh.params)
     after, _ = run(fresh, batch)
     decay = min(0.5, 1 / 10)
@@ -114,9 +127,9 @@ def test_average_follows_the_parameters(rng):
         np.testing.assert_allclose(e, decay * a + (1 - decay) * np.asarray(b), atol=1e-6)
 
 
-def test_loss_falls_on_a_batch_seen_again(rng):
-    batch = packed(rng, rows=8)
-    _, train_state, run = _setup(small(repeats=1))
+def test_loss_falls_on_a_batch_seen_again(one_of_each, rng):
+    batch = packed(rng, rows=16)
+    train_state, run = _fresh(one_of_each)
     losses = []
     for _ in range(40):
         train_state, out = run(train_state, batch)
