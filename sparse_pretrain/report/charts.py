@@ -18,6 +18,7 @@ _VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)"} | {
     colour: f"var(--c{i})" for i, colour in enumerate(SERIES, 1)
 }
 POINTS = 600  # more than a chart has pixels across
+MANY = 6  # names in a legend that hide the curves
 
 
 def numbers(rows: Iterable[dict[str, Any]], key: str) -> Float64[np.ndarray, " rows"]:
@@ -118,13 +119,22 @@ class Chart:
         from matplotlib.backends.backend_svg import FigureCanvasSVG
 
         with matplotlib.rc_context(self._style):
+            below = 0.0
             for axes in self.axes:
                 handles, labels = axes.get_legend_handles_labels()
+                style: dict[str, Any] = {"loc": "best"}
+                if len(labels) > MANY and axes is self.axes[-1]:
+                    # no corner is free of lines: under the plot, which grows by as much
+                    below = 0.1 + 0.2 * math.ceil(len(labels) / 3)
+                    style = {"loc": "lower center", "ncols": 3, "bbox_to_anchor": (0.55, 0.0)}
+                    style["bbox_transform"] = self.figure.transFigure
                 if labels:
-                    axes.legend(handles, labels, frameon=False, fontsize=9, loc="best")
-            bottom = 0.52 / self._height
+                    axes.legend(handles, labels, frameon=False, fontsize=9, **style)
+            height = self._height + below
+            self.figure.set_figheight(height)
             self.figure.subplots_adjust(
-                left=0.155, right=right, bottom=bottom, top=1 - 0.12 / self._height, hspace=0.12
+                left=0.155, right=right, bottom=(0.52 + below) / height, top=1 - 0.12 / height,
+                hspace=0.12,
             )
             out = io.StringIO()
             FigureCanvasSVG(self.figure).print_svg(out)

@@ -81,6 +81,9 @@ def curve(fit: record.Fit, table: tables.Table) -> str:
     return html.section("Loss over compute", chart.svg("loss over compute") + note, id="curve")
 
 
+LEAST = 0.01  # percent of the loss
+
+
 def residuals(fit: record.Fit, table: tables.Table) -> str:
     """How far each run is from the law, in percent of its loss."""
     found = laws.find(fit.kind)
@@ -93,6 +96,8 @@ def residuals(fit: record.Fit, table: tables.Table) -> str:
     shown = off[np.abs(off) <= limit]
     if len(shown) < len(off):
         chart.axes[0].set_ylim(-limit, limit)
+    elif np.abs(off).max() < LEAST:  # rounding is no pattern
+        chart.axes[0].set_ylim(-LEAST, LEAST)
     outside = len(off) - len(shown)
     note = f'<p class="soft">{outside} runs lie outside the frame.</p>' if outside else ""
     return html.section("Residuals", chart.svg("residuals") + note, id="residuals")

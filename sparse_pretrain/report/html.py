@@ -29,7 +29,7 @@ p { margin: 4px 0 8px; } .soft { color: var(--soft); font-size: .87rem; }
 .columns { columns: 2 440px; column-gap: 12px; margin-bottom: 12px; }
 section { margin-bottom: 12px; }
 .columns section { break-inside: avoid; }
-svg { width: 100%; height: auto; display: block; }
+svg { width: 100%; max-width: 660px; height: auto; display: block; margin: 0 auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: 4px 10px 4px 0; vertical-align: top;

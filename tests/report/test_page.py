@@ -307,3 +307,18 @@ def test_goodput_of_the_summary_is_the_one_shown(tmp_path, fake_run, report):
     got = report(tmp_path / "run")
     assert got.keyed["goodput"] == pytest.approx(0.5)
     assert sum(page.split_time(workdir.read(tmp_path / "run")).values()) == pytest.approx(161.25)
+
+
+@pytest.mark.parametrize(("names", "below"), [(charts.MANY, False), (charts.MANY + 1, True)])
+def test_a_long_legend_stands_under_the_plot(names, below):
+    """The figure grows by the legend's height; a short one stays among the curves."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    chart = charts.Chart(x="step", panels=["loss"], height=2.5)
+    for i in range(names):
+        chart.line([0, 1], [i, i + 1], label=f"arm {i}")
+    height = float(re.search(r'viewBox="0 0 \S+ (\S+)"', chart.svg("curves")).group(1))
+    assert (height > 2.5 * 72 + 30) == below
+    legend, axes = chart.axes[0].get_legend(), chart.axes[0]
+    box = legend.get_tightbbox(FigureCanvasAgg(chart.figure).get_renderer())
+    assert (box.y1 < axes.get_window_extent().y0) == below
