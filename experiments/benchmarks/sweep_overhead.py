@@ -4,11 +4,12 @@ Question: how long does the driver take for a run that does nothing, and after 2
 driver or of a run, at random moments, is anything lost or run twice?
 Command:  python3 experiments/benchmarks/sweep_overhead.py
 Cost:     about five minutes on two cores.
-Found:    on two cores that other work kept at a load of 19 to 30: 12 to 16 ms a run with workers
-          that stay (at raised priority; 43 to 68 ms without, 7 to 11 ms of CPU), and 24 ms beside
-          the 68 ms of a process that does nothing. Of 1,000 runs in workers that stay, 9 kills of
-          the driver and 11 of a run: none lost, none run twice, 10 begun again. So too for 250 runs
-          in processes. experiments/results/sweep_overhead.json
+Found:    at raised priority on two cores with other work beside it (load 7): 5.7 and 7.0 ms a run
+          with two workers that stay and with one, 6.4 and -18 ms beside the 36 and 44 ms of a
+          process that does nothing (two of those share what they wait for). At a load of 19 to 30:
+          12 to 16 ms, and 43 to 68 at normal priority. Of 1,000 runs in workers that stay, 7 kills
+          of the driver and 13 of a run: none lost, none run twice, 13 begun again. So too for 250
+          runs in processes. experiments/results/sweep_overhead.json
 
 --runs is of warm workers, which run one after the other in one process; a fourth of it where each
 run is a process.
