@@ -61,21 +61,31 @@ ARMS = {
 }
 
 
+SETTLE = 100  # steps of forward passes in which prices settle, after `router,settled`
+
+
 def get_config(arg: str = "") -> ConfigDict:
-    """The model under the router of this name, quantile without one.
+    """The model under the router of this name, quantile without one; `NAME,settled` ends with a
+    phase that moves the prices alone, over text it has not read.
 
     Errors: ValueError naming the arms.
     """
+    arg, _, more = arg.partition(",")
+    if more not in ("", "settled"):
+        raise ValueError(f"router_bakeoff: after the router comes 'settled', got {more!r}")
     name = f"router_bakeoff_{arg}" if arg else "router_bakeoff"
     arg = arg or "quantile"
     if arg not in ARMS:
         raise ValueError(f"router_bakeoff: {arg!r} is not one of {', '.join(ARMS)}")
     attention = dict(kind="mla", heads=4, kv_rank=32, nope_dim=16, rope_dim=16, v_dim=32)
     moe = dict(kind="moe", experts=64, top_k=4, hidden=64, shared=1, router=ARMS[arg])
+    tokens = 1_000_000
+    settle = dict(settle=dict(start=tokens, train="prices")) if more else {}
     return ConfigDict(
         dict(
-            name=name,
-            tokens=1_000_000,
+            name=f"{name}_settled" if more else name,
+            tokens=tokens + (SETTLE * 4096 if more else 0),
+            phases=settle,
             data=dict(source="python_stdlib", tokenizer="bpe:4096", seq=256, batch=16),
             model=dict(
                 width=128,

@@ -171,11 +171,11 @@ class Experiment(spec.Config):
 
     def check_schedule(self, steps: int) -> None:
         """ValueError with both numbers when schedule or phases do not fit a run of `steps`."""
-        self.stages(steps)
+        learned = phased.learning(self.stages(steps))
         per_step = self.tokens_per_step
         try:
             schedules.make(
-                self.schedule, peak=1.0, total_tokens=steps * per_step, tokens_per_step=per_step
+                self.schedule, peak=1.0, total_tokens=learned * per_step, tokens_per_step=per_step
             )
         except ValueError as e:
             raise ValueError(f"schedule.{e}") from None

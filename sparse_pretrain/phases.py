@@ -18,7 +18,7 @@ from sparse_pretrain import attention, nn, sections, spec
 from sparse_pretrain.model import lm
 from sparse_pretrain.optim import schedules
 
-TRAINS = ("all", "indexer")
+TRAINS = ("all", "indexer", "prices")
 BASE = "base"  # what the steps before the first phase go by
 
 
@@ -29,6 +29,8 @@ class Phase(spec.Config):
     `attention` names blocks and gives the section that replaces theirs; keys left out are the
     replaced section's where the kinds share them. `train=indexer` moves only what the attentions
     train by losses of their own: no other parameter, moment, average or price changes.
+    `train=prices` moves the experts' prices alone, by ever shorter steps: without a backward pass
+    they settle on weights that stand still.
     Units: `start` tokens, or below 1 a fraction of the run; `seq` tokens per row, 0 for data.seq;
     `lr` a multiple of the schedule's rate; `mtp_weight` in place of model.mtp.weight, None for it.
     """
@@ -137,7 +139,12 @@ def check(phases: Mapping[str, Phase], model: lm.Config, seq: int) -> None:
         )
         owned = lm.own_parameters(model_of(model, phase))
         spec.require(
-            phase.train == "all" or bool(owned),
+            phase.train != "prices" or _has_prices(model),
+            f"{path}.train: 'prices', but no router of the model has prices (routers "
+            f"{', '.join(_routers(model)) or 'none'})",
+        )
+        spec.require(
+            phase.train != "indexer" or bool(owned),
             f"{path}.train: 'indexer', but in this phase no attention trains one by a loss of its "
             f"own (kinds {', '.join(_kinds(model_of(model, phase)))})",
         )
@@ -208,6 +215,16 @@ def _kinds(model: lm.Config) -> list[str]:
     return sorted({layer.attention.KIND for layer in model.layer_list})
 
 
+def _has_prices(model: lm.Config) -> bool:
+    known = dataclasses.replace(model, vocab=max(model.vocab, 2))  # which the data may yet tell
+    return bool(jax.tree.leaves(lm.define(known).price_shapes))
+
+
+def _routers(model: lm.Config) -> list[str]:
+    routers = (getattr(layer.ffn, "router", None) for layer in model.layer_list)
+    return sorted({router.KIND for router in routers if router is not None})
+
+
 # --- in a run of known length ---
 
 
@@ -250,6 +267,16 @@ def stages(
         row = phase.seq or seq
         found.append(Stage(name, first, end - first, trained, row, phase.train, phase.lr))
     return tuple(found)
+
+
+def learning(found: tuple[Stage, ...]) -> int:
+    """Steps until the last weight moves: what a schedule of the rate goes by.
+
+    Phases that only settle prices come after its end, not within it.
+    """
+    weights = [stage for stage in found if stage.train != "prices"]
+    last = weights[-1] if weights else found[-1]
+    return last.first + last.steps
 
 
 def at(found: tuple[Stage, ...], step: int) -> Stage:

@@ -66,7 +66,8 @@ class Course:
 
     def _key(self, n: int) -> tuple[Any, ...]:
         stage = self.stage(n)
-        return stage.model, stage.seq, stage.train
+        # where prices settle, a step's length goes by its number in the phase
+        return stage.model, stage.seq, stage.train, stage.first if stage.train == "prices" else 0
 
     def _compile(self, n: int, state: Any, batch: Any) -> Any:
         began = time.perf_counter()
@@ -80,6 +81,7 @@ class Course:
             ema=e.ema,
             seq=stage.seq if stage.seq != e.data.seq else 0,
             train=stage.train,
+            first=stage.first,
             placed=self._p.placed,
         )
         made = made.lower(state, batch).compile()

@@ -3,9 +3,14 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sparse_pretrain.model import lm
 from sparse_pretrain.training.state import TrainState
+
+# Batches that a price remembers when it settles. Quantile's own memory of 0.9 is ten of them, and
+# then the averages weigh the batches of a phase about evenly.
+SETTLE = 16.0
 
 
 def own_mask(config: lm.Config, params: Any) -> Any:
@@ -19,6 +24,21 @@ def own_mask(config: lm.Config, params: Any) -> Any:
         return any(keys[: len(place)] == place for place in owned)
 
     return jax.tree_util.tree_map_with_path(is_own, params)
+
+
+def no_mask(params: Any) -> Any:
+    """Like `params`: False at each one."""
+    return jax.tree.map(lambda _: False, params)
+
+
+def settled(old: Any, moved: Any, n: jax.Array) -> Any:
+    """The prices after a part of a move: all of the first, half of that of step SETTLE, and so on.
+
+    Steps that fall as 1/n average out what one batch says beside what all say, and still reach any
+    price (Robbins and Monro, 1951). `n` is 0 at the first step of the phase.
+    """
+    share = SETTLE / (SETTLE + n.astype(jnp.float32))
+    return jax.tree.map(lambda was, new: was + (share * (new - was)).astype(was.dtype), old, moved)
 
 
 def only(mask: Any, params: Any) -> Any:

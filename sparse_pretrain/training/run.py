@@ -59,15 +59,16 @@ def prepare(experiment: configs.Experiment, workdir: Path | None = None) -> Prep
     if placed is not None:
         for stage in stages:
             check_plan(placed, experiment, lm.define(stage.model), stage.seq)
+    learned = phases.learning(stages) * run.tokens_per_step
     schedule = schedules.make(
         experiment.schedule,
         peak=experiment.optim.lr,
-        total_tokens=run.tokens,
+        total_tokens=learned,
         tokens_per_step=run.tokens_per_step,
     )
     schedule = phases.scaled(schedule, stages)
     # the optimizer multiplies by the schedule and each group's share of the peak
-    factors = optim.factors(experiment.optim, experiment.model, definition, run.tokens)
+    factors = optim.factors(experiment.optim, experiment.model, definition, learned)
     build = optim.TABLE[experiment.optim.KIND].build
     tx = build(experiment.optim, definition.dims, schedule, factors)
     derived = derive(experiment, run) | {"train_tokens": dataset.train_tokens}

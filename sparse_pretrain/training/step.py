@@ -75,13 +75,15 @@ def make_train_step(
     ema: float = 0.0,
     seq: int = 0,
     train: str = "all",
+    first: int = 0,
     placed: apply.Placed | None = None,
 ) -> Step:
     """The jitted step `(state, batch) -> (state, metrics)`; the state it is given is consumed.
 
     The rows of a batch are cut to `seq` tokens first, if that is not 0. With `train="indexer"` only
-    what the attentions train by losses of their own moves, and prices do not. `placed` is the plan
-    that the state and batches are laid out by, if they are.
+    what the attentions train by losses of their own moves, and prices do not; with `train="prices"`
+    prices alone, by steps that shorten from step `first` on. `placed` is the plan that the state
+    and batches are laid out by, if they are.
 
     Metrics are device scalars: `loss` nats per token, `bits_per_byte`, `grad_norm`, `lr`,
     `tokens`, and for experts `load` per layer group, `max_vio` per layer, and `market`: the price
@@ -91,7 +93,10 @@ def make_train_step(
 
     def step(state: TrainState, batch: shapes.Batch):
         batch = cut(batch, seq) if seq else batch
-        mask = partial.own_mask(config, state.params) if train == "indexer" else None
+        mask = None
+        if train != "all":
+            own = train == "indexer"
+            mask = partial.own_mask(config, state.params) if own else partial.no_mask(state.params)
         grads, report = gradients(definition, state, batch, accumulate, mask, placed)
         if placed is not None:
             grads = placed.hold(grads, definition, "optimizer")
@@ -128,6 +133,8 @@ def make_train_step(
         game = replace.watch(state.game, report["load"])
         new = TrainState(state.step + 1, params, opt, router, game, average, state.key)
         new = new if mask is None else partial.stand_still(mask, state, new)
+        if train == "prices":
+            new = new._replace(router=partial.settled(state.router, router, state.step - first))
         return new, metrics
 
     if placed is None:

@@ -67,6 +67,21 @@ def test_a_phase_at_the_start_replaces_the_configuration_itself():
     assert [s.name for s in build(phases={}).stages(10)] == [phases.BASE]
 
 
+def test_the_rates_schedule_ends_where_the_last_weight_moves():
+    steps = [(s.train, s.steps) for s in STAGES]
+    assert [train for train, _ in steps] == ["all", "prices", "indexer", "prices"]
+    assert phases.learning(STAGES) == sum(n for _, n in steps[:3])  # a pause within it counts
+    assert phases.learning(STAGES[:1]) == steps[0][1]
+
+
+STAGES = tuple(
+    phases.Stage(f"{i}", first, count, None, 32, train, 1.0)
+    for i, (train, first, count) in enumerate(
+        [("all", 0, 5), ("prices", 5, 2), ("indexer", 7, 4), ("prices", 11, 9)]
+    )
+)
+
+
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
@@ -79,6 +94,7 @@ def test_a_phase_at_the_start_replaces_the_configuration_itself():
         (["phases.near.lr=0"], ["config.phases.near.lr: must be positive, got 0"]),
         (["phases.near.train=indxer"], ["config.phases.near.train", "did you mean indexer?"]),
         (["phases.near.train=indexer"], ["config.phases.near.train: 'indexer'", "kinds moba"]),
+        (["phases.near.train=prices"], ["config.phases.near.train: 'prices'", "routers none"]),
         (["phases.nera.lr=1"], ["config.phases.nera: unknown key; did you mean"]),
         (["phases.near.attention.b.kind=mobba"], ["near.attention.b.kind", "did you mean moba?"]),
         (["phases.near.attention.b.heads=4"], ["config.phases.near.attention.b: its parameters",

@@ -123,6 +123,28 @@ def test_an_indexer_phase_moves_the_indexer_alone(toy, rng):
     assert any("opt" in name and name not in own | counts for name in before)
 
 
+def test_a_prices_phase_moves_the_prices_alone_and_ever_less(toy, rng):
+    """By the sign rule as numpy does it on the loads that the step tells, times 16 / (16 + n)."""
+    _, now, make = _setup(_model(), "muon")
+    settle, first = make(train="prices", accumulate=2, first=5), 5
+    now = now._replace(step=jnp.int32(first))
+    before = _named(now)
+    bias = np.asarray(now.router["stack_0"]["ffn"]["router"]["bias"], np.float64)
+    for n in range(3):
+        now, out = settle(now, packed(rng, rows=8))
+        load = np.asarray(out["load"]["stack_0"], np.float64)
+        sign = np.sign(load.mean(-1, keepdims=True) - load)
+        bias = bias + 16 / (16 + n) * EXPERTS.router.rate * (sign - sign.mean(-1, keepdims=True))
+        np.testing.assert_allclose(
+            now.router["stack_0"]["ffn"]["router"]["bias"], bias, atol=1e-7
+        )
+    after = _named(now)
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    counts = {name for name in before if before[name].dtype == np.int32 and before[name].ndim == 0}
+    assert moved - counts == {n for n in before if n.endswith("['bias']")}
+    assert int(now.step) == first + 3
+
+
 def test_an_indexer_phase_is_an_optimizer_of_the_indexer_alone(toy, rng):
     """Against the update of a tree that holds nothing else, by gradients of that loss alone."""
     model = _model()
