@@ -72,10 +72,14 @@ def numbers(values: Sequence[int], dims: Sequence[str]) -> Price:
     return Price(jnp.asarray(values, jnp.int32), dims=tuple(dims))
 
 
-def read(variable: nnx.Variable) -> jax.Array:
-    """The array in a variable, as a layer uses it: a plan may keep it in parts between uses."""
+def read(variable: nnx.Variable, dtype: Any = None) -> jax.Array:
+    """The array in a variable, as a layer uses it: a plan may keep it in parts between uses.
+
+    `dtype` is what the layer rounds it to, if it does: a plan then sends it so. What comes is as
+    wide as the array.
+    """
     if isinstance(variable, nnx.Param):
-        return ops.gathered(variable[...], variable.get_metadata()["dims"])
+        return ops.gathered(variable[...], variable.get_metadata()["dims"], dtype)
     return variable[...]
 
 

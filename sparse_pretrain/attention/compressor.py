@@ -96,7 +96,7 @@ class Compressor(nn.Module):
 
     def _project(self, x):
         """Values and logits of tokens, side by side: [..., 2, streams, C]."""
-        both = [ops.linear(x, self._halves(nn.read(w))) for w in (self.w_kv, self.w_gate)]
+        both = [ops.linear(x, self._halves(nn.read(w, x.dtype))) for w in (self.w_kv, self.w_gate)]
         return jnp.stack(both, axis=-2).reshape(*x.shape[:-1], 2, self.streams, self.dim)
 
     def _pool(self, own_BxMxRx2xSxC, before_BxMxRx2xSxC, follows_BxM):

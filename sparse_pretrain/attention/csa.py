@@ -71,8 +71,9 @@ class CSA(hca.HCA):
     def _index_queries(self, latent, x, positions):
         """(q [B, L, J, Di], the heads' weights [B, L, J])."""
         c = self.config
-        q = ops.linear(latent, halves(nn.read(self.w_iq), c.rope, c.index_rope_dim))
-        return turn(q, positions, c.rope, c.index_rope_dim), ops.linear(x, nn.read(self.w_iw))
+        q = ops.linear(latent, halves(nn.read(self.w_iq, latent.dtype), c.rope, c.index_rope_dim))
+        weights = ops.linear(x, nn.read(self.w_iw, x.dtype))
+        return turn(q, positions, c.rope, c.index_rope_dim), weights
 
     def _far(self, q, keys_BxMx1xD, latent, x, layout: blocks.Layout, context: base.Context):
         c, visible = self.config, self._visible(layout, context)

@@ -64,11 +64,11 @@ class Indexer(nn.Module):
         return jnp.concatenate([layers.rope(turned, positions, halves), rest], axis=-1)
 
     def __call__(self, x, latent, positions) -> Index:
-        q = self._turn(ops.linear(latent, nn.read(self.w_q)), positions)
-        k = ops.linear(x, nn.read(self.w_k))
+        q = self._turn(ops.linear(latent, nn.read(self.w_q, latent.dtype)), positions)
+        k = ops.linear(x, nn.read(self.w_k, x.dtype))
         k = _layer_norm(k, nn.read(self.k_scale), nn.read(self.k_bias), self.config.norm_eps)
         k = self._turn(k[:, :, None], positions)[:, :, 0]
-        return Index(q, k, ops.linear(x, nn.read(self.w_w)))
+        return Index(q, k, ops.linear(x, nn.read(self.w_w, x.dtype)))
 
 
 class DSA(mla.MLA):
@@ -116,7 +116,7 @@ class DSA(mla.MLA):
             self.queries(x, context.positions), [self.config.nope_dim], axis=-1
         )
         latent, k_rope = self.latents(x, context.positions)
-        absorbed = _per_head(q_nope, jnp.transpose(nn.read(self.w_uk), (1, 2, 0)))
+        absorbed = _per_head(q_nope, jnp.transpose(nn.read(self.w_uk, q_nope.dtype), (1, 2, 0)))
         q = jnp.concatenate([absorbed, q_rope], axis=-1)
         keys = jnp.concatenate([latent, k_rope], axis=-1)
         chosen = self.choose(index, context)
@@ -126,8 +126,8 @@ class DSA(mla.MLA):
         )
         mass = ops.token_mass(q, keys, chosen, lse, scale=self._scale)
         loss = ops.index_kl_listed(*index, chosen, mass, scale=self.config.index_scale)
-        o = _per_head(o, jnp.transpose(nn.read(self.w_uv), (1, 0, 2)))
-        return ops.linear(o, nn.read(self.w_o), contract=2), loss
+        o = _per_head(o, jnp.transpose(nn.read(self.w_uv, o.dtype), (1, 0, 2)))
+        return ops.linear(o, nn.read(self.w_o, o.dtype), contract=2), loss
 
     def _warmup(self, x, index: Index, context: base.Context):
         q, k, v = self.expanded(x, context)
@@ -136,7 +136,7 @@ class DSA(mla.MLA):
         loss = ops.index_kl_dense(
             *index, q, k, lse, main_scale=self._scale, scale=self.config.index_scale, **segments
         )
-        return ops.linear(o, nn.read(self.w_o), contract=2), loss
+        return ops.linear(o, nn.read(self.w_o, o.dtype), contract=2), loss
 
     def __call__(self, x: Float[Array, "B L D"], context: base.Context) -> Float[Array, "B L D"]:
         return self.attend(x, context)[0]

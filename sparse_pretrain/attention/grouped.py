@@ -74,9 +74,9 @@ class Grouped(base.Attention):
             self.k_norm = layers.RMSNorm(Dh * K if joint else Dh, keys, dim="Dh")
 
     def _project(self, x, positions):
-        q = ops.linear(x, nn.read(self.w_q))
-        k = ops.linear(x, nn.read(self.w_k))
-        v = ops.linear(x, nn.read(self.w_v))
+        q = ops.linear(x, nn.read(self.w_q, x.dtype))
+        k = ops.linear(x, nn.read(self.w_k, x.dtype))
+        v = ops.linear(x, nn.read(self.w_v, x.dtype))
         if self.config.qk_norm:
             q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
         rope = self.config.rope
@@ -97,7 +97,7 @@ class Grouped(base.Attention):
 
     def __call__(self, x: Float[Array, "B L D"], context: base.Context) -> Float[Array, "B L D"]:
         q, k, v = self._project(x, context.positions)
-        return ops.linear(self.core(q, k, v, context), nn.read(self.w_o), contract=2)
+        return ops.linear(self.core(q, k, v, context), nn.read(self.w_o, x.dtype), contract=2)
 
     def _read(self, q_BxKxGxD, k_BxSxKxD, v_BxSxKxD, seen, sinks_KxG=None) -> jax.Array:
         """[B, K, G, D] float32: one query against cached keys where `seen` [B|1, K|1, G|1, S]."""
@@ -122,7 +122,7 @@ class Grouped(base.Attention):
     def _out(self, o_BxKxGxD, x_Bx1xD):
         B, K, G, D = o_BxKxGxD.shape
         o = o_BxKxGxD.reshape(B, 1, K * G, D).astype(x_Bx1xD.dtype)
-        return ops.linear(o, nn.read(self.w_o), contract=2)
+        return ops.linear(o, nn.read(self.w_o, o.dtype), contract=2)
 
     @staticmethod
     def linear_work(config, width: int) -> float:

@@ -105,27 +105,28 @@ class HCA(base.Attention):
         return turn(x_BxLxHxD, positions, self.config.rope, self.config.rope_dim)
 
     def _latent(self, x):
-        return self.q_norm(ops.linear(x, nn.read(self.w_dq)))
+        return self.q_norm(ops.linear(x, nn.read(self.w_dq, x.dtype)))
 
     def _queries(self, latent, positions):
-        q = ops.linear(latent, self._halves(nn.read(self.w_uq)))
+        q = ops.linear(latent, self._halves(nn.read(self.w_uq, latent.dtype)))
         ones = jnp.ones(self.config.dim, jnp.float32)
         return self._turn(layers.rms_norm(q, ones, self.config.norm_eps), positions)
 
     def _keys(self, x, positions):
         scale = self._halves(nn.read(self.kv_norm.scale))
-        kv = ops.linear(x, self._halves(nn.read(self.w_kv)))
+        kv = ops.linear(x, self._halves(nn.read(self.w_kv, x.dtype)))
         kv = layers.rms_norm(kv, scale, self.config.norm_eps)
         return self._turn(kv[:, :, None], positions)
 
     def _output(self, o_BxLxHxD, positions):
         c = self.config
         o = self._turn(o_BxLxHxD, -positions)  # back: what is read is relative to the query
-        w = nn.read(self.w_group).reshape(c.groups, c.heads // c.groups, c.dim, c.group_rank)
+        w = nn.read(self.w_group, o.dtype)
+        w = w.reshape(c.groups, c.heads // c.groups, c.dim, c.group_rank)
         w = self._halves(w, axis=2)
         heads = jnp.split(o, c.groups, axis=2)
         parts = [ops.linear(part, w[g], contract=2) for g, part in enumerate(heads)]
-        return ops.linear(jnp.concatenate(parts, axis=-1), nn.read(self.w_o))
+        return ops.linear(jnp.concatenate(parts, axis=-1), nn.read(self.w_o, o.dtype))
 
     def _visible(self, layout: blocks.Layout, context: base.Context) -> dict:
         """What tells the ops which entries a query may see."""

@@ -83,19 +83,19 @@ class MLA(base.Attention):
 
     def _latent_queries(self, x):
         """[B, L, Dc]; x itself where queries have no latent."""
-        return self.q_norm(ops.linear(x, nn.read(self.w_dq))) if self.config.q_rank else x
+        return self.q_norm(ops.linear(x, nn.read(self.w_dq, x.dtype))) if self.config.q_rank else x
 
     def queries(self, x, positions):
         """[B, L, H, nope + rope], rotated from dim nope on."""
         c = self.config
         x = self._latent_queries(x)
-        w = nn.read(self.w_uq if c.q_rank else self.w_q)
+        w = nn.read(self.w_uq if c.q_rank else self.w_q, x.dtype)
         return self._rope(ops.linear(x, self._halves(w, c.nope_dim)), positions, c.nope_dim)
 
     def latents(self, x, positions):
         """(c_kv [B, L, Dc], k_rope [B, L, rope]): all a cache must hold."""
         c = self.config
-        both = ops.linear(x, self._halves(nn.read(self.w_dkv), c.kv_rank))
+        both = ops.linear(x, self._halves(nn.read(self.w_dkv, x.dtype), c.kv_rank))
         k_rope = self._rope(both[..., None, c.kv_rank :], positions)
         return self.kv_norm(both[..., : c.kv_rank]), k_rope[..., 0, :]
 
@@ -103,8 +103,8 @@ class MLA(base.Attention):
         """(q, k, v) of every head, [B, L, H, each its width]."""
         q = self.queries(x, context.positions)
         c_kv, k_rope = self.latents(x, context.positions)
-        k_nope = ops.linear(c_kv, nn.read(self.w_uk))
-        v = ops.linear(c_kv, nn.read(self.w_uv))
+        k_nope = ops.linear(c_kv, nn.read(self.w_uk, c_kv.dtype))
+        v = ops.linear(c_kv, nn.read(self.w_uv, c_kv.dtype))
         k_rope = jnp.broadcast_to(k_rope[:, :, None, :], (*k_nope.shape[:3], k_rope.shape[-1]))
         return q, jnp.concatenate([k_nope, k_rope], axis=-1), v
 
@@ -119,7 +119,7 @@ class MLA(base.Attention):
             scale=self._scale,
             softcap=self.config.softcap or None,
         )
-        return ops.linear(o, nn.read(self.w_o), contract=2)
+        return ops.linear(o, nn.read(self.w_o, o.dtype), contract=2)
 
     def decode(self, x_Bx1xD, cache: base.Cache, position) -> tuple[jax.Array, base.Cache]:
         """One token at `position` [] with absorbed projections: heads share the latent as key."""
@@ -150,7 +150,7 @@ class MLA(base.Attention):
         p = base.cached_softmax(score, position)
         o = jnp.einsum("bhs,bsc->bhc", p, latent)
         o = jnp.einsum("bhc,chv->bhv", o, nn.read(self.w_uv))[:, None].astype(x_Bx1xD.dtype)
-        return ops.linear(o, nn.read(self.w_o), contract=2), cache
+        return ops.linear(o, nn.read(self.w_o, o.dtype), contract=2), cache
 
     @staticmethod
     def mask(config: Config, context: base.Context):

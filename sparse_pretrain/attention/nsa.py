@@ -81,10 +81,10 @@ class Compressor(nn.Module):
 
     def _bias(self, dtype):
         place = nn.read(self.place).astype(dtype)[None]
-        return ops.linear(place, nn.read(self.w_in))[0]
+        return ops.linear(place, nn.read(self.w_in, place.dtype))[0]
 
     def _out(self, hidden):
-        return ops.linear(jax.nn.silu(hidden), nn.read(self.w_out))
+        return ops.linear(jax.nn.silu(hidden), nn.read(self.w_out, hidden.dtype))
 
     def __call__(
         self, x: Float[Array, "B L K D"], chunks: blocks.Layout
@@ -95,7 +95,7 @@ class Compressor(nn.Module):
         x = in_blocks(x.reshape(B, L, K * D), chunks, d)
         M = x.shape[1]
         x = x.reshape(B, M, d, K, D).transpose(0, 1, 3, 2, 4).reshape(B, M, K, d * D)
-        w = nn.read(self.w_in).reshape(R, d * D, -1).transpose(1, 0, 2)
+        w = nn.read(self.w_in, x.dtype).reshape(R, d * D, -1).transpose(1, 0, 2)
         parts = ops.linear(x, w)
         total = jnp.reshape(self._bias(x.dtype), (1, 1, 1, -1))
         for r in range(R):
@@ -107,7 +107,7 @@ class Compressor(nn.Module):
         """The entry of these tokens."""
         B, S, K, D = x_BxlxKxD.shape
         x = x_BxlxKxD.transpose(0, 2, 1, 3).reshape(B, K, S * D)
-        hidden = ops.linear(x, nn.read(self.w_in))
+        hidden = ops.linear(x, nn.read(self.w_in, x.dtype))
         return self._out(hidden + self._bias(x.dtype).reshape(1, 1, -1))
 
 
@@ -147,7 +147,7 @@ class NSA(grouped.Grouped):
             self.k_norm_compress = layers.RMSNorm(Dh, keys, dim="Dh")
 
     def _window_keys(self, x, positions):
-        k, v = (ops.linear(x, nn.read(w)) for w in (self.w_k_window, self.w_v_window))
+        k, v = (ops.linear(x, nn.read(w, x.dtype)) for w in (self.w_k_window, self.w_v_window))
         if self.config.qk_norm:
             k = self.k_norm_window(k)
         return layers.rope(k, positions, self.config.rope), v
@@ -159,7 +159,7 @@ class NSA(grouped.Grouped):
 
     def _gated(self, x, outputs) -> jax.Array:
         """The branches' outputs [B, L, H, D] by the gates."""
-        gates = ops.linear(x, nn.read(self.w_gate))
+        gates = ops.linear(x, nn.read(self.w_gate, x.dtype))
         gates = jax.nn.sigmoid(gates.astype(layers.wide(x.dtype)))
         gates = gates.reshape(*x.shape[:2], len(BRANCHES), -1, 1)
         o = sum(o.astype(gates.dtype) * gates[:, :, i] for i, o in enumerate(outputs))
@@ -171,7 +171,7 @@ class NSA(grouped.Grouped):
         k_window, v_window = self._window_keys(x, positions)
         window = self.window(q, k_window, v_window, context)
         chunks = blocks.layout(context.segments, positions, span=c.stride, stride=c.stride)
-        raw = (ops.linear(x, nn.read(w)) for w in (self.w_k_compress, self.w_v_compress))
+        raw = (ops.linear(x, nn.read(w, x.dtype)) for w in (self.w_k_compress, self.w_v_compress))
         k_entry, v_entry = (
             phi(t, chunks) for phi, t in zip((self.phi_k, self.phi_v), raw, strict=True)
         )
@@ -179,7 +179,7 @@ class NSA(grouped.Grouped):
         compress, lse = self.compress(q, k_entry, v_entry, context, chunks, return_lse=True)
         select = self.select(q, k, v, context, chunks, k_entry, lse)
         o = self._gated(x, (compress, select, window))
-        return ops.linear(o, nn.read(self.w_o), contract=2)
+        return ops.linear(o, nn.read(self.w_o, o.dtype), contract=2)
 
     def window(self, q, k, v, context: base.Context) -> jax.Array:
         """The last tokens."""
@@ -291,7 +291,7 @@ class NSA(grouped.Grouped):
         select = self._blocks_read(q, cache, score, position)
         outputs = [o.reshape(B, 1, c.heads, -1) for o in (compress, select, window)]
         o = self._gated(x_Bx1xD, outputs)
-        return ops.linear(o, nn.read(self.w_o), contract=2), cache
+        return ops.linear(o, nn.read(self.w_o, o.dtype), contract=2), cache
 
     def _compressed(self, x_Bx1xD, cache: base.Cache, position) -> base.Cache:
         """The cache with the token among the last `span`, and the entry that it ends if it does."""
@@ -302,7 +302,7 @@ class NSA(grouped.Grouped):
         parts = (("k", self.w_k_compress, self.phi_k), ("v", self.w_v_compress, self.phi_v))
         for name, w, phi in parts:
             tail, kept = cache[f"{name}_tail"], cache[f"{name}_entry"]
-            new = ops.linear(x_Bx1xD, nn.read(w))
+            new = ops.linear(x_Bx1xD, nn.read(w, x_Bx1xD.dtype))
             cache[f"{name}_tail"] = tail = jnp.concatenate(
                 [tail[:, 1:], new.astype(tail.dtype)], axis=1
             )

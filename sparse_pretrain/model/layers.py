@@ -221,9 +221,9 @@ class SwiGLU(nn.Module):
         self.w_down = nn.param(keys, (hidden, width), ("F", "D"), std=out_gain * hidden**-0.5)
 
     def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
-        gate = ops.linear(x, nn.read(self.w_gate))
-        up = ops.linear(x, nn.read(self.w_up))
-        return ops.linear(swiglu(gate, up), nn.read(self.w_down))
+        gate = ops.linear(x, nn.read(self.w_gate, x.dtype))
+        up = ops.linear(x, nn.read(self.w_up, x.dtype))
+        return ops.linear(swiglu(gate, up), nn.read(self.w_down, x.dtype))
 
 
 class ShortConv(nn.Module):

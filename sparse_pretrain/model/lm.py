@@ -212,13 +212,14 @@ class LM(nn.Module):
         market = {k: r.market for k, r in reports.items() if r.market}
         return hidden, shapes.Aux(load, losses[0], market, losses[1], tuple(ahead))
 
-    def head_weight(self) -> tuple[jax.Array, str]:
-        """(the output matrix, its layout 'DV' or 'VD')."""
+    def head_weight(self, dtype: Any = None) -> tuple[jax.Array, str]:
+        """(the output matrix, its layout 'DV' or 'VD'); `dtype` is what its reader rounds it to."""
         if self.config.tied:
             gain = transfer_rules(self.config).head_gain
-            table = nn.read(self.embedding)
-            return table if gain == 1.0 else table * gain, "VD"
-        return nn.read(self.head), "DV"
+            if gain != 1.0:  # rounded after it is multiplied
+                return nn.read(self.embedding) * gain, "VD"
+            return nn.read(self.embedding, dtype), "VD"
+        return nn.read(self.head, dtype), "DV"
 
 
 def init_cache(model: LM, batch: int, length: int) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Module(block.Block):
     ) -> tuple[Float[Array, "B L D"], Report, Float[Array, ""]]:
         """As the layer itself, of [norm(hidden); norm(embedding)]; before the last norm."""
         both = jnp.concatenate([self.norm_hidden(hidden), self.norm_embedding(embedding)], -1)
-        x = residual.spread(self.streams, ops.linear(both, nn.read(self.w_join)))
+        x = residual.spread(self.streams, ops.linear(both, nn.read(self.w_join, both.dtype)))
         x, report, own = self(x, context)
         return (x if self.end is None else self.end(x)), report, own
 

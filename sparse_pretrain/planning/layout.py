@@ -151,7 +151,7 @@ def weight_bytes(
 ) -> float:
     """Gathered weights and their gradients before they are cut, of the largest that is at work.
 
-    That is a repeat, a layer beside the stack, or the head, which in its own dtype is gathered too.
+    That is a repeat, a layer beside the stack, or the head.
     """
     itemsize = jnp.dtype(lm.DTYPES[config.dtype]).itemsize
     groups = [[n for n in definition.shapes if n.startswith("stack_")]]
@@ -165,24 +165,9 @@ def weight_bytes(
             cut = {u: network.cuts(plan, sizes, inner, sides, u) for u in ("used", "stored")}
             if cut["used"] == cut["stored"] or inner == ("V", "D"):  # looked up where it lies
                 continue
-            own = 4 if inner == ("D", "V") else 0
-            total += math.prod(sides) / cut["used"] * (itemsize + 4 + own)
+            total += math.prod(sides) / cut["used"] * (itemsize + 4)
         largest = max(largest, total)
     return largest
-
-
-def kept_weight_bytes(
-    definition: nn.Definition, config: lm.Config, plan: plans.Plan, sizes: Mapping[str, int]
-) -> float:
-    """Gathered weights of all repeats in the compute dtype: without remat each is kept, cast."""
-    itemsize = jnp.dtype(lm.DTYPES[config.dtype]).itemsize
-    total = 0.0
-    for name in (n for n in definition.shapes if n.startswith("stack_")):
-        for dims, shape in work.weights(definition, name):
-            cut = {u: network.cuts(plan, sizes, dims, shape, u) for u in ("used", "stored")}
-            if cut["used"] != cut["stored"]:
-                total += math.prod(shape) / cut["used"]
-    return total * itemsize
 
 
 def working_bytes(

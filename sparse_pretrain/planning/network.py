@@ -6,13 +6,18 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from sparse_pretrain import nn
 from sparse_pretrain.model import lm
 from sparse_pretrain.planning import chips, work
 from sparse_pretrain.sharding import plans
 
 FLOAT32, BFLOAT16 = 4, 2
-WEIGHT_PASSES = 2  # a backward pass that redoes the forward one gathers weights once for both
+WEIGHT_PASSES = 2  # the backward pass gathers weights again, once for all that it does
+# Parameters that layers read in float32, and that are gathered so: routers, the mixing of streams,
+# short convolutions. All others are gathered in the compute dtype (sharding/gather.py).
+FULL = (("D", "E"), ("RD", "Mix"), ("W", "D"))
 GATHER, EXCHANGE = "gather", "exchange"
 
 
@@ -47,7 +52,7 @@ def messages(
     """All that one chip receives in a step, by axis."""
     out = [
         m._replace(size=m.size * (load.micro if m.what == "parameters" else 1))
-        for m in parameters(definition, plan, sizes)
+        for m in parameters(config, definition, plan, sizes)
     ]
     return out + activations(config, sizes, load)
 
@@ -79,9 +84,13 @@ def activations(config: lm.Config, sizes: Mapping[str, int], load: Load) -> list
 
 
 def parameters(
-    definition: nn.Definition, plan: plans.Plan, sizes: Mapping[str, int]
+    config: lm.Config, definition: nn.Definition, plan: plans.Plan, sizes: Mapping[str, int]
 ) -> list[Message]:
-    """Weights gathered and their gradients scattered in a micro-batch, or summed once a step."""
+    """Weights gathered and their gradients scattered in a micro-batch, or summed once a step.
+
+    Gradients travel in float32, weights as `sent`; the head is read once, its gradient made beside
+    the loss, and a table that is no head is looked up where it lies.
+    """
     gathered: dict[tuple[str, ...], float] = {}
     summed = 0.0
     for dims, shape in work.weights(definition):
@@ -89,7 +98,7 @@ def parameters(
         held = math.prod(shape) / cuts(plan, sizes, dims, shape, "stored")
         if held < used:
             over = _added(plan, sizes, dims, shape)
-            each = WEIGHT_PASSES * BFLOAT16 + FLOAT32
+            each = passes(config, dims) * sent(config, dims) + FLOAT32 * gathers(config, dims)
             size = (used - held) * each
             gathered[over] = gathered.get(over, 0.0) + size
         cut = axes(plan, sizes, dims, shape, "stored")
@@ -101,6 +110,23 @@ def parameters(
         names = [a for a in (*plan.batch, "context") if sizes.get(a, 1) > 1]
         out.append(Message("+".join(names), GATHER, "gradients", summed))
     return out
+
+
+def gathers(config: lm.Config, dims: tuple[str, ...]) -> bool:
+    """Whether a parameter that lies in parts is put together: all but an untied table."""
+    return config.tied or dims != ("V", "D")
+
+
+def passes(config: lm.Config, dims: tuple[str, ...]) -> int:
+    """How often a parameter that lies in parts is gathered in a micro-batch."""
+    head = ("V", "D") if config.tied else ("D", "V")
+    return (1 if dims == head else WEIGHT_PASSES) * gathers(config, dims)
+
+
+def sent(config: lm.Config, dims: tuple[str, ...]) -> int:
+    """Bytes of a number of a parameter on its way to its readers."""
+    inner = tuple(d for d in dims if d != "N")
+    return FLOAT32 if inner in FULL else jnp.dtype(lm.DTYPES[config.dtype]).itemsize
 
 
 def cuts(plan: plans.Plan, sizes: Mapping[str, int], dims, shape, use: str) -> int:

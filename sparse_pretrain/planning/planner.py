@@ -152,11 +152,10 @@ class Planner:
         if key not in self._known:
             if what == "held":
                 found: Any = layout.held_bytes(self.state, plan, sizes, 2 if many else 1)
-            elif what in ("weights", "kept"):
-                of = {"weights": layout.weight_bytes, "kept": layout.kept_weight_bytes}[what]
-                found = of(self.definition, self.model, plan, sizes)
+            elif what == "weights":
+                found = layout.weight_bytes(self.definition, self.model, plan, sizes)
             else:
-                found = network.parameters(self.definition, plan, sizes)
+                found = network.parameters(self.model, self.definition, plan, sizes)
             self._known[key] = found
         return self._known[key]
 
@@ -174,8 +173,6 @@ class Planner:
         memory["buffers"] = self._fixed("weights", plan, sizes) + layout.working_bytes(
             self.shapes, self.model, tokens=tokens, sizes=sizes
         )
-        if remat == "none":
-            memory["buffers"] += self._fixed("kept", plan, sizes)
         sent = 1 if self.problem.precision == "fp8" else network.BFLOAT16
         load = network.Load(tokens, micro, 2 if remat == "none" else 3, sent)
         messages = [

@@ -90,7 +90,8 @@ class MoE(nn.Module):
             weight = jax.lax.stop_gradient(assignment.weight)
             expert = base.within_capacity(assignment.expert, weight, c.experts, seats)
             assignment = assignment._replace(expert=expert)
-        weights = experts.Weights(*(nn.read(w) for w in (self.w_gate, self.w_up, self.w_down)))
+        held = self.w_gate, self.w_up, self.w_down
+        weights = experts.Weights(*(nn.read(w, x.dtype) for w in held))
         expert = assignment.expert
         if c.copies:
             found = copies.slots(nn.read(self.phy2log), c.experts)

@@ -5,14 +5,12 @@ and heads of its device: Mosaic kernels cannot be partitioned automatically, and
 be badly. Queries are cut along a row where the plan has a context axis, and keys gathered to it.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from kernels_pallas import device
@@ -31,6 +29,7 @@ from kernels_pallas.indexer.xla import keys_per_query as index_keys_per_query
 from kernels_pallas.token_sparse import token_mass as _token_mass
 from kernels_pallas.token_sparse import token_sparse as _token_sparse
 from sparse_pretrain.sharding import apply
+from sparse_pretrain.sharding.gather import gathered, kept_apart
 from sparse_pretrain.sharding.products import eight_bits, grouped_linear, linear
 
 __all__ = [
@@ -73,15 +72,6 @@ def laid(x, dims: str):
     return jax.lax.with_sharding_constraint(x, placed.spec(dims, x.shape))
 
 
-def kept_apart(layer: Callable) -> Callable:
-    """The layer, its backward pass gathering parameters again in place of keeping them gathered."""
-    placed = apply.current()
-    if placed is None or not placed.plan.stored:
-        return layer
-    policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-    return jax.checkpoint(layer, policy=policy)
-
-
 def microbatches() -> int:
     """Into how many parts a pipeline cuts a batch; 1 without one."""
     placed = apply.current()
@@ -98,32 +88,6 @@ def rows_are_cut() -> bool:
     """Whether the tokens of one row lie on several devices."""
     placed = apply.current()
     return placed is not None and bool(placed.axes("L"))
-
-
-def gathered(w, dims: tuple[str, ...]):
-    """A parameter as a layer uses it: gathered from where it is stored, its gradient sent back."""
-    placed = apply.current()
-    if placed is None:
-        return w
-    dims = dims[len(dims) - w.ndim :]  # of one layer of a stack
-    stored, used = (placed.parameter(dims, w.shape, use) for use in ("stored", "used"))
-    if stored == used:
-        return w
-    return checkpoint_name(_gather(stored, used, w), GATHERED)
-
-
-GATHERED = "gathered"  # a parameter away from where it is stored, which no layer keeps
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gather(stored, used, w):
-    return jax.lax.with_sharding_constraint(w, used)
-
-
-_gather.defvjp(
-    lambda stored, used, w: (_gather(stored, used, w), None),
-    lambda stored, used, kept, dw: (jax.lax.with_sharding_constraint(dw, stored),),
-)
 
 
 def each_device(

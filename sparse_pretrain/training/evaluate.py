@@ -125,7 +125,7 @@ def hits(
 
     A softcap keeps the order, so it is left out.
     """
-    head, layout = model.head_weight()
+    head, layout = model.head_weight(hidden.dtype)
     head = head.astype(hidden.dtype)
 
     def row(part):

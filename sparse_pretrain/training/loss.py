@@ -14,7 +14,7 @@ def token_losses(
 ) -> tuple[Float[Array, ""], Float[Array, "B L"]]:
     """(weighted sum of nats + z-loss [], nats per token [B, L])."""
     c = model.config
-    head, layout = model.head_weight()
+    head, layout = model.head_weight(hidden.dtype)
     return ops.cross_entropy(
         hidden,
         head,

@@ -107,11 +107,18 @@ def test_bytes_sent_by_hand(dense):
     leaves = work.weights(definition)
     matrices = sum(math.prod(s) for d, s in leaves if len([x for x in d if x != "N"]) > 1)
     vectors = sum(math.prod(s) for _, s in leaves) - matrices
+    table = 1024 * 512  # is looked up where it lies
     load = network.Load(tokens=256.0, micro=3, passes=2)
     (gathered, summed) = network.messages(
         dense.model, definition, plans.find("fsdp"), {"fsdp": 8}, load
     )
-    assert gathered.size == pytest.approx(matrices * 7 / 8 * (2 * 2 + 4) * 3)
+    # weights in bfloat16 in both passes, the head in one; gradients in float32
+    sent = (matrices - table) * (2 * 2 + 4) - 2 * 512 * 1024
+    assert gathered.size == pytest.approx(sent * 7 / 8 * 3)
+    wide = dataclasses.replace(dense.model, dtype="float32")
+    (more, _) = network.messages(wide, definition, plans.find("fsdp"), {"fsdp": 8}, load)
+    sent = (matrices - table) * (2 * 4 + 4) - 4 * 512 * 1024
+    assert more.size == pytest.approx(sent * 7 / 8 * 3)
     assert (summed.what, summed.size) == ("gradients", 8 * vectors)
     (once,) = network.messages(dense.model, definition, plans.find("ddp"), {"data": 8}, load)
     assert once.size == 8 * (matrices + vectors)
