@@ -96,7 +96,8 @@ class Experiment(spec.Config):
     for one epoch of the data; `accumulate` micro-batches per step; `ema` decay per step of the
     averaged weights, 0 for none; `plan` and `mesh` (such as fsdp=2,expert=4) how the run is spread
     over devices, see `sharding.plans`, or plan=auto; `exchange` how tokens travel to experts, auto,
-    padded or ragged; `init_from` a workdir whose weights the run starts from, with @best or @STEP.
+    padded or ragged, `context` how keys reach the parts of a row, auto, gather or ring; `init_from`
+    a workdir whose weights the run starts from, with @best or @STEP.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Experiment(spec.Config):
     plan: str = "single"
     mesh: str = ""
     exchange: str = "auto"
+    context: str = "auto"
     init_from: str = ""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: lm.Config
@@ -129,10 +131,11 @@ class Experiment(spec.Config):
         spec.positive(self, "accumulate")
         spec.require(0 <= self.ema < 1, f"ema: must be in [0, 1), got {self.ema}")
         plans.find("single" if self.plan == plans.AUTO else self.plan)
-        one_of("exchange", self.exchange, apply.EXCHANGES)
+        for field, known in apply.CHOICES.items():
+            one_of(field, getattr(self, field), known)
         products = self.model.precision.products
-        ok = products == "model" or self.plan == "single"
         where = f"{products} runs on one device, under plan=single; got plan {self.plan}"
+        ok = products == "model" or self.plan == "single"
         spec.require(ok, f"model.precision.products: {where}")
         meshes.parse(self.mesh)
         spec.require(
@@ -218,14 +221,9 @@ class _Schema(sections.Schema):
 
 SCHEMA = _Schema(
     Experiment,
-    {
-        "attention": attention.TABLE,
-        "ffn": ffn.TABLE,
-        "router": routing.TABLE,
-        "residual": residual.TABLE,
-        "optim": optim.TABLE,
-    },
-)
+    {"attention": attention.TABLE, "ffn": ffn.TABLE, "router": routing.TABLE,
+     "residual": residual.TABLE, "optim": optim.TABLE},
+)  # fmt: skip
 
 
 def from_config_dict(values: Any) -> Experiment:

@@ -84,22 +84,27 @@ def _attend_backward(plan, kept, gradients):
     do, d_lse = gradients
     # Without the barrier XLA sees that the scores were computed before and keeps them alive.
     (q, k, v, marks, sinks, o, lse), do = lax.optimization_barrier((kept, do))
-    B, K = q.shape[0], k.shape[2]
-    dtype = lse.dtype
+    K, dtype = k.shape[2], lse.dtype
     delta_BxLxH = (do.astype(dtype) * o.astype(dtype)).sum(-1)
     # d score = weight (d weight - delta), and the gradient of lse by a score is the weight.
     delta = _heads_first(delta_BxLxH[..., None], K)[..., 0] - d_lse
-    way = unrolled if _few(plan) and marks.first is None else looped
-    dq, dk, dv = way.backward(plan, _heads_first(q, K), _heads_first_T(q, K), _keys_first(k),
-                              _keys_first(v), _heads_first(do, K), _heads_first_T(do, K), marks,
-                              lse, delta)
-    scale = np.asarray(plan.scale, dtype)
+    dq, dk, dv = _gradients(plan, q, k, v, do, marks, lse, delta)
     d_sinks = None
     if sinks is not None:
         weight = jnp.exp(sinks.astype(dtype).reshape(1, K, -1, 1) - lse)
         d_sinks = -(weight * delta).sum((0, 3)).reshape(-1).astype(sinks.dtype)
-    return (narrow(_heads_back(dq) * scale, q.dtype), narrow(_keys_back(dk, B) * scale, k.dtype),
-            narrow(_keys_back(dv, B), v.dtype), None, d_sinks)
+    return narrow(dq, q.dtype), narrow(dk, k.dtype), narrow(dv, v.dtype), None, d_sinks
+
+
+def _gradients(plan, q, k, v, do, marks, lse, delta):
+    """Return dq, dk and dv, wide, as their arguments lie; lse and delta [B, K, G, L]."""
+    B, K = q.shape[0], k.shape[2]
+    way = unrolled if _few(plan) and marks.first is None else looped
+    dq, dk, dv = way.backward(plan, _heads_first(q, K), _heads_first_T(q, K), _keys_first(k),
+                              _keys_first(v), _heads_first(do, K), _heads_first_T(do, K), marks,
+                              lse, delta)
+    scale = np.asarray(plan.scale, lse.dtype)
+    return _heads_back(dq) * scale, _keys_back(dk, B) * scale, _keys_back(dv, B)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -132,18 +137,43 @@ def flash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=Non
     (B, L, H), S = q_BxLxHxDk.shape[:3], k_BxSxKxDk.shape[1]
     plan = _plan(L, S, scale=scale, causal=causal, window=window, softcap=softcap, stride=stride,
                  span=span, late=ends_BxS is not None, block_q=block_q, block_k=block_k)
-    if segments_k is not None:
-        # Padding equals no query's segment, so that it sees nothing and is not seen.
-        segments_k = jnp.where(segments_k == 0, jnp.full_like(segments_k, -1), segments_k)
-    if first is not None:
-        plan, first = plan._replace(offset=0), jnp.asarray(first, jnp.int32)
-    marks = pairs.Marks(segments_q, segments_k, ends_BxS, first)
+    plan, marks = _marked(plan, segments_q, segments_k, ends_BxS, first)
     o, lse = _attend(plan, q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, marks, sinks_H)
     if not return_lse:
         return o
     lse_BxLxH = lse.reshape(B, H, L).transpose(0, 2, 1)
     unseen = jnp.full_like(lse_BxLxH, pairs.MASKED)
     return o, jnp.where(lse_BxLxH > -pairs.EMPTY, unseen, lse_BxLxH)
+
+
+def _marked(plan, segments_q, segments_k, ends, first):
+    """Return the plan and the marks that mask beside it."""
+    if segments_k is not None:
+        # Padding equals no query's segment, so that it sees nothing and is not seen.
+        segments_k = jnp.where(segments_k == 0, jnp.full_like(segments_k, -1), segments_k)
+    if first is not None:
+        plan, first = plan._replace(offset=0), jnp.asarray(first, jnp.int32)
+    return plan, pairs.Marks(segments_q, segments_k, ends, first)
+
+
+def part_gradients(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, do_BxLxHxDv, lse_BxLxH, delta_BxLxH, *,
+                   first, segments_q=None, segments_k=None, scale, causal=True, window=None,
+                   softcap=None, block_q=None, block_k=None):
+    """Return dq, dk and dv of these keys' part in a softmax over these and others.
+
+    Shapes: as of `flash`; lse is of all keys, -1e30 for a row that sees none, and delta
+        sum(do * o) over the width less the gradient of lse, both in the dtype of lse, as are
+        the gradients: sums of parts are not rounded before they are added.
+    """
+    L, S, K = q_BxLxHxDk.shape[1], *k_BxSxKxDk.shape[1:3]
+    plan = _plan(L, S, scale=scale, causal=causal, window=window, softcap=softcap,
+                 block_q=block_q, block_k=block_k)
+    plan, marks = _marked(plan, segments_q, segments_k, None, first)
+    # a row that sees nothing has weights exp(score - 1e30) = 0, as in `pairs.finish`
+    unseen = jnp.full_like(lse_BxLxH, -pairs.MASKED)
+    lse = jnp.where(lse_BxLxH <= pairs.EMPTY, unseen, lse_BxLxH)
+    lse, delta = (_heads_first(x[..., None], K)[..., 0] for x in (lse, delta_BxLxH))
+    return _gradients(plan, q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, do_BxLxHxDv, marks, lse, delta)
 
 
 def keys_per_query(length, *, keys=None, window=None, stride=1, span=1):

@@ -10,7 +10,7 @@ FREE = ("checkpoint", "log", "eval", "sample", "name", "workdir")
 FREE_KEYS = ("data.cache",)  # where prepared text is kept
 # A longer run stretches the schedule, and another split of the work rounds differently: allowed,
 # and said.
-NOTED = ("steps", "tokens", "accumulate", "plan", "mesh", "exchange", "model.remat")
+NOTED = ("steps", "tokens", "accumulate", "plan", "mesh", "exchange", "context", "model.remat")
 
 
 def differing(saved: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -138,7 +138,8 @@ def compiled(
     if found.axes:
         text = ",".join(f"{a}={n}" for a, n in sizes.items())
         laid = mesh.make(found, text, where)
-        placed = apply.Placed(found, laid, microbatches=micro, exchange=experiment.exchange)
+        asked = {field: getattr(experiment, field) for field in apply.CHOICES}
+        placed = apply.Placed(found, laid, microbatches=micro, **asked)
         placed.check(definition, rows=rows, length=length)
     ema = experiment.ema > 0
     with device.assume(chosen.target):

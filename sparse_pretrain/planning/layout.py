@@ -21,6 +21,9 @@ WORKING = 3.0
 # bytes of attention at work for each number of keys and values that it reads, a row's even where
 # context parallelism holds a part of it: their gradients in float32, and copies in other orders
 KEYS = 14.0
+# the same of keys that go round a ring, of one part alone: beside those 14 the part that comes in,
+# and its gradients so far and on their way; counted, not fitted
+RING_KEYS = KEYS + 2 + 4 + 4
 
 # numbers kept without remat for each that a product writes: norms, rotations, gates and scores
 # beside them; read off one program, DeepSeek-V3 on TPU v5p
@@ -82,7 +85,6 @@ class Shapes(NamedTuple):
     repeat: Outs
     beside: Outs
     width: int  # of the residual stream through a repeat, once a layer
-    keys: int  # numbers of keys and values, of the layer with most
     repeats: int
 
 
@@ -97,8 +99,7 @@ def shapes(config: lm.Config, definition: nn.Definition) -> Shapes:
     # two norms and two sums of each layer
     repeat = repeat._replace(whole=repeat.whole + 4 * config.width * len(stack))
     beside = beside._replace(whole=beside.whole + 4 * config.width * len(other))
-    keys = max(network.key_elements(s.attention, config.width) for s in config.layer_list)
-    return Shapes(repeat, beside, config.width * max(len(stack), 1), keys, config.repeats)
+    return Shapes(repeat, beside, config.width * max(len(stack), 1), config.repeats)
 
 
 def _outs(config: lm.Config, definition: nn.Definition, group: str) -> Outs:
@@ -171,10 +172,14 @@ def weight_bytes(
 
 
 def working_bytes(
-    found: Shapes, config: lm.Config, *, tokens: float, sizes: Mapping[str, int]
+    found: Shapes, config: lm.Config, *, load: network.Load, sizes: Mapping[str, int]
 ) -> float:
     """What a repeat at work holds, forward values, their gradients and float32 sums."""
     itemsize = jnp.dtype(lm.DTYPES[config.dtype]).itemsize
     values = WORKING * found.repeat.on_chip(sizes) * itemsize
-    keys = KEYS * found.keys / sizes.get("tensor", 1) * sizes.get("context", 1)
-    return (values + keys) * tokens
+    keys = 0.0
+    for section in {id(s.attention): s.attention for s in config.layer_list}.values():
+        parts, rings = network.turns(section, config, sizes, load)
+        held = RING_KEYS if rings else KEYS * parts
+        keys = max(keys, held * network.key_elements(section, config.width))
+    return (values + keys / sizes.get("tensor", 1)) * load.tokens

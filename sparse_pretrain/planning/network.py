@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from sparse_pretrain import nn
 from sparse_pretrain.model import lm
 from sparse_pretrain.planning import chips, work
-from sparse_pretrain.sharding import plans
+from sparse_pretrain.sharding import plans, ring
 
 FLOAT32, BFLOAT16 = 4, 2
 WEIGHT_PASSES = 2  # the backward pass gathers weights again, once for all that it does
@@ -19,6 +19,7 @@ WEIGHT_PASSES = 2  # the backward pass gathers weights again, once for all that 
 # short convolutions. All others are gathered in the compute dtype (sharding/gather.py).
 FULL = (("D", "E"), ("RD", "Mix"), ("W", "D"))
 GATHER, EXCHANGE = "gather", "exchange"
+RINGS = ("full", "sliding", "mla")  # attentions whose keys can go round a ring
 
 
 class Message(NamedTuple):
@@ -33,13 +34,16 @@ class Message(NamedTuple):
 class Load(NamedTuple):
     """What a chip works on. Units: `tokens` of a micro-batch on one chip, `micro` of them a step;
     `passes` in which tokens are exchanged: 2, or 3 where the forward pass is redone;
-    `sent` bytes of a number on its way to an expert.
+    `sent` bytes of a number on its way to an expert; `length` tokens of a row, over all chips, and
+    `context`, how its keys travel.
     """
 
     tokens: float
     micro: int
     passes: int
     sent: int = BFLOAT16
+    length: int = 0
+    context: str = "auto"
 
 
 def messages(
@@ -74,10 +78,13 @@ def activations(config: lm.Config, sizes: Mapping[str, int], load: Load) -> list
         size = load.passes * (load.sent + BFLOAT16) * width * seats * tokens
         out.append(Message("expert", EXCHANGE, "tokens", size * (1 - 1 / n["expert"])))
     if n["context"] > 1:
-        keys = sum(key_elements(s.attention, width) for s in layers) * stage
-        # gathered in each pass, and their gradients added up in float32
-        each = keys * (load.passes * BFLOAT16 + FLOAT32) * tokens
-        out.append(Message("context", GATHER, "keys and values", each * (n["context"] - 1)))
+        parts = sum(
+            key_elements(s.attention, width) * (turns(s.attention, config, sizes, load)[0] - 1)
+            for s in layers
+        )
+        # gathered or sent round in each pass, and their gradients added up in float32
+        each = parts * stage * (load.passes * BFLOAT16 + FLOAT32) * tokens / n["tensor"]
+        out.append(Message("context", GATHER, "keys and values", each))
     if n["pipe"] > 1:
         out.append(Message("pipe", EXCHANGE, "activations", 2 * BFLOAT16 * width * tokens))
     return [m for m in out if m.size > 0]
@@ -165,6 +172,21 @@ def key_elements(section: Any, width: int) -> int:
         _, heads, dim = section.sizes(width)
         return 2 * heads * dim
     return 2 * width
+
+
+def turns(
+    section: Any, config: lm.Config, sizes: Mapping[str, int], load: Load
+) -> tuple[int, bool]:
+    """(of how many parts of a row a part has the keys, whether they go round a ring for that)."""
+    devices = sizes.get("context", 1)
+    if section.KIND not in RINGS or load.length % devices:
+        return devices, False
+    window = getattr(section, "window", None)
+    found = ring.turns(devices, load.length // devices, window=window)
+    size = key_elements(section, config.width) * load.tokens / sizes.get("tensor", 1)
+    size *= jnp.dtype(lm.DTYPES[config.dtype]).itemsize
+    rings = devices > 1 and ring.serves(load.context, found, devices, int(size))
+    return (found, True) if rings else (devices, False)
 
 
 def seconds(message: Message, chip: chips.Chip, sizes: Mapping[str, int]) -> float:

@@ -170,11 +170,13 @@ class Planner:
         memory["activations"] = layout.activation_bytes(
             self.shapes, self.model, tokens=tokens, remat=remat, sizes=sizes, micro=micro
         )
-        memory["buffers"] = self._fixed("weights", plan, sizes) + layout.working_bytes(
-            self.shapes, self.model, tokens=tokens, sizes=sizes
-        )
         sent = 1 if self.problem.precision == "fp8" else network.BFLOAT16
-        load = network.Load(tokens, micro, 2 if remat == "none" else 3, sent)
+        how = self.problem.experiment.context
+        passes = 2 if remat == "none" else 3
+        load = network.Load(tokens, micro, passes, sent, self.length, how)
+        memory["buffers"] = self._fixed("weights", plan, sizes) + layout.working_bytes(
+            self.shapes, self.model, load=load, sizes=sizes
+        )
         messages = [
             *(m._replace(size=m.size * (micro if m.what == "parameters" else 1))
               for m in self._fixed("sent", plan, sizes)),

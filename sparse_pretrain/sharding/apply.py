@@ -18,14 +18,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparse_pretrain.sharding import peers, plans
 
-EXCHANGES = ("auto", "padded", "ragged")
+# What a run may ask for beside its plan, by field.
+CHOICES = {"exchange": ("auto", "padded", "ragged"), "context": ("auto", "gather", "ring")}
 _CURRENT: contextvars.ContextVar["Placed | None"] = contextvars.ContextVar("placed", default=None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placed:
     """A plan on a mesh. `microbatches` go through a pipeline per step; `exchange` is how tokens
-    travel to experts, one of EXCHANGES; `manual` axes are those that a surrounding shard_map has
+    travel to experts and `context` how keys reach the parts of a row, each one of CHOICES; `manual`
+    axes are those that a surrounding shard_map has
     already taken (only the pipeline's own code sets them).
     """
 
@@ -33,6 +35,7 @@ class Placed:
     mesh: Mesh
     microbatches: int = 1
     exchange: str = "auto"
+    context: str = "auto"
     manual: frozenset[str] = frozenset()
 
     @functools.cached_property

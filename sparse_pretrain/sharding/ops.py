@@ -28,7 +28,7 @@ from kernels_pallas.indexer import index_select as _index_select
 from kernels_pallas.indexer.xla import keys_per_query as index_keys_per_query
 from kernels_pallas.token_sparse import token_mass as _token_mass
 from kernels_pallas.token_sparse import token_sparse as _token_sparse
-from sparse_pretrain.sharding import apply
+from sparse_pretrain.sharding import apply, ring
 from sparse_pretrain.sharding.gather import gathered, kept_apart
 from sparse_pretrain.sharding.products import eight_bits, grouped_linear, linear
 
@@ -222,10 +222,14 @@ def cross_entropy(x_BxLxD, head, targets_BxL, weights_BxL, **options):
 
 
 def flash(q, k, v, *, segments_q=None, segments_k=None, sinks_H=None, ends_BxS=None, **options):
-    """As `kernels_pallas.flash`."""
+    """As `kernels_pallas.flash`; keys are gathered to a row's parts, or go round them (`ring`)."""
     strided = ends_BxS is not None or {"stride", "span"} & set(options)
     start = 0 if strided else k.shape[1] - q.shape[1]
     segments_k = segments_q if segments_k is None else segments_k
+    out = ("BLH.", "BLH") if options.get("return_lse") else "BLH."
+    found = None if strided or start else _ring(q, k, v, options)
+    if found is not None:
+        return _round(found, q, k, v, segments_q, segments_k, sinks_H, out)
 
     def local(q, k, v, segments_q, segments_k, sinks, ends, axes):
         first = _first(axes, q.shape[1], start)
@@ -236,7 +240,37 @@ def flash(q, k, v, *, segments_q=None, segments_k=None, sinks_H=None, ends_BxS=N
 
     args = (q, k, v, segments_q, segments_k, sinks_H, ends_BxS)
     dims = ("BLH.", "B.K.", "B.K.", "BL", "B.", "H", "B.")
-    out = ("BLH.", "BLH") if options.get("return_lse") else "BLH."
+    return each_device(local, args, dims, out, heads=("H", "K"))
+
+
+def _ring(q, k, v, options):
+    """The ring that the plan has keys go round in, None where it gathers them."""
+    placed = apply.current()
+    axes = () if placed is None else placed.cut("L", q.shape[1])
+    if placed is None or len(axes) != 1 or {"first", "implementation"} & set(options):
+        return None
+    options = {n: x for n, x in options.items() if n != "return_lse"}
+    devices = placed.sizes[axes[0]]
+    rows = q.shape[1] // devices
+    shown = {n: options[n] for n in ("causal", "window") if n in options}
+    turns = ring.turns(devices, rows, **shown)
+    # of one device: its part of the rows and heads too
+    cuts = [a for dim, n in (("B", q.shape[0]), ("H", k.shape[2])) for a in placed.cut(dim, n)]
+    parts = devices * math.prod(placed.sizes[a] for a in cuts)
+    size = (k.size * k.dtype.itemsize + v.size * v.dtype.itemsize) // parts
+    if not ring.serves(placed.context, turns, devices, size):
+        return None
+    return ring.Ring(axes[0], devices, turns, rows, tuple(sorted(options.items())))
+
+
+def _round(found, q, k, v, segments_q, segments_k, sinks, out):
+    def local(q, k, v, segments_q, segments_k, sinks, axes):
+        assert axes["L"] == (found.axis,), axes
+        o, lse = ring.attend(found, q, k, v, segments_q, segments_k, sinks)
+        return o if isinstance(out, str) else (o, lse)
+
+    args = (q, k, v, segments_q, segments_k, sinks)
+    dims = ("BLH.", "BLK.", "BLK.", "BL", "BL", "H")
     return each_device(local, args, dims, out, heads=("H", "K"))
 
 

@@ -88,8 +88,10 @@ def lead() -> bool:
     return jax.process_index() == 0
 
 
-def place(plan: str, text: str, microbatches: int, exchange: str = "auto") -> apply.Placed | None:
-    """The plan on the devices of all processes; None for one device.
+def place(
+    plan: str, text: str, microbatches: int, exchange: str = "auto", **asked: str
+) -> apply.Placed | None:
+    """The plan on the devices of all processes, with what is `asked`; None for one device.
 
     Errors: ValueError naming plan, mesh or exchange, and what would fit.
     """
@@ -108,7 +110,7 @@ def place(plan: str, text: str, microbatches: int, exchange: str = "auto") -> ap
         apply.exchange(exchange, device.platform())
     except ValueError as e:
         raise ValueError(f"config.{e}") from None
-    return apply.Placed(found, laid, microbatches, exchange) if laid.size > 1 else None
+    return apply.Placed(found, laid, microbatches, exchange, **asked) if laid.size > 1 else None
 
 
 class Stop:

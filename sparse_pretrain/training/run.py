@@ -81,7 +81,8 @@ def place(experiment: configs.Experiment) -> apply.Placed | None:
     Errors: ValueError as of `processes.place`.
     """
     where = experiment.plan, experiment.mesh
-    return processes.place(*where, experiment.accumulate, experiment.exchange)
+    asked = {field: getattr(experiment, field) for field in apply.CHOICES}
+    return processes.place(*where, experiment.accumulate, **asked)
 
 
 def check_plan(

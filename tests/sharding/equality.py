@@ -61,8 +61,10 @@ def batches(count):
         yield shapes.Batch(tokens[:, :-1], tokens[:, 1:], segments, positions, weights, ones, zeros)
 
 
-def losses(model, plan="single", text="", *, accumulate=1, steps=20, optimizer="adamw"):
-    """(the loss of every step, the state after the last) under the plan."""
+def losses(
+    model, plan="single", text="", *, accumulate=1, steps=20, optimizer="adamw", asked=None
+):
+    """(the loss of every step, the state after the last) under the plan, with what is asked."""
     definition = lm.define(model)
     table = optim.TABLE[optimizer]
 
@@ -73,7 +75,7 @@ def losses(model, plan="single", text="", *, accumulate=1, steps=20, optimizer="
     placed = None
     if plan != "single":
         found = plans.find(plan)
-        placed = apply.Placed(found, mesh.make(found, text), accumulate)
+        placed = apply.Placed(found, mesh.make(found, text), accumulate, **(asked or {}))
         placed.check(definition, rows=ROWS, length=LENGTH)
     now = state.create(definition, tx, 0, ema=False, placed=placed)
     run = step.make_train_step(

@@ -123,12 +123,12 @@ def alone():
     return {}
 
 
-def equal(alone, attention, plan, text, *, accumulate=1, **changes):
+def equal(alone, attention, plan, text, *, accumulate=1, asked=None, **changes):
     key = attention, accumulate
     if key not in alone:
         alone[key] = equality.losses(equality.model(attention), accumulate=accumulate)
     section = equality.model(attention, **changes)
-    found, params = equality.losses(section, plan, text, accumulate=accumulate)
+    found, params = equality.losses(section, plan, text, accumulate=accumulate, asked=asked)
     np.testing.assert_allclose(found, alone[key][0], atol=1e-5, rtol=0)
     assert found[-1] < found[0] - 0.2, "a run that does not learn shows nothing"
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(alone[key][1]), strict=True):
