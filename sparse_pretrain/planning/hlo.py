@@ -277,7 +277,7 @@ def _dims(op: Op, key: str) -> list[int]:
 def _received(op: Op, code: str) -> int:
     """Bytes of a collective's results; some that are started hold their operands beside them."""
     type_ = op.type
-    if code in ("all-gather-start", "collective-permute-start"):
+    if code in ("all-gather-start", "collective-permute-start", "reduce-scatter-start"):
         parts = _split(type_[1:-1])
         type_ = parts[1]
     return sum(a.bytes for a in _arrays(type_))

@@ -21,9 +21,9 @@ WORKING = 3.0
 # bytes of attention at work for each number of keys and values that it reads, a row's even where
 # context parallelism holds a part of it: their gradients in float32, and copies in other orders
 KEYS = 14.0
-# the same of keys that go round a ring, of one part alone: beside those 14 the part that comes in,
-# and its gradients so far and on their way; counted, not fitted
-RING_KEYS = KEYS + 2 + 4 + 4
+# the same of keys that go round a ring, of one part alone: as much as of 3.7 parts gathered, by
+# the temporaries noted at sharding/ring.py's PARTS
+RING_KEYS = 3.7 * KEYS
 
 # numbers kept without remat for each that a product writes: norms, rotations, gates and scores
 # beside them; read off one program, DeepSeek-V3 on TPU v5p
@@ -132,7 +132,8 @@ def activation_bytes(
     """What a chip keeps of its `tokens` of a micro-batch until the backward pass reads it.
 
     A pipeline's first stage keeps as many micro-batches as there are stages, each of its own
-    layers only. Rows that were sent to experts are not kept but sent again.
+    layers only. Rows that were sent to experts are not kept but sent again. Of remat=offload this
+    is what stays on the chip.
     """
     stages = sizes.get("pipe", 1)
     alive = min(stages, micro) / stages

@@ -78,13 +78,15 @@ def activations(config: lm.Config, sizes: Mapping[str, int], load: Load) -> list
         size = load.passes * (load.sent + BFLOAT16) * width * seats * tokens
         out.append(Message("expert", EXCHANGE, "tokens", size * (1 - 1 / n["expert"])))
     if n["context"] > 1:
-        parts = sum(
-            key_elements(s.attention, width) * (turns(s.attention, config, sizes, load)[0] - 1)
-            for s in layers
-        )
-        # gathered or sent round in each pass, and their gradients added up in float32
-        each = parts * stage * (load.passes * BFLOAT16 + FLOAT32) * tokens / n["tensor"]
-        out.append(Message("context", GATHER, "keys and values", each))
+        numbers = 0.0
+        for section in (s.attention for s in layers):
+            parts, rings = turns(section, config, sizes, load)
+            # gathered once for a backward pass that redoes the forward one, gradients in their
+            # dtype; or sent round in each pass, and their gradients in float32
+            each = load.passes * BFLOAT16 + (FLOAT32 if rings else 0)
+            numbers += key_elements(section, width) * (parts - 1) * each
+        size = numbers * stage * tokens / n["tensor"]
+        out.append(Message("context", GATHER, "keys and values", size))
     if n["pipe"] > 1:
         out.append(Message("pipe", EXCHANGE, "activations", 2 * BFLOAT16 * width * tokens))
     return [m for m in out if m.size > 0]

@@ -24,6 +24,14 @@ UNSEEN = -1e30  # the op's logarithm of nothing
 # Bytes of keys and values that a device hands on at a turn: what NVLink sends (450 GB/s) in the
 # 10 microseconds that a message takes to start. Below it gathering all at once is as good.
 WORTH = 4 << 20
+# Parts of a row beyond which a ring holds less than gathered keys do, its own buffers counted.
+# Compiled for a CPU, keys of 1 MB and values of 1 MB a part, MB of temporaries by devices:
+#   gathered 2: 19, 4: 31, 8: 55 | round a ring 2: 21, 4: 29, 8: 29
+# and llama:512x8 for H100s, GB in all: 4 of 8k tokens 0.58 | 0.64, 8 of 32k tokens 1.43 | 1.08
+PARTS = 4
+# Bytes a step receives for a number of each part that is read, bfloat16 with remat=full: gathered
+# twice and its gradient; round a ring three times, and its gradient in float32.
+GATHERED_BYTES, RING_BYTES = 6, 10
 
 
 class Ring(NamedTuple):
@@ -47,10 +55,14 @@ def turns(devices: int, rows: int, *, causal: bool = True, window: int | None = 
 def serves(asked: str, turns: int, devices: int, size: int) -> bool:
     """Whether keys go round, where `asked` is auto, gather or ring.
 
-    Auto gathers where that is one message and little memory: all devices' keys are read, and
-    `size`, the bytes of a device's keys and values, is below WORTH.
+    Auto has them go round where a window reads so few parts that fewer bytes are sent, and where
+    it saves memory: of more than PARTS devices, `size`, the bytes of a device's keys and values,
+    being at least WORTH.
     """
-    return asked == "ring" or (asked == "auto" and (turns < devices or size >= WORTH))
+    if asked != "auto":
+        return asked == "ring"
+    fewer = RING_BYTES * (turns - 1) <= GATHERED_BYTES * (devices - 1)
+    return fewer or (devices > PARTS and size >= WORTH)
 
 
 def attend(ring: Ring, q, k, v, segments_q, segments_k, sinks):
