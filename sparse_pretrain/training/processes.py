@@ -32,7 +32,8 @@ class PeerLost(RuntimeError):
 def start(coordinator: str = "", processes: int = 0, process_id: int = -1) -> None:
     """Joins the other processes, those given or those that a launcher started; else does nothing.
 
-    Errors: ValueError naming the options of which some are given and some not.
+    Errors: ValueError naming the options of which some are given and some not, or that are needed
+    beside this launcher.
     """
     given = {"--coordinator": coordinator, "--processes": processes, "--process-id": process_id + 1}
     if any(given.values()):
@@ -52,7 +53,16 @@ def start(coordinator: str = "", processes: int = 0, process_id: int = -1) -> No
         return
     if jax.config.jax_platforms == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT)
+    try:
+        jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT)
+    except (RuntimeError, ValueError) as e:
+        if where or "OMPI_COMM_WORLD_SIZE" not in os.environ or jax.distributed.is_initialized():
+            raise
+        reason = " ".join(str(e).split())[:160]
+        raise ValueError(
+            f"--coordinator: Open MPI started this process, and JAX cannot ask it who else there "
+            f"is ({reason}); pip install mpi4py, or give --coordinator, --processes, --process-id"
+        ) from None
     jax.devices()  # so that the two numbers below are known to whoever asks
     me = f"process {jax.process_index()} of {jax.process_count()}"
     peers.when_lost(functools.partial(_ended, me))

@@ -1,10 +1,12 @@
 """Runs of `sparse-pretrain train` as several processes on this machine, over loopback."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 CONFIG = '''
@@ -28,11 +30,13 @@ def get_config(arg=""):
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
-def port() -> int:
-    """One that is free."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def port(among: Iterable[int] = (0,)) -> int:
+    """The first of these that is free; any, of 0."""
+    for number in among:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", number))
+            return free.getsockname()[1]
+    raise OSError("no port is free")
 
 
 def start(folder: Path, name: str, *, processes: int, devices: int, mesh: str, steps: int = 6):

@@ -1,6 +1,7 @@
 """Several processes are one run: equal losses, checkpoints that fit any mesh, a clean end."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,3 +104,60 @@ def test_an_abort_that_no_other_process_caused_takes_its_course(tmp_path):
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == -signal.SIGABRT
     assert "is gone" not in ended.stderr
+
+
+FOUND = """
+import jax
+jax.config.update("jax_platforms", "cpu")
+from sparse_pretrain.training import processes
+processes.start()
+from jax.experimental import multihost_utils
+there = multihost_utils.process_allgather(jax.numpy.asarray([10 + jax.process_index()]))
+print("process", jax.process_index(), "of", jax.process_count(), there.ravel().tolist(), flush=True)
+"""
+
+
+def by_srun(count):
+    """What srun sets for each task of a step; JAX takes the coordinator's port from the job."""
+    first = 2**16 - 2**12
+    where = runs.port(range(first + os.getpid() % 2**11, 2**16))
+    same = {
+        "SLURM_JOB_ID": str(where - first), "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": str(count), "SLURM_STEP_NUM_TASKS": str(count), "SLURM_STEP_NUM_NODES": "1",
+    }  # fmt: skip
+    for i in range(count):
+        yield [], same | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+
+
+def by_mpirun(count):
+    """Open MPI itself, where it is installed."""
+    if shutil.which("mpirun") is None:
+        pytest.skip("mpirun is not installed")
+    yield ["mpirun", "-n", str(count), "--allow-run-as-root", "--oversubscribe"], {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [by_srun, by_mpirun])
+def test_processes_find_each_other_by_what_a_launcher_sets(launcher):
+    count, pipe = 3, subprocess.PIPE
+    running = [
+        subprocess.Popen([*command, sys.executable, "-c", FOUND], env=os.environ | more,
+                         stdout=pipe, stderr=pipe, text=True)
+        for command, more in launcher(count)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300) for process in running]
+    assert not any(process.returncode for process in running), said
+    lines = sorted("".join(out for out, _ in said).splitlines())
+    assert lines == [f"process {i} of {count} [10, 11, 12]" for i in range(count)]
+
+
+@pytest.mark.slow
+def test_open_mpi_5_is_told_what_it_needs():
+    """JAX asks mpi4py there, which is no dependency."""
+    names = ("SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")
+    more = {f"OMPI_COMM_WORLD_{name}": value for name, value in names}
+    command = [sys.executable, "-c", "import sys; sys.modules['mpi4py'] = None\n" + FOUND]
+    ended = subprocess.run(command, env=os.environ | more, capture_output=True, text=True)
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("ValueError: --coordinator: Open MPI started this process, and JAX")
+    assert last.endswith("pip install mpi4py, or give --coordinator, --processes, --process-id")
