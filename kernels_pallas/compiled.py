@@ -18,7 +18,8 @@ from kernels_pallas.chips import Chip
 # Files beside the ops' folders that change no program of a given backend: commands, what describes
 # calls, and the choice among backends.
 _APART = ("bench", "cases", "compile", "compiled", "op", "parity", "tune")
-_HOPPER = "hopper"  # a file that only these kernels are made of
+_HOPPER = "hopper"
+_FOR_HOPPER = (_HOPPER, "products")  # files that only these kernels are made of
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu",
              "nvidia-cuda-nvcc")
 
@@ -93,9 +94,13 @@ def _sources(root: Path) -> dict[str, bytes]:
         if path.stem == "specs" or (folder == "." and path.stem in _APART):
             continue  # shapes are asked of the case itself
         if folder == ".":
-            folder = _HOPPER if path.stem == _HOPPER else ""
+            folder = _HOPPER if path.stem in _FOR_HOPPER else ""
         texts[folder] += path.name.encode() + path.read_bytes()
-    return texts
+    # what an op takes from another's folder
+    return texts | {folder: text + b"".join(
+        other for name, other in texts.items()
+        if name not in ("", _HOPPER, folder) and f"kernels_pallas.{name}".encode() in text)
+        for folder, text in texts.items()}
 
 
 class Kept:

@@ -1,14 +1,9 @@
 """grouped_matmul on Hopper's tensor cores: bfloat16, accumulated in float32, forward and backward.
 
-Each multiprocessor runs one program of three warpgroups. One fills a ring of shared-memory stages
-through the copy engine; two multiply, 64 rows of a tile each, and write the result through the
-copy engine while the next tile's stages are already being filled. A tile of the result belongs to
-one warpgroup, which adds its products in order: the same bits every time.
+How a program goes through its tiles is in `kernels_pallas/products.py`.
 """
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,121 +11,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import device, hopper
+from kernels_pallas import hopper, products
 from kernels_pallas.grouped_matmul import tiles
 from kernels_pallas.grouped_matmul.tiles import COLUMNS, TILE_K, TILE_M, Tiles
-
-_HALF = TILE_M // 2  # rows of one warpgroup
-
-
-def _persistent(decode, load, multiply, place, plan: Tiles, total, refs):
-    """One program's share of the tiles: every `cores`-th.
-
-    `decode(number)` gives a tile, with the number of its `steps` and whether this warpgroup
-    `writes` any of its rows; `load(tile, step, slot)` starts the
-    copies of a stage, `multiply(tile, step, slot, acc)` issues its products, and
-    `place(tile, columns)` names where 64 columns of the warpgroup's result go.
-    """
-    full, empty, out_smem = refs
-    core, warpgroup = lax.axis_index("core"), lax.axis_index("warpgroup")
-    stages = hopper.i32(plan.stages)
-    share = lax.div(total - core + hopper.i32(plan.cores - 1), hopper.i32(plan.cores))  # total >= 0
-
-    @pl.when(warpgroup == 2)
-    def _():
-        plgpu.set_max_registers(40, action="decrease")
-
-        def fill(i, done):
-            tile = decode(core + i * plan.cores)
-
-            def stage(k, _):
-                count = done + k
-                slot = lax.rem(count, stages)
-
-                @pl.when(count >= stages)
-                def _():
-                    plgpu.barrier_wait(empty.at[slot])
-
-                load(tile, k, slot)
-
-            lax.fori_loop(0, tile.steps, stage, None)
-            return done + tile.steps
-
-        lax.fori_loop(0, share, fill, hopper.i32(0))
-
-    @pl.when(warpgroup < 2)
-    def _():
-        plgpu.set_max_registers(232, action="increase")
-
-        def produce(i, done):
-            tile = decode(core + i * plan.cores)
-
-            def accumulate(acc):
-                def stage(k, _):
-                    slot = lax.rem(done + k, stages)
-                    plgpu.barrier_wait(full.at[slot])
-                    multiply(tile, k, slot, acc)
-                    # all but the products just issued are done: free the stage before
-                    plgpu.wgmma_wait(1)
-
-                    @pl.when(k > 0)
-                    def _():
-                        plgpu.barrier_arrive(empty.at[lax.rem(done + k - 1, stages)])
-
-                lax.fori_loop(0, tile.steps, stage, None)
-                return acc[...]
-
-            result = pl.run_scoped(accumulate, plgpu.ACC((_HALF, plan.n), jnp.float32))
-
-            @pl.when(tile.steps > 0)
-            def _():
-                plgpu.barrier_arrive(empty.at[lax.rem(done + tile.steps - 1, stages)])
-
-            @pl.when(tile.writes)
-            def _():
-                for part in range(plan.n // COLUMNS):
-                    slot = out_smem.at[warpgroup, part % plan.out_slots]
-                    plgpu.wait_smem_to_gmem(plan.out_slots - 1, wait_read_only=True)
-                    columns = slice(part * COLUMNS, (part + 1) * COLUMNS)
-                    slot[...] = result[:, columns].astype(out_smem.dtype)
-                    plgpu.commit_smem()
-                    place(tile, part * COLUMNS, slot)
-                    plgpu.commit_smem_to_gmem_group()
-
-            return done + tile.steps
-
-        lax.fori_loop(0, share, produce, hopper.i32(0))
-        plgpu.wait_smem_to_gmem(0)
-
-
-class _Tile:
-    """A decoded tile: scalars of the program."""
-
-    def __init__(self, **scalars):
-        self.__dict__.update(scalars)
-
-
-def _launch(body, plan: Tiles, out, a_stage, b_stage):
-    """A kernel of one program per multiprocessor around `body`, with its ring of stages."""
-    slots = (2, plan.out_slots, _HALF, COLUMNS)
-    return plgpu.kernel(
-        body,
-        out_type=out,
-        scratch_types=dict(
-            a_smem=hopper.shared((plan.stages, *a_stage), jnp.bfloat16),
-            b_smem=hopper.shared((plan.stages, *b_stage), jnp.bfloat16),
-            out_smem=hopper.shared(slots, out.dtype),
-            full=plgpu.Barrier(num_arrivals=2, num_barriers=plan.stages),
-            empty=plgpu.Barrier(num_arrivals=2, num_barriers=plan.stages),
-        ),
-        grid=(plan.cores,),
-        grid_names=("core",),
-        num_threads=3,
-        thread_name="warpgroup",
-        interpret=device.target().interpret,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )
+from kernels_pallas.hopper import HALF
 
 
 def _rows_times(x_RxK, w, layout, *, transposed):
@@ -146,19 +30,11 @@ def _rows_times(x_RxK, w, layout, *, transposed):
     def body(items_gmem, count_gmem, x_gmem, w_gmem, y_gmem, *, a_smem, b_smem, out_smem, full,
              empty):
         warpgroup = lax.axis_index("warpgroup")
-        used = count_gmem[0]
+        ring = hopper.Ring(full, empty, plan.stages)
 
         def decode(number):
-            # column tiles in strips of `across`; in a strip, all of an item's before the next's
-            strip = lax.div(number, used * across)
-            within = number - strip * used * across
-            item = lax.div(within, hopper.i32(across))
-            n = (strip * across + within - item * across) * plan.n
-            first = pl.multiple_of(items_gmem[item, 1], plan.grain)
-            steps = items_gmem[item, 3] * (K // TILE_K)
-            rows = items_gmem[item, 2] - warpgroup * _HALF
-            return _Tile(expert=items_gmem[item, 0], first=first, steps=steps, rows=rows,
-                         writes=rows > 0, n=pl.multiple_of(n, plan.n))
+            return products.row_tile(number, items_gmem, count_gmem[0], across, n=plan.n,
+                                     grain=plan.grain, steps=K // TILE_K)
 
         def load(tile, k, slot):
             contracted = pl.ds(k * TILE_K, TILE_K)
@@ -170,24 +46,16 @@ def _rows_times(x_RxK, w, layout, *, transposed):
 
         def multiply(tile, k, slot, acc):
             b = b_smem.at[slot]
-            plgpu.wgmma(acc, a_smem.at[slot, pl.ds(warpgroup * _HALF, _HALF)],
+            plgpu.wgmma(acc, a_smem.at[slot, pl.ds(warpgroup * HALF, HALF)],
                         b.transpose((1, 0)) if transposed else b)
 
         def place(tile, column, smem):
-            first = tile.first + warpgroup * _HALF
-            columns = pl.ds(tile.n + column, COLUMNS)
+            products.store_rows(smem, y_gmem, tile.first + warpgroup * HALF,
+                                pl.ds(tile.n + column, COLUMNS), tile.rows, plan.grain)
 
-            def store(start, length):
-                plgpu.copy_smem_to_gmem(smem.at[pl.ds(start, length)],
-                                        y_gmem.at[pl.ds(first + start, length), columns],
-                                        commit_group=False)
-
-            pl.when(tile.rows >= _HALF)(lambda: store(0, _HALF))
-            for start in range(0, _HALF, plan.grain):
-                pl.when((tile.rows < _HALF) & (tile.rows > start))(
-                    functools.partial(store, start, plan.grain))
-
-        _persistent(decode, load, multiply, place, plan, used * n_tiles, (full, empty, out_smem))
+        products.in_turns(
+            decode, load, lambda tile, done: products.summed(multiply, ring, tile, done, plan.n),
+            place, ring=ring, out_smem=out_smem, cores=plan.cores, total=count_gmem[0] * n_tiles)
 
     b_stage = (plan.n, TILE_K) if transposed else (TILE_K, plan.n)
     kernel = _launch(body, plan, jax.ShapeDtypeStruct((R, N), jnp.bfloat16), (TILE_M, TILE_K),
@@ -204,17 +72,18 @@ def _weight_gradient(x_RxD, dy_RxF, layout, dtype):
 
     def body(groups_gmem, x_gmem, dy_gmem, dw_gmem, *, a_smem, b_smem, out_smem, full, empty):
         warpgroup = lax.axis_index("warpgroup")
-        mine = pl.ds(warpgroup * _HALF, _HALF)
+        mine = pl.ds(warpgroup * HALF, HALF)
+        ring = hopper.Ring(full, empty, plan.stages)
 
         def decode(number):
             item = lax.div(number, hopper.i32(m_tiles * n_tiles))
             within = number - item * (m_tiles * n_tiles)
             m = lax.div(within, hopper.i32(n_tiles))
             first = pl.multiple_of(groups_gmem[item, 1], plan.grain)
-            return _Tile(expert=groups_gmem[item, 0], first=first, steps=groups_gmem[item, 2],
-                         last=groups_gmem[item, 3], writes=True,
-                         m=pl.multiple_of(m * TILE_M, TILE_M),
-                         n=pl.multiple_of((within - m * n_tiles) * plan.n, plan.n))
+            return products.Tile(
+                expert=groups_gmem[item, 0], first=first, steps=groups_gmem[item, 2],
+                last=groups_gmem[item, 3], writes=True, m=pl.multiple_of(m * TILE_M, TILE_M),
+                n=pl.multiple_of((within - m * n_tiles) * plan.n, plan.n))
 
         def load(tile, k, slot):
             rows = pl.ds(tile.first + k * TILE_K, TILE_K)
@@ -228,7 +97,7 @@ def _weight_gradient(x_RxD, dy_RxF, layout, dtype):
             @pl.when((k == tile.steps - 1) & (tile.last < TILE_K))
             def _():
                 piece = a_smem.at[slot, :, mine]
-                row = plgpu.broadcasted_iota(jnp.int32, (TILE_K, _HALF), 0,
+                row = plgpu.broadcasted_iota(jnp.int32, (TILE_K, HALF), 0,
                                              layout=plgpu.Layout.WGMMA)
                 values = plgpu.load(piece, layout=plgpu.Layout.WGMMA)
                 piece[...] = jnp.where(row < tile.last, values, jnp.zeros_like(values))
@@ -240,17 +109,25 @@ def _weight_gradient(x_RxD, dy_RxF, layout, dtype):
             plgpu.wgmma(acc, a_smem.at[slot, :, mine].transpose((1, 0)), b_smem.at[slot])
 
         def place(tile, column, smem):
-            rows = pl.ds(tile.m + warpgroup * _HALF, _HALF)
+            rows = pl.ds(tile.m + warpgroup * HALF, HALF)
             columns = pl.ds(tile.n + column, COLUMNS)
             plgpu.copy_smem_to_gmem(smem, dw_gmem.at[tile.expert, rows, columns],
                                     commit_group=False)
 
-        _persistent(decode, load, multiply, place, plan, hopper.i32(E * m_tiles * n_tiles),
-                    (full, empty, out_smem))
+        products.in_turns(
+            decode, load, lambda tile, done: products.summed(multiply, ring, tile, done, plan.n),
+            place, ring=ring, out_smem=out_smem, cores=plan.cores,
+            total=hopper.i32(E * m_tiles * n_tiles))
 
     kernel = _launch(body, plan, jax.ShapeDtypeStruct((E, D, F), dtype), (TILE_K, TILE_M),
                      (TILE_K, plan.n))
     return kernel(groups, x_RxD, dy_RxF)
+
+
+def _launch(body, plan: Tiles, out, a_stage, b_stage):
+    stage = {"a_smem": (a_stage, jnp.bfloat16), "b_smem": (b_stage, jnp.bfloat16)}
+    return products.launch(body, out, stages=plan.stages, stage=stage, cores=plan.cores,
+                           out_slots=plan.out_slots)
 
 
 @jax.custom_vjp

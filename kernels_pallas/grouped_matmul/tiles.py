@@ -21,7 +21,7 @@ COLUMNS = 64  # of a result, written at once
 # estimate from bytes per product (128 x n tiles read 1/128 + 1/n per product); tune.py measures.
 _WIDTHS = {256: 1.0, 192: 1.1, 128: 1.3, 64: 2.0}
 # Tables of the multiprocessors' shared memory: sm_90 gives a block 227 KiB.
-_SHARED = 232448
+SHARED = 232448
 # Rows that a store or a mask handles at once: the tiling of shared memory.
 _ROWS = 8
 
@@ -77,7 +77,7 @@ def choose(layout, columns: int, out_itemsize: int, *, product: str = "rows",
     # The columns that are written at once take turns in the slots, so these divide a tile's.
     out_slots = 2 if out_itemsize == 2 and n // COLUMNS % 2 == 0 else 1
     out = 2 * out_slots * (TILE_M // 2) * COLUMNS * out_itemsize
-    left = _SHARED - 2048 - out  # 2 KiB for barriers
+    left = SHARED - 2048 - out  # 2 KiB for barriers
     stages = min(left // (2 * TILE_K * (TILE_M + n)), 8)
     return Tiles(n, stages, grain(layout), device.target().cores, out_slots)
 

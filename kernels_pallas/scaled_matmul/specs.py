@@ -57,6 +57,8 @@ PARITY = {
     "power_of_two": Spec(T=150, outliers=True, power_of_two=True),
     "experts": Spec(sizes=(40, 0, 129, 1), D=130, F=140),
     "one_expert": Spec(sizes=(0, 0, 200), D=128, F=64, outliers=True),
+    "ones": Spec(sizes=(1, 1, 0, 1, 0, 1, 1), D=128, F=256),
+    "tile_edges": Spec(sizes=(127, 0, 128, 129, 0, 1), D=256, F=130, power_of_two=True),
     "no_rows": Spec(sizes=(0, 0), D=64, F=64),
 }
 
