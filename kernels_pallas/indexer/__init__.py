@@ -13,13 +13,29 @@ import numbers
 
 import jax.numpy as jnp
 
-from kernels_pallas.indexer import reference, xla
+from kernels_pallas.indexer import gpu_plan, reference, xla
 from kernels_pallas.op import Backend, Op
+
+
+def _select_mosaic_gpu(*args, **kwargs):
+    # Pallas takes 0.4 s to import, which only who runs it pays.
+    from kernels_pallas.indexer import mosaic_gpu
+
+    return mosaic_gpu.index_select(*args, **kwargs)
+
+
+def _listed_mosaic_gpu(*args, **kwargs):
+    from kernels_pallas.indexer import mosaic_gpu_listed
+
+    return mosaic_gpu_listed.index_kl_listed(*args, **kwargs)
+
 
 op = Op(
     "index_select",
     (
         Backend("xla", xla.index_select),
+        # Only where it is asked for, until it has run on a chip: PENDING.md.
+        Backend("mosaic_gpu", _select_mosaic_gpu, gpu_plan.supports_select),
         Backend("reference", reference.index_select),
     ),
 )
@@ -34,6 +50,7 @@ listed = Op(
     "index_kl_listed",
     (
         Backend("xla", xla.index_kl_listed),
+        Backend("mosaic_gpu", _listed_mosaic_gpu, gpu_plan.supports_listed),
         Backend("reference", reference.index_kl_listed),
     ),
 )

@@ -87,3 +87,14 @@ SPEED = {
     "csa_32k": Spec(B=1, L=32768, stride=4, span=4, J=4, D=32, top=128, H=8, K=1, Dk=64,
                     dtype="bfloat16"),
 }
+
+# For tensor cores. DeepSeek's own sizes, and small ones that are awkward for tiles of 64 and 128:
+# more keys than a program holds, heads and widths that are no whole tiles, lists over an edge.
+HOPPER = {
+    "tile_keys": Spec(B=1, L=130, S=600, J=5, D=72, top=65, stride=1, span=1, dtype="bfloat16"),
+    "tile_heads": Spec(L=40, J=33, D=128, top=64, documents=3, late=True, H=2, K=1, Dk=16,
+                       dtype="bfloat16"),
+    "dsa_v3_4k": Spec(B=1, L=4096, J=64, D=128, top=2048, H=128, K=1, Dk=576, dtype="bfloat16"),
+    "csa_v4_64k": Spec(B=1, L=65536, stride=4, span=4, J=64, D=128, top=512, H=64, K=1, Dk=512,
+                       dtype="bfloat16"),
+}

@@ -54,7 +54,8 @@ class Marks(NamedTuple):
     first: Any = None
 
 
-def _marks(segments_q, segments_k, ends, first):
+def marks_of(segments_q, segments_k, ends, first):
+    """Return what masks beside positions."""
     known = isinstance(first, int) and first == 0
     return Marks(segments_q, segments_k, ends, None if known else jnp.asarray(first, jnp.int32))
 
@@ -87,15 +88,15 @@ def keys_per_query(length, *, keys=None, stride=1, span=1):
     return sum((b - a) * seen for a, b, seen in parts) / length
 
 
-def _sweep(plan, S, width, xs, call, carry, marks):
+def _sweep(plan, S, width, xs, call, carry, marks, held=SCORES):
     """Run `call(carry, chunk of xs, its first row, keys)` over all queries; join what it returns.
 
-    xs are [B, L, ...]; `width` numbers are held for every query and key.
+    xs are [B, L, ...]; `width` numbers are held for every query and key, `held` in all.
     """
     B, L = xs[0].shape[:2]
     outs = []
     for a, b, seen in _parts(L, S, plan.stride, plan.span, marks.first is not None):
-        chunks = -(-(b - a) * seen * width * B // SCORES)
+        chunks = -(-(b - a) * seen * width * B // held)
         C = -(-(b - a) // max(1, min(chunks, b - a)))
 
         def cut(x, a=a, b=b, C=C):
@@ -157,19 +158,32 @@ def index_select(q_BxLxJxD, k_BxSxD, w_BxLxJ, *, top, segments_q=None, segments_
     if 0 in (B, L, S):
         return jnp.full((B, L, top), -1, jnp.int32)
     plan, dtype = Plan(float(scale), 1.0, stride, span), _wide(q.dtype)
-    marks = _marks(segments_q, segments_k, ends_BxS, first)
-    own = jnp.zeros((B, L), jnp.int32) if segments_q is None else segments_q
+    marks = marks_of(segments_q, segments_k, ends_BxS, first)
+
+    def score(first, q, k, w, segments):
+        seen = _seen(plan, marks, first, q.shape[1], k.shape[1], segments)
+        return jnp.where(seen, _score(plan, _raw(q, k, dtype), w), -jnp.inf)
+
+    return best(plan, marks, q, k, w, top, score, J)
+
+
+def best(plan, marks, q_BxLxJxD, k_BxSxD, w_BxLxJ, top, score, width, held=SCORES):
+    """Return the numbers of the best keys, -1 for none, [B, L, top], by chunks of queries.
+
+    `score(first row, q, k, w, segments)` returns a chunk's scores [B, C, keys], -inf for what is
+    not seen, and holds `width` numbers for each.
+    """
+    own = _own_segments(marks, q_BxLxJxD)
 
     def chunk(carry, x, first, keys):
         q, w, segments = x
-        scores = _score(plan, _raw(q, k[:, :keys], dtype), w)
-        seen = _seen(plan, marks, first, q.shape[1], keys, segments)
-        value, at = lax.top_k(jnp.where(seen, scores, -jnp.inf), min(top, keys))
+        value, at = lax.top_k(score(first, q, k_BxSxD[:, :keys], w, segments), min(top, keys))
         at = jnp.where(value > -jnp.inf, at.astype(jnp.int32), -1)
         spare = ((0, 0), (0, 0), (0, top - at.shape[-1]))
         return carry, jnp.pad(at, spare, constant_values=-1)
 
-    return _sweep(plan, S, J, (q, w, own), chunk, None, marks)[1]
+    xs = (q_BxLxJxD, w_BxLxJ, own)
+    return _sweep(plan, k_BxSxD.shape[1], width, xs, chunk, None, marks, held)[1]
 
 
 # The divergence over all visible keys.
@@ -272,7 +286,7 @@ def index_kl_dense(q_BxLxJxD, k_BxSxD, w_BxLxJ, main_q_BxLxHxDk, main_k_BxSxKxDk
     # A row that sees nothing has a mass of exp(score - 1e30) = 0.
     main_lse = jnp.where(main_lse < EMPTY, -NOTHING, main_lse.astype(dtype))
     return _dense(plan, q, k_BxSxD, w_BxLxJ, main_q, jnp.swapaxes(main_k, 1, 2), main_lse,
-                  _marks(segments_q, segments_k, ends_BxS, first))
+                  marks_of(segments_q, segments_k, ends_BxS, first))
 
 
 # The divergence over listed keys.
@@ -287,11 +301,26 @@ def _listed_scores(plan, table, q, w, at, dtype):
     return own, raw, jnp.where(listed, scores, NOTHING), listed
 
 
-def _listed_target(mass, listed, dtype):
+def listed_target(mass, listed, dtype):
+    """Return (p, whether there is any): the mass of what is listed over its total."""
     mass = jnp.where(listed, mass.astype(dtype), 0)
     total = mass.sum(-1, keepdims=True)
     some = total > 0
     return mass / jnp.where(some, total, 1), some
+
+
+def listed_divergence(scores, mass, listed):
+    """Return the divergence of the softmax of scores [..., N], NOTHING where nothing is listed."""
+    p, some = listed_target(mass, listed, scores.dtype)
+    log_q = scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    terms = jnp.where(p > 0, p * (jnp.log(jnp.where(p > 0, p, 1)) - log_q), 0)
+    return jnp.where(some[..., 0], terms.sum(-1), 0)
+
+
+def listed_slope(scores, mass, listed):
+    """Return the gradient of `listed_divergence` of the scores."""
+    p, some = listed_target(mass, listed, scores.dtype)
+    return jnp.where(listed & some, jax.nn.softmax(scores, axis=-1), 0) - p
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -306,10 +335,7 @@ def _listed_forward(plan, C, q, k, w, at, mass):
     def chunk(carry, x):
         q, w, at, mass = x
         _, _, scores, listed = _listed_scores(plan, table, q, w, at, dtype)
-        p, some = _listed_target(mass, listed, dtype)
-        log_q = scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-        terms = jnp.where(p > 0, p * (jnp.log(jnp.where(p > 0, p, 1)) - log_q), 0)
-        return carry, jnp.where(some[:, 0], terms.sum(-1), 0)
+        return carry, listed_divergence(scores, mass, listed)
 
     xs = (rows.in_chunks(q, C), rows.in_chunks(w, C), rows.in_chunks(at, C, table.shape[0] - 1),
           rows.in_chunks(mass, C))
@@ -326,9 +352,7 @@ def _listed_backward(plan, C, kept, cotangent):
     def chunk(dk, x):
         q, w, at, mass, g = x
         own, raw, scores, listed = _listed_scores(plan, table, q, w, at, dtype)
-        p, some = _listed_target(mass, listed, dtype)
-        share = jnp.where(listed & some, jax.nn.softmax(scores, axis=-1), 0)
-        d_score = (share - p) * (g * plan.scale)[:, None]
+        d_score = listed_slope(scores, mass, listed) * (g * plan.scale)[:, None]
         dw = jnp.sum(jnp.maximum(raw, 0) * d_score[:, None], axis=-1)
         d_raw = jnp.where(raw > 0, d_score[:, None] * w.astype(dtype)[..., None], 0)
         d_raw = lax.optimization_barrier(narrow(d_raw, k.dtype))

@@ -18,26 +18,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper, rows
-from kernels_pallas.token_sparse import mosaic_gpu_bwd, mosaic_gpu_wide
+from kernels_pallas.token_sparse import gpu_tiles, mosaic_gpu_bwd, mosaic_gpu_wide
 from kernels_pallas.token_sparse.gpu_plan import EMPTY, HALF, LOG2E, NOTHING, Plan, plan_of
 from kernels_pallas.token_sparse.xla import distinct
 
 _F32, _BF16 = jnp.float32, jnp.bfloat16
 _ROW, _COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 _SHAPE = (HALF, HALF)
-
-
-def _over_tiles(plan: Plan, attend, by_row, keyed, outs, **keywords):
-    """Call `attend` for every pair of queries, each warpgroup with a query's rows and tokens."""
-    tiles = jnp.arange(plan.tiles, dtype=jnp.int32)
-    used = jnp.full(1, plan.tiles, jnp.int32)
-    return hopper.over_tiles(attend, by_row, keyed, outs, steps=plan.steps, step_rows=hopper.X,
-                             group=tiles, used=used, split=True, kept=plan.kept, **keywords)
-
-
-def _shape(plan: Plan, rest, dtype, by_step=False):
-    n = plan.tiles * (plan.steps * hopper.X if by_step else 2 * plan.kept)
-    return jax.ShapeDtypeStruct((n, *rest), dtype)
 
 
 def _forward_tiles(plan: Plan, q, kv, bias):
@@ -80,8 +67,8 @@ def _forward_tiles(plan: Plan, q, kv, bias):
         return o / hopper.spread(total, result, 0), lse
 
     spare = [_SHAPE] if hopper.interpreted() else []
-    outs = [_shape(plan, (plan.D,), _BF16), _shape(plan, (), _F32)]
-    return _over_tiles(plan, attend, [q], [kv, bias], outs, scratch=spare)
+    outs = [gpu_tiles.result(plan, (plan.D,), _BF16), gpu_tiles.result(plan, (), _F32)]
+    return gpu_tiles.over_tiles(plan, attend, [q], [kv, bias], outs, scratch=spare)
 
 
 def _backward_tiles(plan: Plan, q, do, lse2, delta, kv, bias):
@@ -130,9 +117,10 @@ def _backward_tiles(plan: Plan, q, do, lse2, delta, kv, bias):
 
         return [pl.run_scoped(sum_up, plgpu.ACC((HALF, plan.D), _F32))]
 
-    return _over_tiles(plan, attend, [q, do, lse2, delta], [kv, bias],
-                       [_shape(plan, (plan.D,), _BF16)], scratch=[_SHAPE, _SHAPE],
-                       part_outs=[_shape(plan, (plan.D,), _BF16, by_step=True)])
+    return gpu_tiles.over_tiles(
+        plan, attend, [q, do, lse2, delta], [kv, bias],
+        [gpu_tiles.result(plan, (plan.D,), _BF16)], scratch=[_SHAPE, _SHAPE],
+        part_outs=[gpu_tiles.result(plan, (plan.D,), _BF16, by_step=True)])
 
 
 def _mass_tiles(plan: Plan, q, lse2, kv):
@@ -157,37 +145,11 @@ def _mass_tiles(plan: Plan, q, lse2, kv):
         lax.fori_loop(0, plan.steps, step, None)
         return []
 
-    return _over_tiles(plan, attend, [q, lse2], [kv], [],
-                       part_outs=[_shape(plan, (), _F32, by_step=True)])[0]
+    part_outs = [gpu_tiles.result(plan, (), _F32, by_step=True)]
+    return gpu_tiles.over_tiles(plan, attend, [q, lse2], [kv], [], part_outs=part_outs)[0]
 
 
 # Around the kernels.
-
-
-def _by_tile(plan: Plan, x, fill=0):
-    """Return [chunk, H, ...] as the rows of tiles, filled up: 128 of a pair, 64 of a set."""
-    widths = ((0, plan.pair * plan.tiles - x.shape[0]), (0, plan.sets * HALF - plan.H),
-              *((0, plan.D - d) for d in x.shape[2:]))
-    x = jnp.pad(x, widths, constant_values=fill)
-    return x.reshape(-1, *x.shape[2:])
-
-
-def _of_tiles(plan: Plan, x):
-    """Return results [queries of tiles x kept, ...] by query: [chunk, H, ...]."""
-    return x.reshape(-1, plan.kept, *x.shape[1:])[:plan.chunk, :plan.H]
-
-
-def _in_steps(plan: Plan, at):
-    """Return the lists [chunk, N] in the order of the kernels: tile, step, query, token."""
-    widths = ((0, plan.pair * plan.tiles - at.shape[0]), (0, plan.steps * HALF - plan.N))
-    at = jnp.pad(at, widths, constant_values=plan.B * plan.S)
-    return at.reshape(plan.tiles, plan.pair, plan.steps, HALF).swapaxes(1, 2).reshape(-1)
-
-
-def _of_steps(plan: Plan, x):
-    """Undo it: [chunk, N]."""
-    x = x.reshape(plan.tiles, plan.steps, plan.pair, HALF).swapaxes(1, 2)
-    return x.reshape(plan.pair * plan.tiles, -1)[:plan.chunk, :plan.N]
 
 
 def _bias(plan: Plan, at):
@@ -195,44 +157,28 @@ def _bias(plan: Plan, at):
     return jnp.where(at < plan.B * plan.S, 0, NOTHING).astype(_F32)
 
 
-def _table(plan: Plan, kv):
-    """Return the tokens of the batch end to end and a row of zeros, as wide as in memory."""
-    return jnp.pad(rows.laid(kv), ((0, 0), (0, plan.D - plan.Dk)))
-
-
 def _forward_chunk(plan: Plan, table, _, chunk):
     q, at = chunk
-    at = _in_steps(plan, at)
+    at = gpu_tiles.in_steps(plan, at)
     run = mosaic_gpu_wide.forward_tiles if plan.wide else _forward_tiles
-    o, lse = run(plan, _by_tile(plan, q), rows.read(table, at), _bias(plan, at))
-    return None, (_of_tiles(plan, o)[..., :plan.v_dim], _of_tiles(plan, lse))
+    o, lse = run(plan, gpu_tiles.by_tile(plan, q), rows.read(table, at), _bias(plan, at))
+    return None, (gpu_tiles.of_tiles(plan, o)[..., :plan.v_dim], gpu_tiles.of_tiles(plan, lse))
 
 
 def _backward_chunk(plan: Plan, table, d_table, chunk):
     q, do, lse2, delta, at = chunk
-    at = _in_steps(plan, at)
+    at = gpu_tiles.in_steps(plan, at)
     run = mosaic_gpu_wide.backward_tiles if plan.wide else _backward_tiles
-    dq, d_tokens = run(
-        plan, _by_tile(plan, q), _by_tile(plan, do), _by_tile(plan, lse2, -NOTHING),
-        _by_tile(plan, delta), rows.read(table, at), _bias(plan, at))
+    by_row = [gpu_tiles.by_tile(plan, x, fill)
+              for x, fill in ((q, 0), (do, 0), (lse2, -NOTHING), (delta, 0))]
+    dq, d_tokens = run(plan, *by_row, rows.read(table, at), _bias(plan, at))
     d_table += mosaic_gpu_bwd.add_up(d_tokens, at, d_table.shape[0])
-    return d_table, _of_tiles(plan, dq)[..., :plan.Dk]
-
-
-def _scan(plan: Plan, step, carry, xs):
-    """Go through the queries [B, L, ...] by chunks; results are [B, L, ...]."""
-    xs = [rows.in_chunks(x, plan.chunk, fill) for x, fill in xs]
-    if xs[0].shape[0] == 1:  # no loop to compile
-        carry, out = step(carry, [x[0] for x in xs])
-        out = jax.tree.map(lambda x: x[None], out)
-    else:
-        carry, out = lax.scan(step, carry, xs)
-    return carry, jax.tree.map(lambda x: rows.out_of_chunks(x, plan.B, plan.L), out)
+    return d_table, gpu_tiles.of_tiles(plan, dq)[..., :plan.Dk]
 
 
 def _forward(plan: Plan, q, kv, at):
-    step = functools.partial(_forward_chunk, plan, _table(plan, kv))
-    return _scan(plan, step, None, [(q, 0), (at, plan.B * plan.S)])[1]
+    step = functools.partial(_forward_chunk, plan, gpu_tiles.table(plan, kv))
+    return gpu_tiles.scan(plan, step, None, [(q, 0), (at, plan.B * plan.S)])[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -254,9 +200,9 @@ def _attend_backward(plan, kept, cotangents):
     q, kv, at, o, lse = kept
     do, d_lse = cotangents
     delta = (do.astype(_F32) * o.astype(_F32)).sum(-1) - d_lse
-    step = functools.partial(_backward_chunk, plan, _table(plan, kv))
+    step = functools.partial(_backward_chunk, plan, gpu_tiles.table(plan, kv))
     d_table = jnp.zeros((mosaic_gpu_bwd.whole(plan.B * plan.S), plan.D), _F32)
-    d_table, dq = _scan(plan, step, d_table, [
+    d_table, dq = gpu_tiles.scan(plan, step, d_table, [
         (q, 0), (do, 0), (_base2(lse), -NOTHING), (delta, 0), (at, plan.B * plan.S)])
     d_kv = d_table[:plan.B * plan.S, :plan.Dk].reshape(kv.shape)
     return dq, d_kv.astype(kv.dtype), None
@@ -287,14 +233,14 @@ def token_mass(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, lse_BxLxH, *, scale):
     if 0 in (B, L, S, N):
         return jnp.zeros((B, L, N), _F32)
     plan, at = plan_of(q, kv, chosen_BxLxN, v_dim=1, scale=scale), rows.numbered(chosen_BxLxN, S)
-    table = _table(plan, kv)
+    table = gpu_tiles.table(plan, kv)
 
     def chunk(_, x):
         q, lse2, at = x
         run = mosaic_gpu_wide.mass_tiles if plan.wide else _mass_tiles
-        found = run(plan, _by_tile(plan, q), _by_tile(plan, lse2, -NOTHING),
-                    rows.read(table, _in_steps(plan, at)))
-        return None, jnp.where(at < plan.B * plan.S, _of_steps(plan, found), 0)
+        found = run(plan, gpu_tiles.by_tile(plan, q), gpu_tiles.by_tile(plan, lse2, -NOTHING),
+                    rows.read(table, gpu_tiles.in_steps(plan, at)))
+        return None, jnp.where(at < plan.B * plan.S, gpu_tiles.of_steps(plan, found), 0)
 
     xs = [(q, 0), (_base2(lse.astype(_F32)), -NOTHING), (at, B * S)]
-    return _scan(plan, chunk, None, xs)[1]
+    return gpu_tiles.scan(plan, chunk, None, xs)[1]
