@@ -27,18 +27,16 @@ class Tile:
         self.__dict__.update(scalars)
 
 
-def in_turns(decode, load, accumulate, place, *, ring, out_smem, cores, total):
+def in_turns(decode, load, accumulate, finish, *, ring, cores, total):
     """One program's share of the tiles: every `cores`-th.
 
     `decode(number)` gives a tile, with the number of its `steps` and whether this warpgroup
     `writes` any of its rows; `load(tile, step, slot)` starts the copies of a stage;
     `accumulate(tile, done)` waits for the stages from turn `done` of the ring on, releases them and
-    returns the warpgroup's rows of the result; `place(tile, column, memory)` starts the copy of 64
-    columns of them. `out_smem` is [2, slots, 64, 64].
+    returns the warpgroup's 64 rows of the result; `finish(tile, result)` writes them.
     """
     core, warpgroup = lax.axis_index("core"), lax.axis_index("warpgroup")
     share = lax.div(total - core + hopper.i32(cores - 1), hopper.i32(cores))  # total >= 0
-    out_slots = out_smem.shape[1]
 
     @pl.when(warpgroup == 2)
     def _():
@@ -62,22 +60,27 @@ def in_turns(decode, load, accumulate, place, *, ring, out_smem, cores, total):
         def produce(i, done):
             tile = decode(core + i * cores)
             result = accumulate(tile, done)
-
-            @pl.when(tile.writes)
-            def _():
-                for part in range(result.shape[1] // COLUMNS):
-                    slot = out_smem.at[warpgroup, part % out_slots]
-                    plgpu.wait_smem_to_gmem(out_slots - 1, wait_read_only=True)
-                    columns = slice(part * COLUMNS, (part + 1) * COLUMNS)
-                    slot[...] = result[:, columns].astype(out_smem.dtype)
-                    plgpu.commit_smem()
-                    place(tile, part * COLUMNS, slot)
-                    plgpu.commit_smem_to_gmem_group()
-
+            pl.when(tile.writes)(lambda: finish(tile, result))
             return done + tile.steps
 
         lax.fori_loop(0, share, produce, hopper.i32(0))
         plgpu.wait_smem_to_gmem(0)
+
+
+def write_tile(tile, result, place, out_smem):
+    """Write a warpgroup's rows, 64 columns at a time: place(tile, column, memory) starts a copy.
+
+    `out_smem` is [2, slots, 64, 64].
+    """
+    warpgroup, slots = lax.axis_index("warpgroup"), out_smem.shape[1]
+    for part in range(result.shape[1] // COLUMNS):
+        slot = out_smem.at[warpgroup, part % slots]
+        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+        columns = slice(part * COLUMNS, (part + 1) * COLUMNS)
+        slot[...] = result[:, columns].astype(out_smem.dtype)
+        plgpu.commit_smem()
+        place(tile, part * COLUMNS, slot)
+        plgpu.commit_smem_to_gmem_group()
 
 
 def row_tile(number, items, used, across, *, n, grain, steps):
@@ -134,12 +137,17 @@ def store_rows(smem, target, first, columns, rows, grain):
         pl.when((rows < HALF) & (rows > start))(piece)
 
 
-def launch(body, out, *, stages, stage, cores, out_slots=1, copies=None):
+def result_memory(dtype, slots=1):
+    """Return the memory through which `write_tile` writes."""
+    return hopper.shared((2, slots, HALF, COLUMNS), dtype)
+
+
+def launch(body, out, *, stages, stage, out_smem, cores, approx_math=False):
     """A kernel of one program per multiprocessor around `body`, with its ring of stages.
 
     `stage` maps names of shared memory to (shape, dtype) of one stage: rows that are multiplied,
-    or one number for each; `copies` is how many copies fill it, as many as names when None. The
-    body gets them as [stages, ...] by name, and out_smem, full and empty.
+    or one number for each, each filled by one copy. The body gets them as [stages, ...] by name,
+    and `out_smem`, full and empty.
     """
     def memory(shape, dtype):
         shape = (stages, *shape)
@@ -150,8 +158,8 @@ def launch(body, out, *, stages, stage, cores, out_slots=1, copies=None):
         out_type=out,
         scratch_types=dict(
             {name: memory(*each) for name, each in stage.items()},
-            out_smem=hopper.shared((2, out_slots, HALF, COLUMNS), out.dtype),
-            full=plgpu.Barrier(num_arrivals=copies or len(stage), num_barriers=stages),
+            out_smem=out_smem,
+            full=plgpu.Barrier(num_arrivals=len(stage), num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ),
         grid=(cores,),
@@ -160,5 +168,5 @@ def launch(body, out, *, stages, stage, cores, out_slots=1, copies=None):
         thread_name="warpgroup",
         interpret=device.target().interpret,
         compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+            approx_math=approx_math, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )

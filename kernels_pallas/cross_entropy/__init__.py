@@ -6,12 +6,18 @@ import numbers
 
 import jax.numpy as jnp
 
-from kernels_pallas.cross_entropy import reference, tiles, xla
+from kernels_pallas.cross_entropy import gpu_plan, reference, tiles, xla
 from kernels_pallas.op import Backend, Op
 
 
-def _mosaic_tpu(*arrays, **options):
+def _mosaic_gpu(*arrays, **options):
     # Pallas takes 0.4 s to import, which only who runs it pays.
+    from kernels_pallas.cross_entropy import mosaic_gpu
+
+    return mosaic_gpu.cross_entropy(*arrays, **options)
+
+
+def _mosaic_tpu(*arrays, **options):
     from kernels_pallas.cross_entropy import mosaic_tpu
 
     return mosaic_tpu.cross_entropy(*arrays, **options)
@@ -21,7 +27,8 @@ op = Op(
     "cross_entropy",
     (
         Backend("xla", xla.cross_entropy),
-        # Only where it is asked for, until it has run on a chip: PENDING.md.
+        # Only where they are asked for, until they have run on a chip: PENDING.md.
+        Backend("mosaic_gpu", _mosaic_gpu, gpu_plan.supports),
         Backend("mosaic_tpu", _mosaic_tpu, tiles.supports),
         Backend("reference", reference.cross_entropy),
     ),

@@ -55,7 +55,8 @@ def _rows_times(x_RxK, w, layout, *, transposed):
 
         products.in_turns(
             decode, load, lambda tile, done: products.summed(multiply, ring, tile, done, plan.n),
-            place, ring=ring, out_smem=out_smem, cores=plan.cores, total=count_gmem[0] * n_tiles)
+            lambda tile, result: products.write_tile(tile, result, place, out_smem),
+            ring=ring, cores=plan.cores, total=count_gmem[0] * n_tiles)
 
     b_stage = (plan.n, TILE_K) if transposed else (TILE_K, plan.n)
     kernel = _launch(body, plan, jax.ShapeDtypeStruct((R, N), jnp.bfloat16), (TILE_M, TILE_K),
@@ -116,8 +117,8 @@ def _weight_gradient(x_RxD, dy_RxF, layout, dtype):
 
         products.in_turns(
             decode, load, lambda tile, done: products.summed(multiply, ring, tile, done, plan.n),
-            place, ring=ring, out_smem=out_smem, cores=plan.cores,
-            total=hopper.i32(E * m_tiles * n_tiles))
+            lambda tile, result: products.write_tile(tile, result, place, out_smem),
+            ring=ring, cores=plan.cores, total=hopper.i32(E * m_tiles * n_tiles))
 
     kernel = _launch(body, plan, jax.ShapeDtypeStruct((E, D, F), dtype), (TILE_K, TILE_M),
                      (TILE_K, plan.n))
@@ -127,7 +128,7 @@ def _weight_gradient(x_RxD, dy_RxF, layout, dtype):
 def _launch(body, plan: Tiles, out, a_stage, b_stage):
     stage = {"a_smem": (a_stage, jnp.bfloat16), "b_smem": (b_stage, jnp.bfloat16)}
     return products.launch(body, out, stages=plan.stages, stage=stage, cores=plan.cores,
-                           out_slots=plan.out_slots)
+                           out_smem=products.result_memory(out.dtype, plan.out_slots))
 
 
 @jax.custom_vjp

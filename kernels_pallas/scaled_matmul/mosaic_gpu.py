@@ -107,13 +107,15 @@ def _rows_times(a_RxK, a_scale, b_ExNxK, b_scale, layout, dtype):
             columns = pl.ds(tile.n + column, grouped.COLUMNS)
             products.store_rows(smem, y_gmem, first, columns, tile.rows, grain)
 
-        products.in_turns(decode, load, accumulate, place, ring=ring, out_smem=out_smem,
-                          cores=cores, total=count_gmem[0] * n_tiles)
+        products.in_turns(
+            decode, load, accumulate,
+            lambda tile, result: products.write_tile(tile, result, place, out_smem),
+            ring=ring, cores=cores, total=count_gmem[0] * n_tiles)
 
     stage = {"a_smem": ((TILE, TILE), E4M3), "b_smem": ((TILE, TILE), E4M3),
              "row_smem": ((TILE,), _F32)}
     kernel = products.launch(body, jax.ShapeDtypeStruct((R, N), dtype), stages=stages, stage=stage,
-                             cores=cores)
+                             out_smem=products.result_memory(dtype), cores=cores)
     return kernel(items, count, a_RxK, a_scale, b_ExNxK, b_scale)
 
 
@@ -170,13 +172,15 @@ def _contracted(a_DxP, a_scale, b_FxP, b_scale, groups, dtype):
             plgpu.copy_smem_to_gmem(smem, y_gmem.at[tile.expert, rows, columns],
                                     commit_group=False)
 
-        products.in_turns(decode, load, accumulate, place, ring=ring, out_smem=out_smem,
-                          cores=cores, total=hopper.i32(E * m_tiles * n_tiles))
+        products.in_turns(
+            decode, load, accumulate,
+            lambda tile, result: products.write_tile(tile, result, place, out_smem),
+            ring=ring, cores=cores, total=hopper.i32(E * m_tiles * n_tiles))
 
     stage = {"a_smem": ((TILE, TILE), E4M3), "b_smem": ((TILE, TILE), E4M3),
              "row_smem": ((TILE,), _F32), "column_smem": ((TILE,), _F32)}
     kernel = products.launch(body, jax.ShapeDtypeStruct((E, D, F), dtype), stages=stages,
-                             stage=stage, cores=cores)
+                             stage=stage, out_smem=products.result_memory(dtype), cores=cores)
     return kernel(groups, a_DxP, a_scale, b_FxP, b_scale)
 
 

@@ -1,0 +1,91 @@
+"""What the Hopper kernels of cross-entropy can do, and how they cut a call.
+
+The softmax is taken of tiles of logits in registers. Forward, three numbers leave a tile of 256
+logits: its largest, the sum of exponentials, and the target's logit. Backward, the logits are
+computed again and their gradients written once in bfloat16, for some of the tokens at a time, and
+both gradients are plain products of them. To keep these out of memory too, registers would have to
+hold 64 rows of a gradient as wide as the model: 256 columns fit, so that at a width of 2048 the
+logits would be computed eight times for each of the two gradients, where writing a gradient of a
+logit and reading it twice is 6 bytes, or 1.8 ps of an H100's memory, beside 4.1 ps for each of its
+products.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from kernels_pallas import device
+from kernels_pallas.grouped_matmul import tiles as grouped
+
+TILE_M, TILE_K = 128, 64
+_BARRIERS = 2048  # bytes of shared memory kept for them
+# Gradients of logits held at once, 256 MB; and tokens of which at least: with each chunk the
+# head's gradient, as wide as the model in float32, is read and written.
+HELD, LEAST = 1 << 27, 1024
+
+
+def whole(n: int, unit: int) -> int:
+    """Return n rounded up to a whole number of units."""
+    return -(-n // unit) * unit
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is known when tracing."""
+
+    T: int  # whole tiles
+    D: int
+    V: int  # entries of the vocabulary, without what fills up
+    z_loss: float
+    softcap: float | None
+    layout: str
+
+    @property
+    def columns(self) -> int:
+        """Entries of the vocabulary in memory: whole rows of 16 bytes."""
+        return whole(self.V, 8)
+
+    @property
+    def n(self) -> int:
+        """Entries of a tile."""
+        return 256 if self.V > 128 else 128
+
+    @property
+    def n_tiles(self) -> int:
+        """Tiles of the vocabulary."""
+        return -(-self.V // self.n)
+
+    @property
+    def steps(self) -> int:
+        """Stages of a tile's product."""
+        return self.D // TILE_K
+
+    @property
+    def stages(self) -> int:
+        """Stages of the ring that fit."""
+        results = 2 * 64 * grouped.COLUMNS * 2
+        left = grouped.SHARED - _BARRIERS - results
+        return min(left // (2 * TILE_K * (TILE_M + self.n)), 8)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens whose gradients of logits are held at once: whole tiles."""
+        tokens = max(HELD // self.columns, LEAST)
+        return whole(-(-self.T // -(-self.T // tokens)), TILE_M)
+
+
+def supports(x, head, targets, weights, **keywords) -> str | None:
+    """Return None, or why the Hopper kernels cannot run this call."""
+    del targets, weights, keywords
+    reason = device.lacks_hopper()
+    if reason is not None:
+        return reason
+    if x.dtype != jnp.bfloat16:
+        return f"needs bfloat16 activations, x is {x.dtype}"
+    if head.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"needs a head in bfloat16 or float32, it is {head.dtype}"
+    if 0 in (*x.shape, head.size):
+        return f"needs tokens, a width and a vocabulary, x is {x.shape} and head {head.shape}"
+    return None

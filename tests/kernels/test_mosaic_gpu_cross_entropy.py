@@ -1,0 +1,130 @@
+"""Mosaic GPU kernels of cross-entropy, interpreted with race detection, against numpy float64.
+
+On a machine with a Hopper GPU, JAX_PLATFORMS=cuda runs the same tests on it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import device, numerics
+from kernels_pallas.chips import CHIPS
+from kernels_pallas.cross_entropy import cross_entropy, explain, gpu_plan, specs
+from tests.kernels.test_cross_entropy import _numpy, _results
+from tests.kernels.test_mosaic_gpu import hopper, recent, runs
+
+# Over tiles of 128 tokens, 64 of the width and 256 entries: every feature, ends inside a tile.
+ALL = specs.Spec(T=150, D=72, V=259, z_loss=0.02, softcap=5.0, padding=True, std=3.0,
+                 head_layout="VD", dtype="bfloat16", head_dtype="float32")
+MORE = {
+    "all": ALL,
+    "untied": dataclasses.replace(ALL, head_layout="DV"),
+    "edge": specs.Spec(T=128, D=64, V=512, dtype="bfloat16"),
+    "over": specs.Spec(T=129, D=65, V=513, std=20.0, dtype="bfloat16"),
+    "small": specs.Spec(T=1, D=3, V=2, dtype="bfloat16"),
+    "extreme": specs.Spec(T=40, D=24, V=300, std=300.0, dtype="bfloat16"),
+}
+
+
+def exact(spec, **changes):
+    """Arguments of which the head is what the kernels multiply."""
+    (x, head, targets, weights), keywords = spec.arguments(**changes)
+    head = head.astype(jnp.bfloat16).astype(head.dtype)
+    return (x, head, targets, weights), keywords
+
+
+def run(arguments, keywords, cores=2):
+    with device.assume(hopper(cores)):
+        return _results("mosaic_gpu", arguments, keywords)
+
+
+def verify(spec, cores=2, **changes):
+    """Hold losses and gradients to the textbook's formulas."""
+    arguments, keywords = exact(spec, **changes)
+    got = run(arguments, keywords, cores)
+    want = _numpy(spec, arguments)
+    assert (got["dx"].dtype, got["dhead"].dtype) == (arguments[0].dtype, arguments[1].dtype)
+    for name in ("loss", "nll", "loss alone", "nll alone"):
+        assert numerics.report(got[name], want[name], dtype="float32", floor=1.0) is None, name
+    for name in ("dx", "dhead"):
+        assert numerics.report(got[name], want[name], dtype="bfloat16", factor=0.4) is None, name
+    return got
+
+
+@runs
+def test_values_and_gradients():
+    verify(ALL)
+
+
+@runs
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_more_edges(name):
+    verify(MORE[name], 3)
+
+
+@runs
+@pytest.mark.slow
+@pytest.mark.parametrize("name", specs.PARITY)
+def test_every_spec(name):
+    verify(specs.PARITY[name], dtype="bfloat16")
+
+
+@runs
+@pytest.mark.slow
+def test_gradients_by_chunks_of_tokens(monkeypatch):
+    monkeypatch.setattr(gpu_plan, "HELD", 1)
+    monkeypatch.setattr(gpu_plan, "LEAST", 128)
+    spec = dataclasses.replace(ALL, T=300)
+    assert gpu_plan.Plan(384, 128, 259, 0, None, "VD").chunk == 128
+    verify(spec)
+
+
+@runs
+@pytest.mark.slow
+def test_weight_zero_means_absent_and_two_runs_give_the_same_bits():
+    (x, head, targets, weights), keywords = exact(ALL)
+    huge = jnp.where((weights == 0)[:, None], jnp.full_like(x, 1e30), x)
+    got = run((huge, head, targets, weights), keywords)
+    want, again = (run((x, head, targets, weights), keywords) for _ in range(2))
+    for name in ("loss", "dx", "dhead"):
+        np.testing.assert_array_equal(got[name], want[name])
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(again), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_chunks_hold_all_tokens_in_whole_tiles():
+    for T in (128, 8192, 131072):
+        for V in (80, 50304, 129280):
+            plan = gpu_plan.Plan(T, 4096, V, 0.0, None, "DV")
+            assert plan.chunk % gpu_plan.TILE_M == 0
+            assert 128 <= plan.chunk <= T
+            assert plan.chunk * plan.columns <= max(gpu_plan.HELD, gpu_plan.LEAST * plan.columns
+                                                    ) + 128 * plan.columns
+            assert plan.stages >= 4
+            taken = plan.stages * 2 * 64 * (128 + plan.n) + 2 * 64 * 64 * 2
+            assert taken <= 227 * 1024 - 2048
+
+
+REFUSED = {
+    "cpu": (device.Target("cpu"), {}, "needs an NVIDIA GPU, the device is cpu"),
+    "blackwell": (CHIPS["b200"].target, {}, r"Hopper's tensor cores \(9.0\), .*\(10, 0\)"),
+    "float32": (CHIPS["h200"].target, {"dtype": "float32"}, "x is float32"),
+    "head": (CHIPS["h200"].target, {"head_dtype": "float16"}, "it is float16"),
+    "empty": (CHIPS["h100"].target, {"T": 0}, r"x is \(0, 32\)"),
+}
+
+
+@recent
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_served_is_refused_with_a_reason(name):
+    target, changes, reason = REFUSED[name]
+    spec = specs.Spec(dtype="bfloat16")
+    with device.assume(target):
+        assert explain(*spec.arguments()[0])["mosaic_gpu"] is None or not changes
+        arguments, keywords = dataclasses.replace(spec, **changes).arguments()
+        with pytest.raises(ValueError, match=f"'mosaic_gpu' cannot run: .*{reason}"):
+            cross_entropy(*arguments, implementation="mosaic_gpu", **keywords)
