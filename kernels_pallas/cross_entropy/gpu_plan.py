@@ -21,9 +21,10 @@ from kernels_pallas.grouped_matmul import tiles as grouped
 
 TILE_M, TILE_K = 128, 64
 _BARRIERS = 2048  # bytes of shared memory kept for them
-# Gradients of logits held at once, 256 MB; and tokens of which at least: with each chunk the
-# head's gradient, as wide as the model in float32, is read and written.
-HELD, LEAST = 1 << 27, 1024
+# Tokens whose gradients of logits are held at once, for each of the width, and at least: they then
+# take the memory of the head's gradient in float32, which every chunk reads and writes, 4 more
+# bytes for a logit.
+TOKENS, LEAST = 2, 256
 
 
 def whole(n: int, unit: int) -> int:
@@ -72,7 +73,7 @@ class Plan:
     @property
     def chunk(self) -> int:
         """Tokens whose gradients of logits are held at once: whole tiles."""
-        tokens = max(HELD // self.columns, LEAST)
+        tokens = max(TOKENS * self.D, LEAST)
         return whole(-(-self.T // -(-self.T // tokens)), TILE_M)
 
 

@@ -169,9 +169,9 @@ def _backward_chunk(plan: Plan, table, d_table, chunk):
     q, do, lse2, delta, at = chunk
     at = gpu_tiles.in_steps(plan, at)
     run = mosaic_gpu_wide.backward_tiles if plan.wide else _backward_tiles
-    by_row = [gpu_tiles.by_tile(plan, x, fill)
-              for x, fill in ((q, 0), (do, 0), (lse2, -NOTHING), (delta, 0))]
-    dq, d_tokens = run(plan, *by_row, rows.read(table, at), _bias(plan, at))
+    by_tile = functools.partial(gpu_tiles.by_tile, plan)
+    dq, d_tokens = run(plan, by_tile(q), by_tile(do), by_tile(lse2, -NOTHING), by_tile(delta),
+                       rows.read(table, at), _bias(plan, at))
     d_table += mosaic_gpu_bwd.add_up(d_tokens, at, d_table.shape[0])
     return d_table, gpu_tiles.of_tiles(plan, dq)[..., :plan.Dk]
 
