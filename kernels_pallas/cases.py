@@ -29,6 +29,9 @@ from kernels_pallas.flash import specs as flash_specs
 from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.grouped_matmul import op as grouped_matmul_op
 from kernels_pallas.grouped_matmul import specs as grouped_matmul_specs
+from kernels_pallas.grouped_swiglu import grouped_swiglu
+from kernels_pallas.grouped_swiglu import op as grouped_swiglu_op
+from kernels_pallas.grouped_swiglu import specs as grouped_swiglu_specs
 from kernels_pallas.indexer import dense, index_kl_dense, index_kl_listed, index_select, listed
 from kernels_pallas.indexer import op as index_select_op
 from kernels_pallas.indexer import specs as indexer_specs
@@ -158,6 +161,10 @@ def _grouped_matmul(s):
     return 2 * s.rows * s.D * s.F, 3
 
 
+def _grouped_swiglu(s):
+    return 4 * s.rows * s.D * s.F, 3
+
+
 def _scaled_matmul(s):
     return 2 * s.rows * s.D * s.F, 3
 
@@ -199,6 +206,7 @@ def _listed_arguments(spec):
 _TABLE: tuple[tuple[Op, Any, Any, Any, tuple[int, ...], Any], ...] = (
     (linear_op, linear, linear_specs, _plain, (0, 1), _linear),
     (grouped_matmul_op, grouped_matmul, grouped_matmul_specs, _plain, (0, 1), _grouped_matmul),
+    (grouped_swiglu_op, grouped_swiglu, grouped_swiglu_specs, _plain, (0, 1, 2), _grouped_swiglu),
     (scaled_matmul_op, scaled_matmul, scaled_matmul_specs, _plain, (0, 1), _scaled_matmul),
     (flash_op, flash, flash_specs, _plain, (0, 1, 2), _flash),
     (block_sparse_op, block_sparse, block_sparse_specs, _plain, (0, 1, 2), _block_sparse),

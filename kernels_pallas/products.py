@@ -27,20 +27,21 @@ class Tile:
         self.__dict__.update(scalars)
 
 
-def in_turns(decode, load, accumulate, finish, *, ring, cores, total):
+def in_turns(decode, load, accumulate, finish, *, ring, cores, total, registers=(40, 232)):
     """One program's share of the tiles: every `cores`-th.
 
     `decode(number)` gives a tile, with the number of its `steps` and whether this warpgroup
     `writes` any of its rows; `load(tile, step, slot)` starts the copies of a stage;
     `accumulate(tile, done)` waits for the stages from turn `done` of the ring on, releases them and
-    returns the warpgroup's 64 rows of the result; `finish(tile, result)` writes them.
+    returns the warpgroup's 64 rows of the result; `finish(tile, result)` writes them. `registers`
+    are a thread's in the warpgroup that loads and in those that multiply.
     """
     core, warpgroup = lax.axis_index("core"), lax.axis_index("warpgroup")
     share = lax.div(total - core + hopper.i32(cores - 1), hopper.i32(cores))  # total >= 0
 
     @pl.when(warpgroup == 2)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(registers[0], action="decrease")
 
         def fill(i, done):
             tile = decode(core + i * cores)
@@ -55,7 +56,7 @@ def in_turns(decode, load, accumulate, finish, *, ring, cores, total):
 
     @pl.when(warpgroup < 2)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(registers[1], action="increase")
 
         def produce(i, done):
             tile = decode(core + i * cores)
@@ -98,25 +99,25 @@ def row_tile(number, items, used, across, *, n, grain, steps):
                 n=pl.multiple_of((strip * across + within - item * across) * n, n))
 
 
-def summed(multiply, ring, tile, done, n):
-    """Return a tile's 64 rows of n columns, its products added up in the tensor cores.
+def summed(multiply, ring, tile, done, *widths):
+    """Return a tile's 64 rows of each of these widths, products added up in the tensor cores.
 
-    `multiply(tile, step, slot, acc)` issues the products of a stage.
+    `multiply(tile, step, slot, *acc)` issues the products of a stage, one for each accumulator.
     """
-    def accumulate(acc):
+    def accumulate(*acc):
         def stage(k, _):
             slot = ring.wait(done + k)
-            multiply(tile, k, slot, acc)
+            multiply(tile, k, slot, *acc)
             # all but the products just issued are done: free the stage before
-            plgpu.wgmma_wait(1)
+            plgpu.wgmma_wait(len(acc))
             pl.when(k > 0)(lambda: ring.release(done + k - 1))
 
         lax.fori_loop(0, tile.steps, stage, None)
-        return acc[...]
+        return [x[...] for x in acc]
 
-    result = pl.run_scoped(accumulate, plgpu.ACC((HALF, n), jnp.float32))
+    result = pl.run_scoped(accumulate, *(plgpu.ACC((HALF, n), jnp.float32) for n in widths))
     pl.when(tile.steps > 0)(lambda: ring.release(done + tile.steps - 1))
-    return result
+    return result[0] if len(widths) == 1 else result
 
 
 def store_rows(smem, target, first, columns, rows, grain):

@@ -5,6 +5,8 @@ How a program goes through its tiles is in `kernels_pallas/products.py`.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -17,32 +19,45 @@ from kernels_pallas.grouped_matmul.tiles import COLUMNS, TILE_K, TILE_M, Tiles
 from kernels_pallas.hopper import HALF
 
 
-def _rows_times(x_RxK, w, layout, *, transposed):
-    """x times each expert's w [E, K, N], or the transpose of its w [E, N, K]: [R, N]."""
-    R, K = x_RxK.shape
-    N = w.shape[1] if transposed else w.shape[2]
+def rows_times(xs, ws, layout, *, transposed):
+    """The sum over x of xs and w of ws of x [R, K] times each expert's w [E, K, N]: [R, N].
+
+    With `transposed` w is [E, N, K]. Their products follow one another in one accumulator.
+    """
+    R, K = xs[0].shape
+    N = ws[0].shape[1] if transposed else ws[0].shape[2]
     plan = tiles.choose(layout, N, 2, product="transposed" if transposed else "rows",
                         contracted=K)
     items, count = tiles.row_items(layout)
-    n_tiles = -(-N // plan.n)
+    n_tiles, steps = -(-N // plan.n), K // TILE_K
     across = tiles.across(n_tiles)
 
-    def body(items_gmem, count_gmem, x_gmem, w_gmem, y_gmem, *, a_smem, b_smem, out_smem, full,
-             empty):
+    def body(items_gmem, count_gmem, *refs, a_smem, b_smem, out_smem, full, empty):
+        *sources, y_gmem = refs
+        pairs = list(zip(sources[::2], sources[1::2], strict=True))
         warpgroup = lax.axis_index("warpgroup")
         ring = hopper.Ring(full, empty, plan.stages)
 
         def decode(number):
             return products.row_tile(number, items_gmem, count_gmem[0], across, n=plan.n,
-                                     grain=plan.grain, steps=K // TILE_K)
+                                     grain=plan.grain, steps=len(pairs) * steps)
 
         def load(tile, k, slot):
-            contracted = pl.ds(k * TILE_K, TILE_K)
-            plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(tile.first, TILE_M), contracted],
-                                    a_smem.at[slot], full.at[slot])
-            columns = pl.ds(tile.n, plan.n)
-            where = (columns, contracted) if transposed else (contracted, columns)
-            plgpu.copy_gmem_to_smem(w_gmem.at[tile.expert, *where], b_smem.at[slot], full.at[slot])
+            def start(i):
+                x_gmem, w_gmem = pairs[i]
+                contracted = pl.ds((k - i * steps) * TILE_K, TILE_K)
+                plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(tile.first, TILE_M), contracted],
+                                        a_smem.at[slot], full.at[slot])
+                columns = pl.ds(tile.n, plan.n)
+                where = (columns, contracted) if transposed else (contracted, columns)
+                plgpu.copy_gmem_to_smem(w_gmem.at[tile.expert, *where], b_smem.at[slot],
+                                        full.at[slot])
+
+            if len(pairs) == 1:
+                start(0)
+                return
+            for i in range(len(pairs)):
+                pl.when((k >= i * steps) & (k < (i + 1) * steps))(functools.partial(start, i))
 
         def multiply(tile, k, slot, acc):
             b = b_smem.at[slot]
@@ -61,10 +76,10 @@ def _rows_times(x_RxK, w, layout, *, transposed):
     b_stage = (plan.n, TILE_K) if transposed else (TILE_K, plan.n)
     kernel = _launch(body, plan, jax.ShapeDtypeStruct((R, N), jnp.bfloat16), (TILE_M, TILE_K),
                      b_stage)
-    return kernel(items, count, x_RxK, w)
+    return kernel(items, count, *(a for pair in zip(xs, ws, strict=True) for a in pair))
 
 
-def _weight_gradient(x_RxD, dy_RxF, layout, dtype):
+def weight_gradient(x_RxD, dy_RxF, layout, dtype):
     """The sum over each expert's rows of x^T dy: [E, D, F] in dtype."""
     D, F, E = x_RxD.shape[1], dy_RxF.shape[1], layout.sizes.shape[0]
     plan = tiles.choose(layout, F, jnp.dtype(dtype).itemsize, product="weights", contracted=D)
@@ -134,7 +149,7 @@ def _launch(body, plan: Tiles, out, a_stage, b_stage):
 @jax.custom_vjp
 def grouped_matmul(x, w, layout):
     """Each row of expert e times w[e], in bfloat16; rows of no group become finite."""
-    return _rows_times(x, w.astype(x.dtype), layout, transposed=False)
+    return rows_times([x], [w.astype(x.dtype)], layout, transposed=False)
 
 
 def _forward(x, w, layout):
@@ -144,8 +159,8 @@ def _forward(x, w, layout):
 def _backward(residuals, dy):
     x, w, layout = residuals
     dy = dy.astype(x.dtype)
-    dx = _rows_times(dy, w.astype(x.dtype), layout, transposed=True)
-    return dx, _weight_gradient(x, dy, layout, w.dtype), None
+    dx = rows_times([dy], [w.astype(x.dtype)], layout, transposed=True)
+    return dx, weight_gradient(x, dy, layout, w.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
