@@ -26,7 +26,6 @@ def run(
     """Per token, the weighted sum of its experts' outputs; expert E is none. In x's dtype."""
     plan = dispatch.plan(expert_TxC, weights.gate.shape[0])
     rows = dispatch.dispatch(x_TxD, plan)
-    gate = ops.grouped_linear(rows, weights.gate, plan.layout)
-    up = ops.grouped_linear(rows, weights.up, plan.layout)
-    rows = ops.grouped_linear(layers.swiglu(gate, up), weights.down, plan.layout)
+    rows = ops.grouped_swiglu(rows, weights.gate, weights.up, plan.layout, layers.swiglu)
+    rows = ops.grouped_linear(rows, weights.down, plan.layout)
     return dispatch.combine(rows, weight_TxC, plan)

@@ -30,7 +30,12 @@ from kernels_pallas.token_sparse import token_mass as _token_mass
 from kernels_pallas.token_sparse import token_sparse as _token_sparse
 from sparse_pretrain.sharding import apply, ring
 from sparse_pretrain.sharding.gather import gathered, kept_apart
-from sparse_pretrain.sharding.products import eight_bits, grouped_linear, linear
+from sparse_pretrain.sharding.products import (
+    eight_bits,
+    grouped_linear,
+    grouped_swiglu,
+    linear,
+)
 
 __all__ = [
     "GroupLayout",
@@ -47,6 +52,7 @@ __all__ = [
     "group_layout",
     "group_rows",
     "grouped_linear",
+    "grouped_swiglu",
     "index_keys_per_query",
     "index_kl_dense",
     "index_kl_listed",

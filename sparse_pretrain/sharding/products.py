@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.grouped_matmul import grouped_matmul as _grouped_linear
+from kernels_pallas.grouped_swiglu import op as _grouped_swiglu
 from kernels_pallas.linear import linear as _linear
 from kernels_pallas.scaled_matmul import scaled_matmul as _scaled_matmul
 from sparse_pretrain.sharding import apply
@@ -41,6 +42,18 @@ def grouped_linear(x, w, layout):
     if scales is not None and x.dtype == jnp.bfloat16:
         return _scaled_matmul(x, w, layout, **scales)
     return _grouped_linear(x, w, layout)
+
+
+def grouped_swiglu(x, gate, up, layout, swiglu):
+    """swiglu(x gate[e], x up[e]) for each row of expert e, in one kernel where that is preferred.
+
+    Shapes: x [R, D], gate and up [E, D, F] -> [R, F], in x's dtype.
+    """
+    if _EIGHT_BITS.get() is None:
+        backend = _grouped_swiglu.choose(x, gate, up, layout)
+        if backend.name.startswith("mosaic"):
+            return backend.fn(x, gate, up, layout)
+    return swiglu(*(grouped_linear(x, w, layout) for w in (gate, up)))
 
 
 def linear(x, w, contract: int = 1):
