@@ -8,8 +8,9 @@ from kernels_pallas.grouped_swiglu import grouped_swiglu
 from kernels_pallas.indexer import index_kl_dense, index_kl_listed, index_select
 from kernels_pallas.linear import linear
 from kernels_pallas.scaled_matmul import scaled_matmul
+from kernels_pallas.sinkhorn import sinkhorn
 from kernels_pallas.token_sparse import token_mass, token_sparse
 
 __all__ = ["block_sparse", "cross_entropy", "flash", "grouped_matmul", "grouped_swiglu",
            "index_kl_dense", "index_kl_listed", "index_select", "linear", "scaled_matmul",
-           "token_mass", "token_sparse"]
+           "sinkhorn", "token_mass", "token_sparse"]

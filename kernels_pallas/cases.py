@@ -42,6 +42,9 @@ from kernels_pallas.op import Op
 from kernels_pallas.scaled_matmul import op as scaled_matmul_op
 from kernels_pallas.scaled_matmul import scaled_matmul
 from kernels_pallas.scaled_matmul import specs as scaled_matmul_specs
+from kernels_pallas.sinkhorn import op as sinkhorn_op
+from kernels_pallas.sinkhorn import sinkhorn
+from kernels_pallas.sinkhorn import specs as sinkhorn_specs
 from kernels_pallas.token_sparse import mass, token_mass, token_sparse
 from kernels_pallas.token_sparse import op as token_sparse_op
 from kernels_pallas.token_sparse import specs as token_sparse_specs
@@ -169,6 +172,10 @@ def _scaled_matmul(s):
     return 2 * s.rows * s.D * s.F, 3
 
 
+def _sinkhorn(s):
+    return 4 * s.T * s.R**2 * s.iterations, 3  # a sum and a division of every number, twice
+
+
 def _linear(s):
     return 2 * s.T * s.D * s.F, 3
 
@@ -208,6 +215,7 @@ _TABLE: tuple[tuple[Op, Any, Any, Any, tuple[int, ...], Any], ...] = (
     (grouped_matmul_op, grouped_matmul, grouped_matmul_specs, _plain, (0, 1), _grouped_matmul),
     (grouped_swiglu_op, grouped_swiglu, grouped_swiglu_specs, _plain, (0, 1, 2), _grouped_swiglu),
     (scaled_matmul_op, scaled_matmul, scaled_matmul_specs, _plain, (0, 1), _scaled_matmul),
+    (sinkhorn_op, sinkhorn, sinkhorn_specs, _plain, (0,), _sinkhorn),
     (flash_op, flash, flash_specs, _plain, (0, 1, 2), _flash),
     (block_sparse_op, block_sparse, block_sparse_specs, _plain, (0, 1, 2), _block_sparse),
     (token_sparse_op, token_sparse, token_sparse_specs, _plain, (0, 1), _token_sparse),

@@ -92,22 +92,6 @@ class MHC:
 TABLE = {"plain": Plain, "mhc": MHC}
 
 
-def sinkhorn(
-    logits: Float[Array, "*lead R R"], iterations: int, eps: float
-) -> Float[Array, "*lead R R"]:
-    """Positive matrices whose columns sum to one, and rows nearly; differentiable throughout."""
-    m = jax.nn.softmax(logits, axis=-1) + eps
-    m = m / (jnp.sum(m, axis=-2, keepdims=True) + eps)
-
-    # a loop: unrolled, XLA:CPU fuses each division into both sums after it and compiles for minutes
-    @jax.checkpoint
-    def again(m, _):
-        m = m / (jnp.sum(m, axis=-1, keepdims=True) + eps)
-        return m / (jnp.sum(m, axis=-2, keepdims=True) + eps), None
-
-    return jax.lax.scan(again, m, length=iterations - 1)[0]
-
-
 def spread(config: Any, x: Float[Array, "B L D"]) -> Array:
     """Every stream as the embedding, where there are several."""
     if config.KIND == "plain":
@@ -158,7 +142,7 @@ class Site(nn.Module):
         pre = jax.nn.sigmoid(mixed[..., :R]) + c.eps
         post = c.post * jax.nn.sigmoid(mixed[..., R : 2 * R])
         square = mixed[..., 2 * R :].reshape(*mixed.shape[:2], R, R)
-        across = sinkhorn(square, c.iterations, c.eps)
+        across = ops.sinkhorn(square, iterations=c.iterations, eps=c.eps)
         wide = x.astype(mixed.dtype)
         return _weighted(pre, wide).astype(x.dtype), (wide, across, post)
 

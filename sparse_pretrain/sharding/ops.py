@@ -26,6 +26,7 @@ from kernels_pallas.indexer import index_kl_dense as _index_kl_dense
 from kernels_pallas.indexer import index_kl_listed as _index_kl_listed
 from kernels_pallas.indexer import index_select as _index_select
 from kernels_pallas.indexer.xla import keys_per_query as index_keys_per_query
+from kernels_pallas.sinkhorn import op as _sinkhorn
 from kernels_pallas.token_sparse import token_mass as _token_mass
 from kernels_pallas.token_sparse import token_sparse as _token_sparse
 from sparse_pretrain.sharding import apply, ring
@@ -62,6 +63,7 @@ __all__ = [
     "linear",
     "microbatches",
     "rows_are_cut",
+    "sinkhorn",
     "token_mass",
     "token_sparse",
 ]
@@ -222,6 +224,19 @@ def cross_entropy(x_BxLxD, head, targets_BxL, weights_BxL, **options):
     # a sum per device, which are then added: their number is that of the tokens' parts
     totals, nats = each_device(local, args, ("BT.", "..", "BT", "BT"), ("BT", "BT"))
     return jnp.sum(totals), nats
+
+
+def sinkhorn(logits_BxLxRxR, **options):
+    """`kernels_pallas.sinkhorn` of every token's matrix. Shapes: [B, L, R, R] -> the same."""
+    backend = _sinkhorn.choose(logits_BxLxRxR, **options)
+    if not backend.name.startswith("mosaic"):  # XLA cuts it as it is
+        return backend.fn(logits_BxLxRxR, **options)
+
+    def local(logits, axes):
+        del axes
+        return backend.fn(logits, **options)
+
+    return each_device(local, (logits_BxLxRxR,), ("BL..",), "BL..")
 
 
 # --- attention ---

@@ -1,18 +1,25 @@
 """mHC against a float64 transcription of its equations; its mixing neither grows nor shrinks."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import device
+from kernels_pallas.chips import CHIPS
+from kernels_pallas.op import prefer
+from kernels_pallas.sinkhorn import sinkhorn
 from sparse_pretrain import nn, shapes
 from sparse_pretrain.attention import full
 from sparse_pretrain.model import block, ffn, lm, mtp, residual
 from sparse_pretrain.optim import adamw
 from sparse_pretrain.planning import flops, memory
+from sparse_pretrain.sharding import ops
 from sparse_pretrain.training import loss
+from tests.kernels.test_mosaic_gpu import recent
 from tests.model.conftest import packed
 
 MHC = residual.MHCConfig(streams=3, iterations=4, scale=0.7)
@@ -81,7 +88,8 @@ def test_a_site_is_its_equations_in_values_and_gradients(rng):
 def test_sixty_mixing_matrices_in_a_row_keep_their_gain():
     """Claim A14: largest row or column sum at most 1.05, above 5 for the logits themselves."""
     logits = np.random.default_rng(0).normal(size=(60, 4, 4))
-    mixing = np.asarray(residual.sinkhorn(jnp.asarray(logits, jnp.float32), 20, 1e-6), np.float64)
+    made = sinkhorn(jnp.asarray(logits, jnp.float32), iterations=20, eps=1e-6)
+    mixing = np.asarray(made, np.float64)
 
     def gain(matrices):
         product = np.linalg.multi_dot(list(matrices))
@@ -89,8 +97,17 @@ def test_sixty_mixing_matrices_in_a_row_keep_their_gain():
 
     assert 0.9 < gain(mixing) <= 1.05
     assert gain(logits) > 5
-    once = residual.sinkhorn(jnp.asarray(logits, jnp.float32), 1, 1e-6)
+    once = sinkhorn(jnp.asarray(logits, jnp.float32), iterations=1, eps=1e-6)
     assert abs(np.asarray(once).sum(-1) - 1).max() > 0.05 > abs(mixing.sum(-1) - 1).max()
+
+
+@recent
+@pytest.mark.parametrize(("preferred", "kernels"), [((), 0), (("mosaic_gpu",), 1)])
+def test_the_matrices_are_made_in_one_kernel_where_that_is_preferred(preferred, kernels):
+    x = jax.ShapeDtypeStruct((2, 3, 3, 3), jnp.float32)
+    with device.assume(CHIPS["h200"].target), prefer(*preferred):
+        text = str(jax.make_jaxpr(lambda x: ops.sinkhorn(x, iterations=4, eps=1e-6))(x))
+    assert len(re.findall(r"\b(?:mpmd_map|core_map)\[", text)) == kernels
 
 
 def _model(**changes):
