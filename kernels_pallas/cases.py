@@ -20,6 +20,9 @@ from kernels_pallas import numerics
 from kernels_pallas.block_sparse import block_sparse
 from kernels_pallas.block_sparse import op as block_sparse_op
 from kernels_pallas.block_sparse import specs as block_sparse_specs
+from kernels_pallas.compress import compress
+from kernels_pallas.compress import op as compress_op
+from kernels_pallas.compress import specs as compress_specs
 from kernels_pallas.cross_entropy import cross_entropy
 from kernels_pallas.cross_entropy import op as cross_entropy_op
 from kernels_pallas.cross_entropy import specs as cross_entropy_specs
@@ -176,6 +179,10 @@ def _sinkhorn(s):
     return 4 * s.T * s.R**2 * s.iterations, 3  # a sum and a division of every number, twice
 
 
+def _compress(s):
+    return 4 * s.B * s.M * s.R * s.S * s.C, 3  # a number's weight in the sum, and its own
+
+
 def _linear(s):
     return 2 * s.T * s.D * s.F, 3
 
@@ -215,6 +222,7 @@ _TABLE: tuple[tuple[Op, Any, Any, Any, tuple[int, ...], Any], ...] = (
     (grouped_matmul_op, grouped_matmul, grouped_matmul_specs, _plain, (0, 1), _grouped_matmul),
     (grouped_swiglu_op, grouped_swiglu, grouped_swiglu_specs, _plain, (0, 1, 2), _grouped_swiglu),
     (scaled_matmul_op, scaled_matmul, scaled_matmul_specs, _plain, (0, 1), _scaled_matmul),
+    (compress_op, compress, compress_specs, _plain, (0, 1), _compress),
     (sinkhorn_op, sinkhorn, sinkhorn_specs, _plain, (0,), _sinkhorn),
     (flash_op, flash, flash_specs, _plain, (0, 1, 2), _flash),
     (block_sparse_op, block_sparse, block_sparse_specs, _plain, (0, 1, 2), _block_sparse),

@@ -99,20 +99,10 @@ class Compressor(nn.Module):
         both = [ops.linear(x, self._halves(nn.read(w, x.dtype))) for w in (self.w_kv, self.w_gate)]
         return jnp.stack(both, axis=-2).reshape(*x.shape[:-1], 2, self.streams, self.dim)
 
-    def _pool(self, own_BxMxRx2xSxC, before_BxMxRx2xSxC, follows_BxM):
-        """Entries [B, M, C] from the projections of each block and of the block before it."""
-        own, before = own_BxMxRx2xSxC, before_BxMxRx2xSxC
-        dtype = layers.wide(own.dtype)
-        bias = self._halves(nn.read(self.bias).reshape(self.ratio, -1)).astype(dtype)
-        bias = bias.reshape(1, 1, self.ratio, self.streams, self.dim)
-        values = own[:, :, :, 0, -1].astype(dtype)
-        logits = own[:, :, :, 1, -1].astype(dtype) + bias[:, :, :, -1]
-        if self.streams == 2:
-            more = before[:, :, :, 1, 0].astype(dtype) + bias[:, :, :, 0]
-            more = jnp.where(follows_BxM[:, :, None, None], more, -jnp.inf)
-            logits = jnp.concatenate([logits, more], axis=2)
-            values = jnp.concatenate([values, before[:, :, :, 0, 0].astype(dtype)], axis=2)
-        return jnp.sum(jax.nn.softmax(logits, axis=2) * values, axis=2).astype(own.dtype)
+    def _biases(self, dtype):
+        """What is added to the logits of a block's tokens: [R, S, C]."""
+        bias = self._halves(nn.read(self.bias).reshape(self.ratio, -1)).astype(layers.wide(dtype))
+        return bias.reshape(self.ratio, self.streams, self.dim)
 
     def _finish(self, pooled_BxMxC, positions_BxM):
         scale = halves(nn.read(self.norm.scale), self.rope, self.rotated)
@@ -122,9 +112,8 @@ class Compressor(nn.Module):
     def __call__(self, x, layout: blocks.Layout, positions_BxL):
         """Entries of a row's layout; those of unused slots mean nothing."""
         own = self._project(in_blocks(x, layout, self.ratio))
-        before = jnp.pad(own, ((0, 0), (1, 0)) + ((0, 0),) * (own.ndim - 2))[:, :-1]
         positions = jnp.take_along_axis(positions_BxL, layout.starts, axis=1)
-        return self._finish(self._pool(own, before, positions > 0), positions)
+        return self._finish(ops.compress(own, self._biases(own.dtype), positions > 0), positions)
 
     def step(self, x_Bx1xD, tail, entries, position):
         """The token at `position` added to (tail, entries) of a cache; an entry once it is whole.
@@ -141,7 +130,7 @@ class Compressor(nn.Module):
         block = position // R
         own = jax.lax.dynamic_slice_in_dim(held, jnp.mod(block, self.streams), 1, 1)
         before = jax.lax.dynamic_slice_in_dim(held, jnp.mod(block + 1, self.streams), 1, 1)
-        pooled = self._pool(own, before, jnp.full((B, 1), block > 0))
+        pooled = ops.pool(own, before, self._biases(own.dtype), jnp.full((B, 1), block > 0))
         entry = self._finish(pooled, jnp.full((B, 1), block * R, jnp.int32))
         # a block beyond the cache is never whole; its place is clamped to the last
         at = jnp.minimum(block, M - 1)

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec
 from kernels_pallas import device
 from kernels_pallas.block_sparse import block_sparse as _block_sparse
 from kernels_pallas.block_sparse.xla import keys_per_query as block_sparse_keys_per_query
+from kernels_pallas.compress import op as _compress
+from kernels_pallas.compress.xla import pool
 from kernels_pallas.cross_entropy import cross_entropy as _cross_entropy
 from kernels_pallas.flash import flash as _flash
 from kernels_pallas.flash.xla import keys_per_query as flash_keys_per_query
@@ -42,6 +44,7 @@ __all__ = [
     "GroupLayout",
     "block_sparse",
     "block_sparse_keys_per_query",
+    "compress",
     "cross_entropy",
     "each_device",
     "eight_bits",
@@ -62,6 +65,7 @@ __all__ = [
     "laid",
     "linear",
     "microbatches",
+    "pool",
     "rows_are_cut",
     "sinkhorn",
     "token_mass",
@@ -226,17 +230,28 @@ def cross_entropy(x_BxLxD, head, targets_BxL, weights_BxL, **options):
     return jnp.sum(totals), nats
 
 
+def _by_row(op, args, dims, out, options):
+    """A kernel of each device's rows where one is preferred; else XLA cuts the op as it is."""
+    backend = op.choose(*args, **options)
+    if not backend.name.startswith("mosaic"):
+        return backend.fn(*args, **options)
+
+    def local(*parts, axes):
+        del axes
+        return backend.fn(*parts, **options)
+
+    return each_device(local, args, dims, out)
+
+
 def sinkhorn(logits_BxLxRxR, **options):
     """`kernels_pallas.sinkhorn` of every token's matrix. Shapes: [B, L, R, R] -> the same."""
-    backend = _sinkhorn.choose(logits_BxLxRxR, **options)
-    if not backend.name.startswith("mosaic"):  # XLA cuts it as it is
-        return backend.fn(logits_BxLxRxR, **options)
+    return _by_row(_sinkhorn, (logits_BxLxRxR,), ("BL..",), "BL..", options)
 
-    def local(logits, axes):
-        del axes
-        return backend.fn(logits, **options)
 
-    return each_device(local, (logits_BxLxRxR,), ("BL..",), "BL..")
+def compress(own_BxMxRx2xSxC, bias_RxSxC, follows_BxM):
+    """`kernels_pallas.compress` of every block of tokens, those of a row on one device."""
+    args = own_BxMxRx2xSxC, bias_RxSxC, follows_BxM
+    return _by_row(_compress, args, ("B.....", "...", "B."), "B..", {})
 
 
 # --- attention ---
