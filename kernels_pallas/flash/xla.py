@@ -165,7 +165,7 @@ def part_gradients(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, do_BxLxHxDv, lse_BxLxH, d
         sum(do * o) over the width less the gradient of lse, both in the dtype of lse, as are
         the gradients: sums of parts are not rounded before they are added.
     """
-    L, S, K = q_BxLxHxDk.shape[1], *k_BxSxKxDk.shape[1:3]
+    L, (S, K) = q_BxLxHxDk.shape[1], k_BxSxKxDk.shape[1:3]
     plan = _plan(L, S, scale=scale, causal=causal, window=window, softcap=softcap,
                  block_q=block_q, block_k=block_k)
     plan, marks = _marked(plan, segments_q, segments_k, None, first)

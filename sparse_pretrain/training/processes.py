@@ -99,9 +99,9 @@ def lead() -> bool:
 
 
 def place(
-    plan: str, text: str, microbatches: int, exchange: str = "auto", **asked: str
+    plan: str, text: str, microbatches: int, exchange: str = "auto", context: str = "auto"
 ) -> apply.Placed | None:
-    """The plan on the devices of all processes, with what is `asked`; None for one device.
+    """The plan on the devices of all processes, with what else is asked; None for one device.
 
     Errors: ValueError naming plan, mesh or exchange, and what would fit.
     """
@@ -120,7 +120,7 @@ def place(
         apply.exchange(exchange, device.platform())
     except ValueError as e:
         raise ValueError(f"config.{e}") from None
-    return apply.Placed(found, laid, microbatches, exchange, **asked) if laid.size > 1 else None
+    return apply.Placed(found, laid, microbatches, exchange, context) if laid.size > 1 else None
 
 
 class Stop:

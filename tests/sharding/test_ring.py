@@ -175,7 +175,7 @@ def test_memory_is_of_parts_of_a_row_and_bytes_are_counted():
     # with 8 devices a row is twice as long: gathered keys, values and gradients grow with it
     assert held["gather", 8] - held["gather", 4] >= 4 * 4 * part, held
     assert held["ring", 8] <= 1.02 * held["ring", 4], held
-    assert held["ring", 8] < held["gather", 8] / 2, held
+    assert held["ring", 8] < 0.55 * held["gather", 8], held
 
 
 @pytest.fixture(scope="module")
