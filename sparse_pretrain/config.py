@@ -19,7 +19,7 @@ from sparse_pretrain.checkpoint import Config as CheckpointConfig
 from sparse_pretrain.data import Config as DataConfig
 from sparse_pretrain.model import ffn, lm, residual
 from sparse_pretrain.optim import schedules
-from sparse_pretrain.sharding import apply, plans
+from sparse_pretrain.sharding import apply, offload, plans
 from sparse_pretrain.sharding import mesh as meshes
 from sparse_pretrain.sharding.placement import Config as PlacementConfig
 
@@ -96,8 +96,9 @@ class Experiment(spec.Config):
     for one epoch of the data; `accumulate` micro-batches per step; `ema` decay per step of the
     averaged weights, 0 for none; `plan` and `mesh` (such as fsdp=2,expert=4) how the run is spread
     over devices, see `sharding.plans`, or plan=auto; `exchange` how tokens travel to experts, auto,
-    padded or ragged, `context` how keys reach the parts of a row, auto, gather or ring; `init_from`
-    a workdir whose weights the run starts from, with @best or @STEP.
+    padded or ragged, `context` how keys reach the parts of a row, auto, gather or ring; `offload`
+    what waits in the host's memory, none or optimizer; `init_from` a workdir whose weights the run
+    starts from, with @best or @STEP.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Experiment(spec.Config):
     mesh: str = ""
     exchange: str = "auto"
     context: str = "auto"
+    offload: str = "none"
     init_from: str = ""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: lm.Config
@@ -133,6 +135,7 @@ class Experiment(spec.Config):
         plans.find("single" if self.plan == plans.AUTO else self.plan)
         for field, known in apply.CHOICES.items():
             one_of(field, getattr(self, field), known)
+        one_of("offload", self.offload, offload.KINDS)
         products = self.model.precision.products
         where = f"{products} runs on one device, under plan=single; got plan {self.plan}"
         ok = products == "model" or self.plan == "single"

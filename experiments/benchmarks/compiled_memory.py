@@ -19,10 +19,11 @@ Learned:  planning/layout.py's WORKING and KEYS were set on the first, third and
           97 GB where they hold 64 and 75 where they hold 54: the partitioner gathered all scores.
           The fourth shows 5 GB that grow with no token. V3's second last is `plan`'s own choice.
           All are remat=full. Without remat V3 on v5p:8x16x16 (fsdp=128,expert=8,context=2) took
-          254 GB of temporaries where 57 in all were estimated: gathered weights are kept, cast,
-          for every layer. KEPT and kept_weight_bytes are for that, read off this one program;
-          `dots` has not been compared. `plan --config=deepseek/v3 --chips=v5p:8x16x16 --compile`
-          then chose fsdp=2,expert=256,context=4 without remat, a forecast for both: 88.3 GB of 95
+          254 GB of temporaries where 57 in all were estimated: gathered weights were kept, cast,
+          for every layer. KEPT was read off this one program; since then weights are gathered
+          again, and nothing here has been compiled anew. `dots` has not been compared.
+          `plan --config=deepseek/v3 --chips=v5p:8x16x16 --compile` then chose
+          fsdp=2,expert=256,context=4 without remat, a forecast for both: 88.3 GB of 95
           compiled, 77.1 estimated (-13 %), the exchange padded; 266 s of processor time, 3.9 GB
           and, beside that load, 34 minutes. On H800 V3's took 525 to 868 s of wall time, 50 to 70 s
           of processor time, and 1.3 GB.

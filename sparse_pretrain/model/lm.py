@@ -19,7 +19,7 @@ from sparse_pretrain.shapes import AnyArray, Position
 from sparse_pretrain.sharding import ops
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float64": jnp.float64}
-REMAT = ("none", "full", "dots")
+REMAT = ("none", "full", "dots", "offload")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,8 @@ class Config(spec.Config):
     """`blocks` names layer types; the model is `prefix`, then `pattern` repeated `repeats` times.
 
     `vocab=0` takes the tokenizer's. `remat`: none keeps all activations, dots keeps matmul
-    results, full recomputes each pattern repeat. `scan=False` unrolls the repeats.
+    results, offload keeps them in the host's memory, full recomputes each pattern repeat.
+    `scan=False` unrolls the repeats.
     """
 
     width: int = 256
@@ -274,6 +275,7 @@ def _remat(policy: str):
     if policy == "full":
         return jax.checkpoint
     saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    saved = ops.products_on_host() if policy == "offload" else saved
     return lambda f: jax.checkpoint(f, policy=saved)
 
 

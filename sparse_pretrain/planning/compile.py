@@ -4,6 +4,7 @@ Differs from the rest of planning: it stands on floor 6, for it builds the step 
 """
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from sparse_pretrain import config as configs
 from sparse_pretrain import optim, shapes
 from sparse_pretrain.model import lm
 from sparse_pretrain.planning import chips, hlo
-from sparse_pretrain.sharding import apply, mesh, plans
+from sparse_pretrain.sharding import apply, mesh, offload, plans
 from sparse_pretrain.training import state, step
 
 EXTRA = targets.EXTRA
@@ -46,13 +47,14 @@ _GRIDS = {"v5e": (16, 16), "v5p": (4, 4, 4), "v6e": (16, 16), "tpu7x": (4, 4, 8)
 class Compiled:
     """What the compiler says of one chip's program, a step of it.
 
-    Units: bytes; `flops`, `collectives`, `open_loops` and `kernels` as in `hlo.Counted`; seconds to
-    lower and compile.
+    Units: bytes, `host_bytes` those in the host's memory; `flops`, `collectives`, `open_loops` and
+    `kernels` as in `hlo.Counted`; seconds to lower and compile.
     """
 
     memory_per_chip_bytes: int
     arguments_bytes: int
     temporary_bytes: int
+    host_bytes: int
     flops: float
     collectives: dict[str, dict[str, int]]
     open_loops: int
@@ -146,30 +148,52 @@ def compiled(
         fields = dict.fromkeys(shapes.Batch._fields, jnp.int32) | {"weights": jnp.float32}
         like_rows: Any = {f: jax.ShapeDtypeStruct((rows, length), d) for f, d in fields.items()}
         batch = shapes.Batch(**like_rows)
-        like = state.abstract(definition, tx, ema=ema, placed=placed)
+        host = experiment.offload == "optimizer"
+        like = state.abstract(definition, tx, ema=ema, placed=placed, host=host)
         if placed is None:
             like, batch = _on(where[0], (like, batch))
+            if host:
+                here = jax.tree.map(lambda x: x.sharding, like.opt)
+                there = offload.shardings(like.opt, here)
+                like = like._replace(opt=jax.tree.map(_like, like.opt, there))
         else:
             batch = placed.like_batch(batch)
         run = step.make_train_step(
             definition, model, tx, schedule=rate, accumulate=micro, ema=experiment.ema,
-            placed=placed,
+            placed=placed, host=host,
         )  # fmt: skip
         program = run.lower(like, batch).compile()
     memory: Any = program.memory_analysis()
     runs = hlo.count(program.as_text() or "")
     given, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    kept = _on_host(like)
+    if not memory.host_argument_size_in_bytes:  # NVIDIA's compiler counts them with the others
+        given -= kept
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
         memory_per_chip_bytes=int(given + temporary + made),
         arguments_bytes=int(given),
         temporary_bytes=int(temporary),
+        host_bytes=int(kept + memory.host_temp_size_in_bytes),
         **dataclasses.asdict(runs),
         seconds=time.perf_counter() - began,
     )
 
 
+def _on_host(tree: Any) -> int:
+    """Bytes of one chip's parts of the arrays that wait in its host's memory."""
+    total = 0
+    for x in jax.tree.leaves(tree):
+        if getattr(x.sharding, "memory_kind", None) == offload.HOST:
+            total += math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return total
+
+
 def _on(one: Any, tree: Any) -> Any:
     """The tree's shapes on one device."""
     there = jax.sharding.SingleDeviceSharding(one)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), tree)
+    return jax.tree.map(lambda x: _like(x, there), tree)
+
+
+def _like(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

@@ -36,6 +36,7 @@ class Constants:
 
 
 ACCELERATOR = Constants()
+HOST = 25e9  # bytes/s one way between a chip and its host: PCIe 4 x16 at four fifths, assumed
 # four of five published runs lie within this factor of a prediction by a fit to the others
 SPREAD = 1.34
 
@@ -68,7 +69,7 @@ class Step(NamedTuple):
             "traffic": "memory traffic between products",
             "exchange": "communication",
             "bubble": "the pipeline's bubble",
-            "optimizer": "the optimizer's memory traffic",
+            "optimizer": "the optimizer's traffic with its memory",
         }
         return names[max(names, key=lambda field: getattr(self, field))]
 
@@ -102,6 +103,7 @@ def step(
     messages: list[network.Message],
     sizes: Mapping[str, int],
     state_bytes: float,
+    host_bytes: float = 0.0,
     precision: str = "bf16",
     constants: Constants = ACCELERATOR,
 ) -> Step:
@@ -109,7 +111,7 @@ def step(
 
     Units: `tokens` of the whole step whose work falls on one chip (of a pipeline's or a tensor
     axis's chips each has its share); `micro` micro-batches; `state_bytes` of parameters, gradients
-    and optimizer on one chip.
+    and optimizer of one chip, `host_bytes` of which come from its host and go back.
     """
     spread = sizes.get("expert", 1) > 1
     products, core, traffic = (
@@ -121,4 +123,5 @@ def step(
     stages = sizes.get("pipe", 1)
     bubble = (busy + links - hidden) * (stages - 1) / micro  # 1F1B: 2104.04473, section 2.2
     update = 2 * state_bytes / chip.bandwidth  # read and written once
+    update += 2 * host_bytes / HOST
     return Step(products, core, traffic, links - hidden, bubble, update, hidden)

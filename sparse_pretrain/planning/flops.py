@@ -105,7 +105,7 @@ def _again(config: lm.Config, sections: list, length: int, tokens: int) -> float
         work = mixer.work(section.attention, config.width, length)
         total += work.core + feed.work(section.ffn, config.width)
         total += feed.padding(section.ffn, config.width, tokens) if tokens else 0.0
-        if config.remat == "dots":
+        if config.remat in ("dots", "offload"):
             total -= feed.plain(section.ffn, config.width)
         else:
             # with several streams the weight of a layer's output reads it

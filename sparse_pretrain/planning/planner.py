@@ -13,6 +13,7 @@ from sparse_pretrain.planning import chips, cost, layout, network, work
 from sparse_pretrain.sharding import plans
 
 REMAT = ("none", "dots", "full")
+OFFLOAD = "offload"  # what dots keeps, on the host: only where a configuration says so
 USABLE = 0.92  # of a chip's memory: the rest is the runtime's, its links' buffers and fragments
 LARGEST = {"tensor": 8, "context": 8, "pipe": 32}  # past these an axis costs more than it saves
 
@@ -32,6 +33,7 @@ class Candidate:
     memory: dict[str, float]
     step: cost.Step
     messages: list[network.Message]
+    host: float = 0.0  # bytes in the memory of a chip's host
 
     @property
     def memory_per_chip(self) -> float:
@@ -65,7 +67,8 @@ class Planner:
         self.state = layout.state(self.definition, e.optim, ema=e.ema > 0)
         self.shapes = layout.shapes(self.model, self.definition)
         self.work = work.of(self.model, self.definition, self.length)
-        self.works = {r: self.work.plus(work.again(self.model, self.length, r)) for r in REMAT}
+        again = {r: work.again(self.model, self.length, r) for r in (*REMAT, OFFLOAD)}
+        self.works = {r: self.work.plus(more) for r, more in again.items()}
         self._known: dict[Any, Any] = {}
 
     def candidates(self, names: Sequence[str] = plans.PLANS) -> list[Candidate]:
@@ -90,8 +93,14 @@ class Planner:
     def _of_plan(self, plan: plans.Plan) -> Iterator[Candidate]:
         for sizes in self._meshes(plan):
             for micro in self._micro(plan, sizes):
-                for remat in REMAT if self.model.repeats else ("none",):
+                for remat in self._policies():
                     yield self.evaluate(plan, sizes, micro, remat)
+
+    def _policies(self) -> tuple[str, ...]:
+        """Those to choose from: all, but where the configuration keeps activations on the host."""
+        if self.model.remat == OFFLOAD:
+            return (OFFLOAD,)
+        return REMAT if self.model.repeats else ("none",)
 
     def _meshes(self, plan: plans.Plan) -> Iterator[dict[str, int]]:
         """Every mesh of this plan over all chips whose axes divide what they cut."""
@@ -184,6 +193,14 @@ class Planner:
         ]  # fmt: skip
         problem = self.problem
         held = sum(memory[k] for k in ("parameters", "gradients", "optimizer"))
+        host = memory["optimizer"] if problem.experiment.offload == "optimizer" else 0.0
+        if host:  # comes to the chip to be updated, where activations and buffers were
+            memory["optimizer"] = max(host - memory["activations"] - memory["buffers"], 0.0)
+        if remat == OFFLOAD:
+            dots = layout.activation_bytes(
+                self.shapes, self.model, tokens=tokens, remat="dots", sizes=sizes, micro=micro
+            )
+            host += dots - memory["activations"]
         step = cost.step(
             self.works[remat],
             problem.fleet.chip,
@@ -192,10 +209,11 @@ class Planner:
             messages=messages,
             sizes=sizes,
             state_bytes=held,
+            host_bytes=host,
             precision=problem.precision,
             constants=problem.constants,
         )
-        return Candidate(plan.name, sizes, micro, remat, rows, memory, step, messages)
+        return Candidate(plan.name, sizes, micro, remat, rows, memory, step, messages, host)
 
 
 def chosen(planner: Planner, names: Sequence[str] = plans.PLANS) -> list[Candidate]:

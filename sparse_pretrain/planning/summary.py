@@ -57,6 +57,7 @@ def of(
         "tokens_per_second": per_step / best.step.total,
         "memory_per_chip_bytes": round(best.memory_per_chip),
         "memory_bytes": {k: round(v) for k, v in best.memory.items()},
+        "host_bytes_per_chip": round(best.host),
         "flops_per_token": planner.work.flops,
         "model_flops_per_token": flops.train_flops_per_token(planner.model, planner.length).model,
         "total_params": counts.total,
@@ -137,6 +138,9 @@ def sentences(told: dict[str, Any]) -> list[str]:
     out.append(f"A step of {t['step_seconds']:.3g} s is bound by {t['bound_by']}: {shares}.")
     memory = ", ".join(f"{k} {v / GIGA:.2f}" for k, v in t["memory_bytes"].items())
     out.append(f"Each chip holds {t['memory_per_chip_bytes'] / GIGA:.1f} GB: {memory}.")
+    if t["host_bytes_per_chip"]:
+        host = t["host_bytes_per_chip"] / GIGA
+        out.append(f"Its host keeps {host:.2f} GB for it, which cross their link twice a step.")
     for m in t["communication"]:
         out.append(
             f"Over {m['axis']}, a chip receives {m['bytes'] / GIGA:.3g} GB of {m['what']} a step, "

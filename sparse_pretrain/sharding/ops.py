@@ -31,7 +31,7 @@ from kernels_pallas.indexer.xla import keys_per_query as index_keys_per_query
 from kernels_pallas.sinkhorn import op as _sinkhorn
 from kernels_pallas.token_sparse import token_mass as _token_mass
 from kernels_pallas.token_sparse import token_sparse as _token_sparse
-from sparse_pretrain.sharding import apply, ring
+from sparse_pretrain.sharding import apply, offload, ring
 from sparse_pretrain.sharding.gather import gathered, kept_apart
 from sparse_pretrain.sharding.products import (
     eight_bits,
@@ -66,6 +66,7 @@ __all__ = [
     "linear",
     "microbatches",
     "pool",
+    "products_on_host",
     "rows_are_cut",
     "sinkhorn",
     "token_mass",
@@ -82,6 +83,11 @@ def laid(x, dims: str):
     if placed is None:
         return x
     return jax.lax.with_sharding_constraint(x, placed.spec(dims, x.shape))
+
+
+def products_on_host() -> Callable:
+    """The policy that keeps the results of products without batch dims in the host's memory."""
+    return jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", offload.HOST)
 
 
 def microbatches() -> int:

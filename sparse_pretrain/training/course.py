@@ -83,6 +83,7 @@ class Course:
             train=stage.train,
             first=stage.first,
             placed=self._p.placed,
+            host=e.offload == "optimizer",
         )
         made = made.lower(state, batch).compile()
         peers.meet()

@@ -113,8 +113,9 @@ class Trainer:
         run.check_phases(e, self.workdir, p.dataset.train_tokens)
         game = replace.start(e.model) if e.placement.every else {}
         train_state = state.create(
-            p.definition, p.tx, e.seed, ema=e.ema > 0, game=game, placed=p.placed
-        )
+            p.definition, p.tx, e.seed, ema=e.ema > 0, game=game, placed=p.placed,
+            host=e.offload == "optimizer",
+        )  # fmt: skip
         batches = p.dataset.train()
         if self.saver.latest() is not None:
             train_state, cursor = self.saver.restore(train_state)

@@ -12,7 +12,7 @@ from sparse_pretrain import config as configs
 from sparse_pretrain.model import lm
 from sparse_pretrain.optim import schedules
 from sparse_pretrain.planning import flops, memory
-from sparse_pretrain.sharding import apply
+from sparse_pretrain.sharding import apply, offload
 from sparse_pretrain.training import processes, progress
 
 TOKENIZER = "tokenizer.json"  # in the workdir
@@ -78,8 +78,18 @@ def prepare(experiment: configs.Experiment, workdir: Path | None = None) -> Prep
 def place(experiment: configs.Experiment) -> apply.Placed | None:
     """The experiment's plan on the devices of all processes; None for one device.
 
-    Errors: ValueError as of `processes.place`.
+    Errors: ValueError as of `processes.place`, and where the host cannot keep what it is to keep.
     """
+    here = jax.local_devices()[0]
+    if experiment.offload != "none":
+        offload.check(f"config.offload: {experiment.offload}", here)
+        spec.require(
+            not experiment.placement.every,
+            f"config.placement.every: {experiment.placement.every} moves experts' moments on the "
+            f"device, not with offload {experiment.offload}",
+        )
+    if experiment.model.remat == "offload":
+        offload.check("config.model.remat: offload", here)
     where = experiment.plan, experiment.mesh
     asked = {field: getattr(experiment, field) for field in apply.CHOICES}
     return processes.place(*where, experiment.accumulate, **asked)

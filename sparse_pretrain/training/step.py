@@ -10,7 +10,7 @@ import optax
 from sparse_pretrain import nn, optim, shapes
 from sparse_pretrain.games import prices
 from sparse_pretrain.model import lm
-from sparse_pretrain.sharding import apply
+from sparse_pretrain.sharding import apply, offload
 from sparse_pretrain.training import loss, partial, replace
 from sparse_pretrain.training import state as states
 from sparse_pretrain.training.state import TrainState
@@ -77,13 +77,15 @@ def make_train_step(
     train: str = "all",
     first: int = 0,
     placed: apply.Placed | None = None,
+    host: bool = False,
 ) -> Step:
     """The jitted step `(state, batch) -> (state, metrics)`; the state it is given is consumed.
 
     The rows of a batch are cut to `seq` tokens first, if that is not 0. With `train="indexer"` only
     what the attentions train by losses of their own moves, and prices do not; with `train="prices"`
     prices alone, by steps that shorten from step `first` on. `placed` is the plan that the state
-    and batches are laid out by, if they are.
+    and batches are laid out by, if they are; with `host` the optimizer's state comes from the
+    host's memory and goes back there.
 
     Metrics are device scalars: `loss` nats per token, `bits_per_byte`, `grad_norm`, `lr`,
     `tokens`, and for experts `load` per layer group, `max_vio` per layer, and `market`: the price
@@ -93,6 +95,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: shapes.Batch):
         batch = cut(batch, seq) if seq else batch
+        state = state._replace(opt=offload.fetched(state.opt)) if host else state
         mask = None
         if train != "all":
             own = train == "indexer"
@@ -137,8 +140,12 @@ def make_train_step(
             new = new._replace(router=partial.settled(state.router, router, state.step - first))
         return new, metrics
 
+    def alone(state: TrainState, batch: shapes.Batch):
+        new, metrics = step(state, batch)
+        return new._replace(opt=offload.put_back(new.opt)) if host else new, metrics
+
     if placed is None:
-        return jax.jit(step, donate_argnums=0)
+        return jax.jit(alone, donate_argnums=0)
 
     def laid(state: TrainState, batch: shapes.Batch):
         new, metrics = step(state, batch)
@@ -146,6 +153,7 @@ def make_train_step(
         hold = jax.lax.with_sharding_constraint
         # every process reads the metrics, so they are the same everywhere
         everywhere = jax.tree.map(lambda x: hold(x, placed.replicated), metrics)
-        return jax.tree.map(hold, new, where), everywhere
+        new = jax.tree.map(hold, new, where)
+        return new._replace(opt=offload.put_back(new.opt)) if host else new, everywhere
 
     return placed.jit(laid, donate_argnums=0)

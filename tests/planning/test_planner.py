@@ -128,6 +128,32 @@ def test_bytes_sent_by_hand(dense):
     assert far == pytest.approx(once.size / 450e9 + once.size * 8 / 15 / 8 / 50e9)
 
 
+def test_keys_are_gathered_or_go_round(dense):
+    """In all three passes of remat=full; gradients in bfloat16 at once, or in float32 by parts."""
+    definition, tokens = lm.define(dense.model), 8192
+
+    def received(devices, context):
+        load = network.Load(tokens, 1, 3, length=4096 * devices, context=context)
+        found = network.messages(
+            dense.model, definition, plans.find("fsdp_cp"), {"context": devices}, load
+        )
+        return next(m.size for m in found if m.what == "keys and values")
+
+    numbers = 8 * tokens * 2 * 512
+    assert received(4, "gather") == received(4, "auto") == 3 * 6 * numbers
+    assert received(4, "ring") == 3 * 10 * numbers
+    assert received(8, "ring") == received(8, "auto") == 7 * 10 * numbers
+    held = [
+        layout.working_bytes(
+            layout.shapes(dense.model, definition), dense.model, sizes={"context": n},
+            load=network.Load(tokens, 1, 3, length=4096 * n, context=how),
+        )
+        for how in ("gather", "ring") for n in (4, 8)
+    ]  # fmt: skip
+    assert held[1] - held[0] == pytest.approx(4 * layout.KEYS * tokens * 2 * 512)
+    assert held[2] == held[3] < held[1]
+
+
 def test_tokens_cross_once_to_each_group_they_may_use():
     sent = {}
     for name in ("deepseek/v3", "olmoe_1b_7b"):
@@ -139,6 +165,33 @@ def test_tokens_cross_once_to_each_group_they_may_use():
         sent[name] = next(m.size for m in found if m.what == "tokens")
     assert sent["deepseek/v3"] == 2 * 4 * 7168 * 58 * 4 * 7 / 8  # 4 of 8 groups, not 8 experts
     assert sent["olmoe_1b_7b"] == 2 * 4 * 2048 * 16 * 8 * 7 / 8
+
+
+def test_what_the_host_keeps_is_not_on_the_chip_and_takes_time(dense):
+    """But where the state, come back to be updated, is more than activations were."""
+    plan, sizes, fleet = plans.find("fsdp"), {"data": 1, "fsdp": 8}, chips.parse("h100:8")
+    host = dataclasses.replace(dense, offload="optimizer")
+    moments = 2 * 4 * sum(
+        math.prod(s) / network.cuts(plan, sizes, d, s, "stored")
+        for d, s in work.weights(lm.define(dense.model))
+    )  # fmt: skip
+    for rows, length, falls in ((4096, 512, True), (8, 32, False)):
+        pair = []
+        for experiment in (dense, host):
+            data = dataclasses.replace(experiment.data, batch=rows, seq=length)
+            asked = dataclasses.replace(experiment, data=data)
+            made = planner.Planner(planner.Problem(asked, fleet))
+            pair.append(made.evaluate(plan, sizes, 1, "full"))
+        there, here = pair
+        assert (there.host, here.host) == (0.0, pytest.approx(moments, rel=1e-5))
+        room = there.memory["activations"] + there.memory["buffers"]
+        expected = moments if falls else room
+        assert there.memory_per_chip - here.memory_per_chip == pytest.approx(expected, rel=1e-5)
+        slower = here.step.optimizer - there.step.optimizer
+        assert slower == pytest.approx(2 * moments / cost.HOST, rel=1e-5)
+    made = planner.Planner(planner.Problem(dense, fleet))
+    kept, moved = (made.evaluate(plan, sizes, 1, r) for r in ("dots", "offload"))
+    assert moved.memory["activations"] + moved.host == pytest.approx(kept.memory["activations"])
 
 
 # --- plans

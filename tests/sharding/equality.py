@@ -62,7 +62,8 @@ def batches(count):
 
 
 def losses(
-    model, plan="single", text="", *, accumulate=1, steps=20, optimizer="adamw", asked=None
+    model, plan="single", text="", *, accumulate=1, steps=20, optimizer="adamw", asked=None,
+    host=False,
 ):
     """(the loss of every step, the state after the last) under the plan, with what is asked."""
     definition = lm.define(model)
@@ -77,13 +78,16 @@ def losses(
         found = plans.find(plan)
         placed = apply.Placed(found, mesh.make(found, text), accumulate, **(asked or {}))
         placed.check(definition, rows=ROWS, length=LENGTH)
-    now = state.create(definition, tx, 0, ema=False, placed=placed)
+    now = state.create(definition, tx, 0, ema=False, placed=placed, host=host)
     run = step.make_train_step(
-        definition, model, tx, schedule=schedule, accumulate=accumulate, placed=placed
+        definition, model, tx, schedule=schedule, accumulate=accumulate, placed=placed, host=host
     )
     out = []
     for batch in batches(steps):
         batch = batch if placed is None else placed.put(batch, ROWS)
         now, told = run(now, batch)
         out.append(float(told["loss"]))
+    if host:
+        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(now.opt) if x.ndim}
+        assert kinds == {"pinned_host"}
     return np.array(out), jax.device_get(now.params)
