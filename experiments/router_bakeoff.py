@@ -40,10 +40,10 @@ Learned:  here balance hardly moves the loss: 0.3 % from the best learned router
           memory 0.98 was worse (0.83 on held-out text), since prices then trail the scores.
           Settled on still weights for 100 batches at the end (`:quantile,settled`), seed 0: 0.116
           to 0.072 on the unread text, the loss the same (1.8868); with python_packages and 244
-          batches 0.074. Still MISSED. The text itself is in the way: an expert's share of a batch varies
-          by 15 to 22 % (by half for the worst), so that over a million tokens, 245 batches, the
-          busiest of 128 is 3 % above its share by chance, with exact prices, and up to 8 % for the
-          one that varies most. Next: ten times the text, for settling and for scoring.
+          batches 0.074. Still MISSED. The text itself is in the way: an expert's share of a batch
+          varies by 15 to 22 % (by half for the worst), so that over a million tokens, 245
+          batches, the busiest of 128 is 3 % above its share by chance, with exact prices, and up
+          to 8 % for the one that varies most. Next: ten times the text, for settling and scoring.
 """
 
 from ml_collections import ConfigDict
