@@ -5,6 +5,9 @@ Command:  sparse-pretrain plan --config=deepseek/v3 --chips=h800:2048 --tokens=1
           sparse-pretrain train --config=deepseek/v3:tiny
 Source:   2412.19437 sections 2 and 4.2; the released config.json.
 Cost:     published: 2.664M H800 hours for 14.8T tokens. `tiny`: a minute on two cores.
+Compiled: `plan --compile` for 2,048 H800s (fsdp=64,expert=16,context=2 in three micro-batches) 57.3
+          GB a chip of 80, in 97 s on two cores; for v5p:8x16x16 (fsdp=64,expert=16,context=2 in
+          fifteen) 81.7 of 95 GB, in 214 s. jax 0.12.0.1; nothing has run on either.
 Differs:  batches are 15,360 rows from the start (published: 3,072, growing over 469B tokens); the
           rate decays once, by a cosine, over the last 4.8T tokens (published: to a tenth over
           4.3T, then constant in two steps); initial weights are scaled by fan-in (published: 0.006

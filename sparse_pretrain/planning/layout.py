@@ -17,17 +17,17 @@ KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers")
 
 # copies of a repeat's values that its backward pass holds at once: read off compiled programs
 # (experiments/benchmarks/compiled_memory.py)
-WORKING = 3.0
+WORKING = 2.5
 # bytes of attention at work for each number of keys and values that it reads, a row's even where
 # context parallelism holds a part of it: their gradients in float32, and copies in other orders
-KEYS = 14.0
+KEYS = 10.0
 # the same of keys that go round a ring, of one part alone: as much as of 3.7 parts gathered, by
 # the temporaries noted at sharding/ring.py's PARTS
 RING_KEYS = 3.7 * KEYS
 
 # numbers kept without remat for each that a product writes: norms, rotations, gates and scores
 # beside them; read off one program, DeepSeek-V3 on TPU v5p
-KEPT = 1.8
+KEPT = 2.4
 
 
 class State(NamedTuple):
