@@ -239,7 +239,8 @@ def scaled_matmul(x, w, layout=None, *, power_of_two=False):
     R = rows.shape[0]
     # whole tiles: the last rows of a tile that reach beyond an array would be read as they are
     rows = jnp.pad(rows, ((0, -R % TILE), (0, 0)))
-    layout = Layout(jnp.full(1, R, jnp.int32), jnp.zeros(1, jnp.int32), jnp.asarray(True),
-                    rows.shape[0], TILE)
+    layout = Layout(sizes=jnp.full(1, R, jnp.int32), starts=jnp.zeros(1, jnp.int32),
+                    uniform=jnp.asarray(True), broad=jnp.asarray(False), rows=rows.shape[0],
+                    block=TILE, wide=0)
     y = _grouped(rows, w[None], layout, power_of_two)[:R]
     return y.reshape(*x.shape[:-1], w.shape[-1])

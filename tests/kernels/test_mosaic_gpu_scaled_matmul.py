@@ -90,7 +90,7 @@ def test_stages_fit_in_shared_memory(itemsize, vectors):
 def _arguments(dtype="bfloat16", D=200, block=128):
     shape = jax.ShapeDtypeStruct
     whole = shape((4,), jnp.int32)
-    layout = Layout(whole, whole, shape((), bool), 4 * block, block)
+    layout = Layout(whole, whole, *[shape((), bool)] * 2, 4 * block, block, 0)
     return shape((4 * block, D), dtype), shape((4, D, 100), "float32"), layout
 
 
