@@ -7,6 +7,7 @@ line that names a key that was edited.
 """
 
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -260,7 +261,10 @@ def _small(experiment):
     """Whether a configuration trains in seconds."""
     model, rows = experiment.model, experiment.tokens_per_step
     steps = experiment.steps_of(0)
-    return rows <= 1024 and 0 < steps <= 8 and model.layers <= 4 and model.width <= 128
+    if not (rows <= 1024 and 0 < steps <= 8 and model.layers <= 4 and model.width <= 128):
+        return False
+    shapes_of = lm.define(dataclasses.replace(model, vocab=model.vocab or 4096)).shapes
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes_of)) <= 1 << 24  # a gigabyte at most
 
 
 def outcome(tree, keys, folder):
