@@ -7,7 +7,7 @@ arrays, so jit, grad, scan, optax and orbax see nothing of flax.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -176,50 +176,70 @@ def stack(build: Callable[[Keys], Module], repeats: int, keys: Keys) -> Module:
     return nnx.merge(definition.graphdef, _fill(p, params), _fill(q, prices))
 
 
-def scan_layers(
+class Layers(NamedTuple):
+    """A stack's layers: `run(carry, (params, fixed) of one layer, extra) -> (carry, out)`.
+
+    Shapes: the leaves of `params`, which are trained, and of `fixed` lead with N.
+    """
+
+    run: Callable[[Any, Any, Any], tuple[Any, Any]]
+    params: Any
+    fixed: Any
+
+
+def layers(
     stacks: Sequence[Module],
     call: Callable[..., tuple[Any, Any]],
-    carry: Any,
-    *,
-    scan: bool,
-    extra: Any = None,
-    rows: Any = None,
     wrap: Callable[[Callable], Callable] = lambda f: f,
-) -> tuple[Any, Any]:
-    """Runs `call(modules_of_layer_n, carry, n) -> (carry, out)` over the stacked dim N.
+) -> Layers:
+    """The Layers of `call(modules_of_layer_n, carry, n) -> (carry, out)` over stacked modules.
 
-    With `extra`, arrays that also lead with N, the call is `call(modules, carry, n, extra_n)`; with
-    `rows`, arrays of a batch's rows that all layers read, `call(modules, carry, n, rows)`. A plan
-    may then send the rows through in parts, with sums over the parts in what `call` adds and tells.
-    `wrap` is applied to the body of one repeat (rematerialisation). With `scan=False` the loop is
-    unrolled, which compiles longer and runs the same.
+    With `extra`, the call is `call(modules, carry, n, extra)`. `wrap` is applied to the body of one
+    repeat (rematerialisation).
     """
     parts = [nnx.split(m, nnx.Param, Price) for m in stacks]
-    arrays = [(nnx.to_pure_dict(p), nnx.to_pure_dict(q)) for _, p, q in parts]
+    params = [nnx.to_pure_dict(p) for _, p, _ in parts]
+    prices = [nnx.to_pure_dict(q) for _, _, q in parts]
+    repeats = jax.tree.leaves(params)[0].shape[0]
+
+    def run(carry, xs, extra):
+        own, (more, n) = xs
+        modules = [
+            nnx.merge(g, _fill(p, pa), _fill(q, qa))
+            for (g, p, q), pa, qa in zip(parts, own, more, strict=True)
+        ]
+        return call(modules, carry, n) if extra is None else call(modules, carry, n, extra)
+
+    return Layers(wrap(run), params, (prices, jnp.arange(repeats)))
+
+
+def scan_layers(
+    stack: Layers, carry: Any, *, scan: bool, extra: Any = None, rows: Any = None
+) -> tuple[Any, Any]:
+    """Runs the layers one after the other over the stacked dim N.
+
+    A layer is given its part of `extra`, arrays that also lead with N, or all of `rows`, arrays of
+    a batch's rows. A plan may send rows through in parts, with sums over the parts in what a layer
+    adds and tells. With `scan=False` the loop is unrolled, which compiles longer and runs the same.
+    """
+    run, arrays = stack.run, (stack.params, stack.fixed)
     repeats = jax.tree.leaves(arrays)[0].shape[0]
 
     def body(carry, xs, rows=rows):
-        layer, n, more = xs
-        more = rows if rows is not None else more
-        modules = [
-            nnx.merge(g, _fill(p, pa), _fill(q, qa))
-            for (g, p, q), (pa, qa) in zip(parts, layer, strict=True)
-        ]
-        return call(modules, carry, n) if more is None else call(modules, carry, n, more)
+        layer, more = xs
+        return run(carry, layer, rows if rows is not None else more)
 
-    body = wrap(body)
     placed = apply.current()
-    if placed is not None and placed.stages > 1 and rows is not None:
-        return pipeline.through(placed, body, (arrays, jnp.arange(repeats), None), carry, rows)
+    if placed is not None and placed.piped and rows is not None:
+        return pipeline.through(placed, body, (arrays, None), carry, rows)
     if scan and repeats > 1:
-        return jax.lax.scan(body, carry, (arrays, jnp.arange(repeats), extra))
+        return jax.lax.scan(body, carry, (arrays, extra))
     outs = []
     # split and not indexed: its gradient is one concatenation, not a sum of padded arrays
     leaves, tree = jax.tree.flatten((arrays, extra))
     columns = [jax.lax.split(a, (1,) * repeats) for a in leaves]
     for n in range(repeats):
         row = [jax.lax.squeeze(column[n], (0,)) for column in columns]
-        layer, more = jax.tree.unflatten(tree, row)
-        carry, out = body(carry, (layer, n, more))
+        carry, out = body(carry, jax.tree.unflatten(tree, row))
         outs.append(out)
     return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outs)

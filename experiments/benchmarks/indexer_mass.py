@@ -109,7 +109,7 @@ def measure(config: lm.Config, params, prices, top: int):
                     x = through(block, reading, x)
                 return x, ()
 
-            lm.nn.scan_layers(stacks, repeat, x, scan=False)
+            lm.nn.scan_layers(lm.nn.layers(stacks, repeat), x, scan=False)
         return [jnp.stack(part) for part in zip(*told, strict=True)]
 
     return lambda batch: jax.device_get(call(params, prices, batch))

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparse_pretrain import nn
-from sparse_pretrain.model import lm
+from sparse_pretrain.model import decode
 
 
 def sample(
@@ -35,14 +35,14 @@ def _generate(definition, params, prices, prompt_P, tokens, temperature, top_p, 
 
     def step(carry, position):
         cache, token, key = carry
-        logits, cache = lm.decode(model, token, cache, position)
+        logits, cache = decode.decode(model, token, cache, position)
         key, use = jax.random.split(key)
         sampled = sample(logits, use, temperature, top_p)
         known = prompt_P[jnp.minimum(position + 1, prompt_P.shape[0] - 1)]
         token = jnp.where(position + 1 < prompt_P.shape[0], known, sampled)
         return (cache, token, key), token[0]
 
-    carry = (lm.init_cache(model, 1, length), prompt_P[:1], key)
+    carry = (decode.init_cache(model, 1, length), prompt_P[:1], key)
     _, out = jax.lax.scan(step, carry, jnp.arange(length - 1))
     return out[prompt_P.shape[0] - 1 :]
 

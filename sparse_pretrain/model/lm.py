@@ -1,8 +1,8 @@
 """The language model: embedding, a prefix of blocks, a repeated pattern of blocks, a head."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from sparse_pretrain.model.mtp import Config as MTPConfig
 from sparse_pretrain.model.precision import Config as PrecisionConfig
 from sparse_pretrain.model.residual import PlainConfig
 from sparse_pretrain.model.transfer import Config as TransferConfig
-from sparse_pretrain.shapes import AnyArray, Position
+from sparse_pretrain.shapes import AnyArray
 from sparse_pretrain.sharding import ops
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32, "float64": jnp.float64}
@@ -128,6 +128,43 @@ def _embed_backward(residuals, dy):
 embed.defvjp(_embed_forward, _embed_backward)
 
 
+class Told(NamedTuple):
+    """What a part of the model tells: its routers' reports by layer group, and the losses of their
+    balance and of the attentions' own training, summed over its layers.
+    """
+
+    reports: dict[str, Any]
+    balance: Any = 0.0
+    own: Any = 0.0
+
+    def add(self, group: str, report: Any, own: Any) -> "Told":
+        """With one more layer."""
+        reports = {**self.reports, group: report}
+        return Told(reports, self.balance + report.balance, self.own + own)
+
+
+def told(sums: Any, out: Any, parts: int = 1) -> Told:
+    """What the repeats tell, from sums over `parts` of a batch: means over one are over all."""
+    reports = {}
+    for i, report in enumerate(out):
+        market = jax.tree.map(lambda v: v / parts, report.market)
+        reports[f"stack_{i}"] = report._replace(market=market)
+    return Told(reports, sums[0] / parts, sums[1] / parts)
+
+
+def aux(parts: Sequence[Told], ahead: Any = ()) -> shapes.Aux:
+    """What a model returns beside its hidden states, from what its parts tell."""
+    reports = {group: report for part in parts for group, report in part.reports.items()}
+    load = {group: r.load for group, r in reports.items() if r.load.size}
+    market = {group: r.market for group, r in reports.items() if r.market}
+    balance, own = (sum(getattr(part, f) for part in parts) for f in ("balance", "own"))
+    return shapes.Aux(load, balance, market, own, ahead)
+
+
+def _context(batch: shapes.Batch, train: bool) -> base.Context:
+    return base.Context(batch.segments, batch.positions, batch.tokens, train)
+
+
 class LM(nn.Module):
     """Causal decoder.
 
@@ -161,57 +198,92 @@ class LM(nn.Module):
             setattr(self, f"mtp_{k}", mtp.Module(c.blocks[c.mtp_block], c.width, keys, **given))
         self.end = residual.end(c.residual, c.width, keys, eps=c.norm_eps)
 
-    @precision.kept
     def __call__(
         self, batch: shapes.Batch, *, train: bool = False
     ) -> tuple[Float[Array, "B L D"], shapes.Aux]:
-        c, dtype = self.config, DTYPES[self.config.dtype]
-        context = base.Context(batch.segments, batch.positions, batch.tokens, train)
-        x = embedding = ops.embed(embed, nn.stored(self.embedding), batch.tokens).astype(dtype)
-        x = residual.spread(c.residual, x)
-        reports, zero = {}, jnp.zeros((), jnp.float32)
-        losses = (zero, zero)  # balance of the routers, own losses of the attentions
+        x, embedding, first = self.enter(batch, train=train)
+        x, middle = self.through(x, batch, train=train)
+        hidden, ahead, last = self.leave(x, batch, embedding, train=train)
+        return hidden, aux((first, middle, last), ahead)
+
+    @precision.kept
+    def enter(
+        self, batch: shapes.Batch, *, train: bool
+    ) -> tuple[Float[Array, "B L *R D"], Float[Array, "B L D"], Told]:
+        """(what the repeated pattern reads, the embedding, what the prefix tells)."""
+        c = self.config
+        context = _context(batch, train)
+        embedding = self._embed(batch.tokens)
+        x = residual.spread(c.residual, embedding)
+        told = Told({})
         for i in range(len(c.prefix)):
             layer = getattr(self, f"prefix_{i}")
             x, report, own = ops.kept_apart(lambda x, layer=layer: layer(x, context))(x)
-            reports[f"prefix_{i}"] = report
-            losses = (losses[0] + report.balance, losses[1] + own)
+            told = told.add(f"prefix_{i}", report, own)
+        return x, embedding, told
+
+    @precision.kept
+    def through(
+        self, x: Float[Array, "B L *R D"], batch: shapes.Batch, *, train: bool
+    ) -> tuple[Float[Array, "B L *R D"], Told]:
+        """The repeated pattern."""
+        c = self.config
+        if not c.repeats:
+            return x, Told({})
+        zero = jnp.zeros((), jnp.float32)
+        (x, sums), out = nn.scan_layers(
+            self.layers(train=train), (x, (zero, zero)), scan=c.scan,
+            rows=_context(batch, train)[:3],
+        )
+        return x, told(sums, out, ops.microbatches())
+
+    def layers(self, *, train: bool) -> nn.Layers:
+        """The repeats; each carries (x, (balance of the routers, own losses of the attentions))."""
 
         def repeat(modules, carry, n, rows):
             del n
-            x, losses = carry
+            x, (balance, own) = carry
             context = base.Context(*rows, train)
-            told = []
+            out = []
             for module in modules:
-                x, report, own = module(x, context)
-                told.append(report)
-                losses = (losses[0] + report.balance, losses[1] + own)
-            return (x, losses), told
+                x, report, loss = module(x, context)
+                out.append(report)
+                balance, own = balance + report.balance, own + loss
+            return (x, (balance, own)), out
 
-        if c.repeats:
-            stacks = [getattr(self, f"stack_{i}") for i in range(len(c.pattern))]
-            (x, more), told = nn.scan_layers(
-                stacks, repeat, (x, (zero, zero)), scan=c.scan, rows=context[:3],
-                wrap=_remat(c.remat),
-            )
-            parts = ops.microbatches()  # what are means over one are summed over all
-            losses = (losses[0] + more[0] / parts, losses[1] + more[1] / parts)
-            for i in range(len(c.pattern)):
-                market = jax.tree.map(lambda v: v / parts, told[i].market)
-                reports[f"stack_{i}"] = told[i]._replace(market=market)
+        stacks = [getattr(self, f"stack_{i}") for i in range(len(self.config.pattern))]
+        return nn.layers(stacks, repeat, _remat(self.config.remat))
+
+    @precision.kept
+    def leave(
+        self,
+        x: Float[Array, "B L *R D"],
+        batch: shapes.Batch,
+        embedding: Float[Array, "B L D"] | None = None,
+        *,
+        train: bool,
+    ) -> tuple[Float[Array, "B L D"], tuple[Float[Array, "B L D"], ...], Told]:
+        """(hidden states before the head, those that predict further ahead, what their layers
+        tell); without the embedding it is looked up again where it is needed.
+        """
+        c = self.config
+        context, told = _context(batch, train), Told({})
         hidden, ahead = self.norm(x if self.end is None else self.end(x)), []
         x = hidden
-        for k in range(c.mtp.depth if train else 0):
+        depth = c.mtp.depth if train else 0
+        if embedding is None:
+            embedding = self._embed(batch.tokens) if depth else hidden
+        for k in range(depth):
             module = getattr(self, f"mtp_{k}")
             here = context._replace(valid=mtp.known(batch.segments, k + 1))
             run = _remat(c.remat)(lambda *pair, m=module, here=here: m.ahead(*pair, here))
             x, report, own = run(x, mtp.later(embedding, k + 1))
-            reports[f"mtp_{k}"] = report
-            losses = (losses[0] + report.balance, losses[1] + own)
+            told = told.add(f"mtp_{k}", report, own)
             ahead.append(module.norm(x))
-        load = {k: r.load for k, r in reports.items() if r.load.size}
-        market = {k: r.market for k, r in reports.items() if r.market}
-        return hidden, shapes.Aux(load, losses[0], market, losses[1], tuple(ahead))
+        return hidden, tuple(ahead), told
+
+    def _embed(self, tokens: Int[AnyArray, "B L"]) -> Float[Array, "B L D"]:
+        return ops.embed(embed, nn.stored(self.embedding), tokens).astype(DTYPES[self.config.dtype])
 
     def head_weight(self, dtype: Any = None) -> tuple[jax.Array, str]:
         """(the output matrix, its layout 'DV' or 'VD'); `dtype` is what its reader rounds it to."""
@@ -221,52 +293,6 @@ class LM(nn.Module):
                 return nn.read(self.embedding) * gain, "VD"
             return nn.read(self.embedding, dtype), "VD"
         return nn.read(self.head, dtype), "DV"
-
-
-def init_cache(model: LM, batch: int, length: int) -> dict[str, Any]:
-    """Room for `length` tokens in every layer's own cache; stacked layers lead with dim N."""
-    c, dtype = model.config, DTYPES[model.config.dtype]
-    cache = {}
-    for group, name in main_names(c).items():
-        sizes = block.cache_shapes(c.blocks[name], c.width, batch, length)
-        lead = (c.repeats,) if group.startswith("stack_") else ()
-        cache[group] = {k: jnp.zeros((*lead, *size), dtype) for k, size in sizes.items()}
-    return cache
-
-
-@precision.kept
-def decode(
-    model: LM, token_B: Int[AnyArray, " B"], cache: dict[str, Any], position: Position
-) -> tuple[Float[Array, "B V"], dict]:
-    """Logits [B, V] float32 after `token_B` at `position` [], and the cache that holds it."""
-    c, dtype = model.config, DTYPES[model.config.dtype]
-    x = nn.read(model.embedding)[token_B[:, None]].astype(dtype)
-    x, new = residual.spread(c.residual, x), dict(cache)
-    for i in range(len(c.prefix)):
-        name = f"prefix_{i}"
-        x, new[name] = getattr(model, name).decode(x, cache[name], position, token_B[:, None])
-    if c.repeats:
-        names = [f"stack_{i}" for i in range(len(c.pattern))]
-
-        def repeat(modules, x, n, layer_cache):
-            del n
-            out = []
-            for module, part in zip(modules, layer_cache, strict=True):
-                x, part = module.decode(x, part, position, token_B[:, None])
-                out.append(part)
-            return x, out
-
-        stacks = [getattr(model, name) for name in names]
-        x, out = nn.scan_layers(
-            stacks, repeat, x, scan=c.scan, extra=[cache[name] for name in names]
-        )
-        new |= dict(zip(names, out, strict=True))
-    x = model.norm(x if model.end is None else model.end(x))[:, 0].astype(jnp.float32)
-    head, layout = model.head_weight()
-    logits = jnp.einsum("bd,dv->bv" if layout == "DV" else "bd,vd->bv", x, head)
-    if c.softcap:
-        logits = c.softcap * jnp.tanh(logits / c.softcap)
-    return logits, new
 
 
 def _remat(policy: str):

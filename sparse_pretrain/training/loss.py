@@ -35,18 +35,30 @@ def loss_sums(definition, params, prices, batch: shapes.Batch, weight, parts: in
     """
     model = definition.merge(params, prices)
     hidden, aux = model(batch, train=True)
+    loss, report = head_sums(model, hidden, aux.ahead, batch, weight)
+    return loss + (aux.balance + aux.own) / parts, report | aux_sums(model.config, aux, parts)
+
+
+def head_sums(model: lm.LM, hidden, ahead, batch: shapes.Batch, weight):
+    """The share of the loss that is taken on targets, and what to report of it.
+
+    Shapes: hidden, and each of `ahead`, [B, L, D].
+    """
     total, nats = token_losses(model, hidden, batch)
-    loss = total / weight + (aux.balance + aux.own) / parts
-    told = []
-    for depth, further in enumerate(aux.ahead, 1):
+    loss, told = total / weight, []
+    for depth, further in enumerate(ahead, 1):
         goal = mtp.targets(batch, depth)
         total, each = token_losses(model, further, goal)
-        loss = loss + model.config.mtp.weight / len(aux.ahead) * total / weight
+        loss = loss + model.config.mtp.weight / len(ahead) * total / weight
         told.append((jnp.sum(each * goal.weights), jnp.sum(goal.weights)))
-    market = jax.tree.map(lambda v: v / parts, aux.market)  # summed over parts: their mean
-    report = {"nats": jnp.sum(nats * batch.weights), "load": aux.load, "market": market}
-    if lm.trains_own(model.config):
-        report["indexer_loss"] = aux.own / parts
+    report: dict = {"nats": jnp.sum(nats * batch.weights)}
     if told:
         report["mtp"] = tuple(jnp.stack(sums) for sums in zip(*told, strict=True))
     return loss, report
+
+
+def aux_sums(config: lm.Config, aux: shapes.Aux, parts: int) -> dict:
+    """What to report of the layers; `aux` of one of `parts` micro-batches, or summed over all."""
+    market = jax.tree.map(lambda v: v / parts, aux.market)  # summed over parts: their mean
+    report = {"load": aux.load, "market": market}
+    return report | ({"indexer_loss": aux.own / parts} if lm.trains_own(config) else {})

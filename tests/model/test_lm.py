@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparse_pretrain import nn, shapes
-from sparse_pretrain.model import layers, lm
+from sparse_pretrain.model import decode, layers, lm
 from sparse_pretrain.optim import groups
 from sparse_pretrain.planning import flops
 from sparse_pretrain.training import loss
@@ -92,10 +92,10 @@ def test_decoding_equals_the_parallel_forward(tied, rng):
     batch = shapes.Batch(ids, ids, ones, positions, ones.astype(np.float32), ones, ones * 0)
     parallel = _logits(definition, params, prices, batch)
     model = definition.merge(params, prices)
-    cache = lm.init_cache(model, 2, length)
-    decode = jax.jit(lambda token, cache, t: lm.decode(model, token, cache, t))
+    cache = decode.init_cache(model, 2, length)
+    one = jax.jit(lambda token, cache, t: decode.decode(model, token, cache, t))
     for t in range(length):
-        logits, cache = decode(jnp.asarray(ids[:, t]), cache, t)
+        logits, cache = one(jnp.asarray(ids[:, t]), cache, t)
         np.testing.assert_allclose(logits, parallel[:, t], atol=2e-5)
 
 
@@ -138,10 +138,10 @@ def test_documents_do_not_mix_in_a_convolution_and_decoding_equals_it(batch, rng
     alone = shapes.Batch(ids, ids, ones, at, ones.astype(np.float32), ones, ones * 0)
     parallel = _logits(definition, params, prices, alone)
     model = definition.merge(params, prices)
-    cache = lm.init_cache(model, 2, 6)
-    decode = jax.jit(lambda token, cache, t: lm.decode(model, token, cache, t))
+    cache = decode.init_cache(model, 2, 6)
+    one = jax.jit(lambda token, cache, t: decode.decode(model, token, cache, t))
     for t in range(6):
-        logits, cache = decode(jnp.asarray(ids[:, t]), cache, t)
+        logits, cache = one(jnp.asarray(ids[:, t]), cache, t)
         np.testing.assert_allclose(logits, parallel[:, t], atol=2e-5)
 
 

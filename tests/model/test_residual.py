@@ -14,7 +14,7 @@ from kernels_pallas.op import prefer
 from kernels_pallas.sinkhorn import sinkhorn
 from sparse_pretrain import nn, shapes
 from sparse_pretrain.attention import full
-from sparse_pretrain.model import block, ffn, lm, mtp, residual
+from sparse_pretrain.model import block, decode, ffn, lm, mtp, residual
 from sparse_pretrain.optim import adamw
 from sparse_pretrain.planning import flops, memory
 from sparse_pretrain.sharding import ops
@@ -147,10 +147,10 @@ def test_streams_that_are_mixed_evenly_are_one_stream(rng):
     model = definition.merge(params, {})
     hidden = jax.jit(lambda: model(alone)[0])()
     logits = np.einsum("bld,dv->blv", hidden, params["head"])
-    cache = lm.init_cache(model, 2, 5)
-    decode = jax.jit(lambda token, cache, t: lm.decode(model, token, cache, t))
+    cache = decode.init_cache(model, 2, 5)
+    one = jax.jit(lambda token, cache, t: decode.decode(model, token, cache, t))
     for t in range(5):
-        out, cache = decode(jnp.asarray(ids[:, t]), cache, t)
+        out, cache = one(jnp.asarray(ids[:, t]), cache, t)
         np.testing.assert_allclose(out, logits[:, t], atol=2e-5)
 
 
