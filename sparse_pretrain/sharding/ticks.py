@@ -158,9 +158,9 @@ def _order(schedule: str, S: int, M: int, stage: int) -> list[int]:
     for _ in range(M - warm):
         out.append(BACKWARD)
         after += 1
-        if schedule == "zero_bubble" and after > stage:  # so that no stage has more in flight
-            out.append(WEIGHTS)
         out.append(FORWARD)
+        if schedule == "zero_bubble" and after > stage:  # so that no stage has more to do later
+            out.append(WEIGHTS)
     return out
 
 
@@ -172,6 +172,10 @@ def table(schedule: str, stages: int, microbatches: int) -> Table:
 
     Errors: ValueError naming the schedules that there are.
     Source: 1F1B 2104.04473, section 2.2; ZB-H1 2401.10241, section 2.1.
+    Differs: of ZB-H1's WEIGHTS and FORWARD the FORWARD is first. The ticks are the same, and so is
+        the room that a device needs for inputs and for what waits, S micro-batches each; but the
+        next stage waits for a FORWARD, and where WEIGHTS is shorter the published order loses the
+        difference with every micro-batch. From FORWARD to WEIGHTS S + 1 are in flight, not S.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"pipeline: {schedule!r} is not one of {', '.join(SCHEDULES)}")

@@ -54,8 +54,9 @@ def test_unequal_ops_take_the_formulas_time_too(S, M):
     for f, b in ((1, 3), (1, 2), (2, 5), (1, 1.5)):
         for name in ("gpipe", "1f1b"):
             assert ticks.table(name, S, M).seconds(f, b) == pytest.approx((M + S - 1) * (f + b))
-    found = ticks.table("zero_bubble", S, M).seconds(1, 2, 1)
-    assert found == pytest.approx(4 * M + (S - 1) * (1 + 2 - 1))
+    for f, b, w in ((1, 2, 1), (2, 5, 1), (1, 2.6, 0.4)):
+        found = ticks.table("zero_bubble", S, M).seconds(f, b, w)
+        assert found == pytest.approx(M * (f + b + w) + (S - 1) * (f + b - w))
 
 
 @pytest.mark.parametrize(("S", "M"), SIZES)
@@ -66,7 +67,7 @@ def test_no_stage_has_more_in_flight_than_its_schedule_allows(S, M):
     assert found.slots <= min(S, M)
     assert found.delayed == 0
     found = ticks.table("zero_bubble", S, M)
-    assert max(found.in_flight) <= min(S, M), "as 1F1B's first stage, 2401.10241, section 2.1"
+    assert max(found.in_flight) <= min(S + 1, M), "one more than 2401.10241, section 2.1: see table"
     assert found.slots <= min(S, M)
     assert found.delayed <= min(S, M)
 
