@@ -96,9 +96,9 @@ class Experiment(spec.Config):
     for one epoch of the data; `accumulate` micro-batches per step; `ema` decay per step of the
     averaged weights, 0 for none; `plan` and `mesh` (such as fsdp=2,expert=4) how the run is spread
     over devices, see `sharding.plans`, or plan=auto; `exchange` how tokens travel to experts, auto,
-    padded or ragged, `context` how keys reach the parts of a row, auto, gather or ring; `offload`
-    what waits in the host's memory, none or optimizer; `init_from` a workdir whose weights the run
-    starts from, with @best or @STEP.
+    padded or ragged, `context` how keys reach the parts of a row, auto, gather or ring, `pipeline`
+    how stages take turns, see `sharding.ticks`; `offload` what waits in the host's memory, none or
+    optimizer; `init_from` a workdir the run starts from the weights of, with @best or @STEP.
     """
 
     name: str
@@ -109,6 +109,7 @@ class Experiment(spec.Config):
     ema: float = 0.0
     plan: str = "single"
     mesh: str = ""
+    pipeline: str = "auto"
     exchange: str = "auto"
     context: str = "auto"
     offload: str = "none"
@@ -152,8 +153,7 @@ class Experiment(spec.Config):
         )
         self._check_blocks()
         self._check_placement()
-        steps = self.steps_of(0)
-        if steps:
+        if steps := self.steps_of(0):
             self.check_schedule(steps)
 
     @property

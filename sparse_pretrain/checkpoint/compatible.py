@@ -10,8 +10,8 @@ FREE = ("checkpoint", "log", "eval", "sample", "name", "workdir")
 FREE_KEYS = ("data.cache",)  # where prepared text is kept
 # A longer run stretches the schedule, and another split of the work rounds differently: allowed,
 # and said.
-NOTED = ("steps", "tokens", "accumulate", "plan", "mesh", "exchange", "context", "offload",
-         "model.remat")  # fmt: skip
+NOTED = ("steps", "tokens", "accumulate", "plan", "mesh", "exchange", "context", "pipeline",
+         "offload", "model.remat")  # fmt: skip
 
 
 def differing(saved: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -18,6 +18,8 @@ EXAMPLES = """examples:
       --config.data.tokenizer=file:runs/quickstart/tokenizer.json --workdir=runs/notes
   sparse-pretrain train --init-from=runs/quickstart@best --workdir=runs/again
   sparse-pretrain train --plan=fsdp_ep --mesh=fsdp=2,expert=4 --cpu-devices=8
+  sparse-pretrain train --plan=fsdp_pp --mesh=pipe=4 --pipeline=zero_bubble \
+      --config.accumulate=8 --cpu-devices=4
 
 The same command again resumes an interrupted run. `sparse-pretrain config` lists every key.
 """
@@ -48,6 +50,12 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
         metavar="AXIS=N,..",
         help="devices along each axis, such as fsdp=2,expert=4; rows take what is left out; "
         "short for --config.mesh",
+    )
+    group.add_argument(
+        "--pipeline",
+        metavar="NAME",
+        help="how a plan's stages take turns: auto, 1f1b, zero_bubble or gpipe; short for "
+        "--config.pipeline",
     )
     group.add_argument(
         "--cpu-devices", metavar="N", type=int, default=0,
@@ -99,7 +107,7 @@ def resolve(args: argparse.Namespace):
         shorthand.append(f"data.source={args.data}")
     if args.init_from is not None:
         shorthand.append(f"init_from={args.init_from}")
-    for name in ("plan", "mesh"):
+    for name in ("plan", "mesh", "pipeline"):
         if getattr(args, name, None) is not None:
             shorthand.append(f"{name}={getattr(args, name)}")
     return config.resolve(args.config, [*shorthand, *args.overrides])

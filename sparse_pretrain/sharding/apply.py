@@ -16,19 +16,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sparse_pretrain.sharding import peers, plans
+from sparse_pretrain.sharding import peers, plans, ticks
 
 # What a run may ask for beside its plan, by field.
-CHOICES = {"exchange": ("auto", "padded", "ragged"), "context": ("auto", "gather", "ring")}
+CHOICES = {
+    "exchange": ("auto", "padded", "ragged"),
+    "context": ("auto", "gather", "ring"),
+    "pipeline": ticks.ASKED,
+}
 _CURRENT: contextvars.ContextVar["Placed | None"] = contextvars.ContextVar("placed", default=None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placed:
-    """A plan on a mesh. `microbatches` go through a pipeline per step; `exchange` is how tokens
-    travel to experts and `context` how keys reach the parts of a row, each one of CHOICES; `manual`
-    axes are those that a surrounding shard_map has
-    already taken (only the pipeline's own code sets them).
+    """A plan on a mesh. `microbatches` go through a pipeline per step, by the schedule `pipeline`;
+    `exchange` is how tokens travel to experts and `context` how keys reach the parts of a row, each
+    one of CHOICES; `manual` axes are those that a surrounding shard_map has already taken (only the
+    pipeline's own code sets them).
     """
 
     plan: plans.Plan
@@ -36,6 +40,7 @@ class Placed:
     microbatches: int = 1
     exchange: str = "auto"
     context: str = "auto"
+    pipeline: str = "auto"
     manual: frozenset[str] = frozenset()
 
     @functools.cached_property
@@ -47,6 +52,16 @@ class Placed:
     def stages(self) -> int:
         """Stages of the pipeline, 1 without one."""
         return self.sizes.get("pipe", 1)
+
+    @property
+    def schedule(self) -> str:
+        """The schedule of the pipeline."""
+        return ticks.chosen(self.pipeline, self.sizes.get("context", 1))
+
+    @property
+    def piped(self) -> bool:
+        """Whether layers are to be sent through a pipeline, which is not at work yet."""
+        return self.stages > 1 and "pipe" not in self.manual
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -209,6 +224,8 @@ class Placed:
         Errors: ValueError of one line naming the axis, what it does not divide, and what fits.
         """
         n, name = self.sizes, self.plan.name
+        if self.stages > 1:
+            ticks.chosen(self.pipeline, n.get("context", 1))
         for dims, shape, path in _listed(definition):
             for dim, size in zip(dims, shape, strict=True):
                 whole = {"E": "experts", "N": "layers of the pattern", "H": "heads"}.get(dim)

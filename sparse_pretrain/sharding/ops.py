@@ -93,7 +93,7 @@ def products_on_host() -> Callable:
 def microbatches() -> int:
     """Into how many parts a pipeline cuts a batch; 1 without one."""
     placed = apply.current()
-    return placed.microbatches if placed is not None and placed.stages > 1 else 1
+    return placed.microbatches if placed is not None and placed.piped else 1
 
 
 def exchange() -> str:

@@ -1,4 +1,7 @@
-"""A pipeline of layers: stages along the axis `pipe`, micro-batches through them in one program.
+"""GPipe's pipeline of layers: stages along `pipe`, micro-batches through them in one program.
+
+For forward passes alone, and for training where `pipeline=gpipe`; scheduled.py has the schedules
+that take the gradient as they go.
 
 Every device of a stage holds its layers. At each tick a stage runs the micro-batch that it has and
 hands it on (`ppermute`); M micro-batches are through S stages after M + S - 1 ticks. The gradient
@@ -6,6 +9,7 @@ runs the same ticks backwards. A stage keeps what came in, for each micro-batch,
 rest again: one more forward pass.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from sparse_pretrain.sharding import apply
-
-AXIS = "pipe"
+from sparse_pretrain.sharding import apply, scheduled
+from sparse_pretrain.sharding.scheduled import AXIS
 
 
 def through(
@@ -31,12 +34,7 @@ def through(
     x, sums = carry
     M, S = placed.microbatches, placed.stages
     inner = placed.inside(AXIS)
-
-    def deal(a):
-        """[M, B / M, ..], micro-batch i the rows i, i + M, .. as in gradient accumulation."""
-        a = jnp.swapaxes(jnp.reshape(a, (a.shape[0] // M, M, *a.shape[1:])), 0, 1)
-        spec = inner.spec(".BL" + "." * (a.ndim - 3), a.shape)
-        return jax.lax.with_sharding_constraint(a, spec)
+    deal = functools.partial(scheduled.deal, inner, M)
 
     def stages(arrays, x_MxBxLxD, rows_M):
         with inner.naming():

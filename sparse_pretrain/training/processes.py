@@ -99,8 +99,9 @@ def lead() -> bool:
 
 
 def place(
-    plan: str, text: str, microbatches: int, exchange: str = "auto", context: str = "auto"
-) -> apply.Placed | None:
+    plan: str, text: str, microbatches: int, exchange: str = "auto", context: str = "auto",
+    pipeline: str = "auto",
+) -> apply.Placed | None:  # fmt: skip
     """The plan on the devices of all processes, with what else is asked; None for one device.
 
     Errors: ValueError naming plan, mesh or exchange, and what would fit.
@@ -120,7 +121,8 @@ def place(
         apply.exchange(exchange, device.platform())
     except ValueError as e:
         raise ValueError(f"config.{e}") from None
-    return apply.Placed(found, laid, microbatches, exchange, context) if laid.size > 1 else None
+    asked = exchange, context, pipeline
+    return apply.Placed(found, laid, microbatches, *asked) if laid.size > 1 else None
 
 
 class Stop:

@@ -11,7 +11,7 @@ from sparse_pretrain import nn, optim, shapes
 from sparse_pretrain.games import prices
 from sparse_pretrain.model import lm
 from sparse_pretrain.sharding import apply, offload
-from sparse_pretrain.training import loss, partial, replace
+from sparse_pretrain.training import loss, partial, pipelined, replace
 from sparse_pretrain.training import state as states
 from sparse_pretrain.training.state import TrainState
 
@@ -57,6 +57,11 @@ def gradients(
         (_, report), grads = jax.value_and_grad(share, has_aux=True)(params)
         return (grads if placed is None else placed.hold(grads, definition)), report
 
+    if placed is not None and placed.stages > 1 and placed.schedule != "gpipe":
+        grads, report = pipelined.gradients(
+            definition, state.params, state.router, batch, weight, mask, placed
+        )
+        return placed.hold(grads, definition), report
     if accumulate == 1:
         return sums(state.params, batch)
     if placed is not None and placed.stages > 1:  # its micro-batches go through a pipeline

@@ -39,8 +39,8 @@ def model(attention="mla", **changes):
         data=dict(source="synthetic:copy", seq=LENGTH, batch=ROWS),
         model=dict(
             width=32, vocab=VOCAB, dtype="float32", blocks=dict(moe=block), pattern=("moe",),
-            repeats=2, **changes,
-        ),
+            repeats=2,
+        ) | changes,
         optim=dict(kind="adamw"),
     )
     return config.from_config_dict(values).model
@@ -63,8 +63,8 @@ def batches(count):
 
 def losses(
     model, plan="single", text="", *, accumulate=1, steps=20, optimizer="adamw", asked=None,
-    host=False,
-):
+    host=False, devices=None,
+):  # fmt: skip
     """(the loss of every step, the state after the last) under the plan, with what is asked."""
     definition = lm.define(model)
     table = optim.TABLE[optimizer]
@@ -76,7 +76,8 @@ def losses(
     placed = None
     if plan != "single":
         found = plans.find(plan)
-        placed = apply.Placed(found, mesh.make(found, text), accumulate, **(asked or {}))
+        laid = mesh.make(found, text, devices)
+        placed = apply.Placed(found, laid, accumulate, **(asked or {}))
         placed.check(definition, rows=ROWS, length=LENGTH)
     now = state.create(definition, tx, 0, ema=False, placed=placed, host=host)
     run = step.make_train_step(
