@@ -43,6 +43,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--price", type=float, metavar="USD", help="of a chip-hour")
     parser.add_argument("--plan", metavar="NAME", help="only this plan (default: the best of all)")
     parser.add_argument(
+        "--pipeline", metavar="NAME", help="how stages take turns: auto, 1f1b, zero_bubble or gpipe"
+    )
+    parser.add_argument(
         "--precision",
         choices=("bf16", "fp8"),
         help="of products (default: what the experiment's file declares, else bf16)",

@@ -106,12 +106,15 @@ def step(
     host_bytes: float = 0.0,
     precision: str = "bf16",
     constants: Constants = ACCELERATOR,
+    pipeline: str = "1f1b",
+    delayed: float = 0.0,
 ) -> Step:
     """One optimizer step.
 
     Units: `tokens` of the whole step whose work falls on one chip (of a pipeline's or a tensor
     axis's chips each has its share); `micro` micro-batches; `state_bytes` of parameters, gradients
-    and optimizer of one chip, `host_bytes` of which come from its host and go back.
+    and optimizer of one chip, `host_bytes` of which come from its host and go back; `delayed` FLOPs
+    per token of the products that the schedule zero_bubble leaves for later.
     """
     spread = sizes.get("expert", 1) > 1
     products, core, traffic = (
@@ -120,8 +123,21 @@ def step(
     busy = products + core + traffic
     links = sum(network.seconds(m, chip, sizes) for m in messages)
     hidden = min(links, constants.overlap * busy)
-    stages = sizes.get("pipe", 1)
-    bubble = (busy + links - hidden) * (stages - 1) / micro  # 1F1B: 2104.04473, section 2.2
+    peak = chip.fp8 if precision == "fp8" else chip.bf16
+    later = tokens * delayed / peak / constants.products if pipeline == "zero_bubble" else 0.0
+    bubble = waits(sizes.get("pipe", 1), micro, busy + links - hidden, later)
     update = 2 * state_bytes / chip.bandwidth  # read and written once
     update += 2 * host_bytes / HOST
     return Step(products, core, traffic, links - hidden, bubble, update, hidden)
+
+
+def waits(stages: int, micro: int, busy: float, later: float = 0.0) -> float:
+    """Seconds that a pipeline's stage waits, in a step in which it is busy for `busy`.
+
+    GPipe and 1F1B wait alike: (S - 1)(F + B) of one micro-batch. ZB-H1 waits (S - 1)(F + B - W), B
+    without W, where all W take `later` seconds; with M < S micro-batches there are too few W, and
+    S - M more are waited for. As `ticks.Table.seconds`, where W takes no longer than F.
+    Source: 2104.04473, section 2.2; 2401.10241, section 2.3.
+    """
+    filled = (stages - 2 + min(micro, stages)) * later / micro if stages > 1 else 0.0
+    return max((stages - 1) * busy / micro - filled, 0.0)

@@ -25,6 +25,12 @@ KEYS = 10.0
 # the temporaries noted at sharding/ring.py's PARTS
 RING_KEYS = 3.7 * KEYS
 
+# of a pipeline's stage: arrays of all micro-batches' inputs under GPipe; of one micro-batch's on
+# their way between stages under the other schedules; numbers that wait with ZB-H1's products for
+# weights for each that products write, their inputs and gradients: read off compiled programs
+# (experiments/benchmarks/pipeline_schedules.py)
+PILES, STAGE, DELAYED = 3.0, 4.0, 1.55
+
 # numbers kept without remat for each that a product writes: norms, rotations, gates and scores
 # beside them; read off one program, DeepSeek-V3 on TPU v5p
 KEPT = 2.4
@@ -128,15 +134,16 @@ def activation_bytes(
     remat: str,
     sizes: Mapping[str, int],
     micro: int,
+    pipeline: str = "1f1b",
 ) -> float:
     """What a chip keeps of its `tokens` of a micro-batch until the backward pass reads it.
 
-    A pipeline's first stage keeps as many micro-batches as there are stages, each of its own
-    layers only. Rows that were sent to experts are not kept but sent again. Of remat=offload this
-    is what stays on the chip.
+    A pipeline's stage keeps the inputs of the micro-batches that its schedule has in flight, and
+    all else of one, in its own layers only; under zero_bubble both sides of the products for
+    weights that wait too. Rows that were sent to experts are not kept but sent again. Of
+    remat=offload this is what stays on the chip.
     """
     stages = sizes.get("pipe", 1)
-    alive = min(stages, micro) / stages
     here = sizes.get("expert", 1) == 1
     if remat == "none":
         kept = KEPT * found.repeat.on_chip(sizes, routed=here)
@@ -144,7 +151,14 @@ def activation_bytes(
         kept = found.repeat.on_chip(sizes, routed=False) - 3 * found.width
     else:
         kept = float(found.width)
-    numbers = found.repeats * kept * alive + found.beside.on_chip(sizes, routed=here)
+    numbers = found.repeats * kept / stages + found.beside.on_chip(sizes, routed=here)
+    if stages > 1:
+        stream = config.width * getattr(config.residual, "streams", 1)
+        flight = min(stages, micro)
+        numbers += stream * (PILES * micro + stages if pipeline == "gpipe" else flight + STAGE)
+        if pipeline == "zero_bubble":
+            each = found.repeat.on_chip(sizes, routed=here) - 4 * found.width
+            numbers += (flight + 1) * DELAYED * each * found.repeats / stages
     return numbers * tokens * jnp.dtype(lm.DTYPES[config.dtype]).itemsize
 
 

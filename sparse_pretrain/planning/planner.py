@@ -10,7 +10,7 @@ from sparse_pretrain import config as configs
 from sparse_pretrain import nn, spec
 from sparse_pretrain.model import lm
 from sparse_pretrain.planning import chips, cost, layout, network, work
-from sparse_pretrain.sharding import plans
+from sparse_pretrain.sharding import plans, ticks
 
 REMAT = ("none", "dots", "full")
 OFFLOAD = "offload"  # what dots keeps, on the host: only where a configuration says so
@@ -55,6 +55,11 @@ class Problem:
     precision: str = "bf16"
     constants: cost.Constants = cost.ACCELERATOR
 
+    def pipeline(self, sizes: dict[str, int]) -> str:
+        """The schedule of a plan with stages on this mesh, gpipe where it cannot run another."""
+        context = sizes.get("context", 1)
+        return ticks.chosen("auto" if context > 1 else self.experiment.pipeline, context)
+
 
 class Planner:
     """Evaluates plans of one problem; the model's shapes are read once."""
@@ -69,6 +74,7 @@ class Planner:
         self.work = work.of(self.model, self.definition, self.length)
         again = {r: work.again(self.model, self.length, r) for r in (*REMAT, OFFLOAD)}
         self.works = {r: self.work.plus(more) for r, more in again.items()}
+        self.again = again["full"]
         self._known: dict[Any, Any] = {}
 
     def candidates(self, names: Sequence[str] = plans.PLANS) -> list[Candidate]:
@@ -177,11 +183,15 @@ class Planner:
         tokens = rows * self.length / sizes.get("context", 1)
         memory = dict(self._fixed("held", plan, sizes, micro > 1))
         memory["activations"] = layout.activation_bytes(
-            self.shapes, self.model, tokens=tokens, remat=remat, sizes=sizes, micro=micro
-        )
+            self.shapes, self.model, tokens=tokens, remat=remat, sizes=sizes, micro=micro,
+            pipeline=self.problem.pipeline(sizes),
+        )  # fmt: skip
         sent = 1 if self.problem.precision == "fp8" else network.BFLOAT16
         how = self.problem.experiment.context
-        passes = 2 if remat == "none" else 3
+        # a stage keeps its inputs alone and does its forward pass again, whatever its layers do
+        piped = sizes.get("pipe", 1) > 1
+        done = self.works[remat].plus(self.again) if piped else self.works[remat]
+        passes = 2 + (remat != "none") + piped
         load = network.Load(tokens, micro, passes, sent, self.length, how)
         memory["buffers"] = self._fixed("weights", plan, sizes) + layout.working_bytes(
             self.shapes, self.model, load=load, sizes=sizes
@@ -198,11 +208,12 @@ class Planner:
             memory["optimizer"] = max(host - memory["activations"] - memory["buffers"], 0.0)
         if remat == OFFLOAD:
             dots = layout.activation_bytes(
-                self.shapes, self.model, tokens=tokens, remat="dots", sizes=sizes, micro=micro
-            )
+                self.shapes, self.model, tokens=tokens, remat="dots", sizes=sizes, micro=micro,
+                pipeline=self.problem.pipeline(sizes),
+            )  # fmt: skip
             host += dots - memory["activations"]
         step = cost.step(
-            self.works[remat],
+            done,
             problem.fleet.chip,
             tokens=self.rows * self.length / problem.fleet.count,
             micro=micro,
@@ -212,6 +223,9 @@ class Planner:
             host_bytes=host,
             precision=problem.precision,
             constants=problem.constants,
+            pipeline=problem.pipeline(sizes),
+            # a weight's gradient is one product, as its forward pass is
+            delayed=self.again.linear + self.again.experts * (sizes.get("expert", 1) == 1),
         )
         return Candidate(plan.name, sizes, micro, remat, rows, memory, step, messages, host)
 

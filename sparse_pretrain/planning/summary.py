@@ -46,6 +46,7 @@ def of(
         "mesh": best.mesh,
         "accumulate": best.micro,
         "remat": best.remat,
+        "pipeline": problem.pipeline(best.sizes) if best.sizes.get("pipe", 1) > 1 else None,
         "chip_hours": spent,
         "chip_hours_low": spent and spent / cost.SPREAD,
         "chip_hours_high": spent and spent * cost.SPREAD,
@@ -136,6 +137,11 @@ def sentences(told: dict[str, Any]) -> list[str]:
         if v / t["step_seconds"] >= 0.005
     )
     out.append(f"A step of {t['step_seconds']:.3g} s is bound by {t['bound_by']}: {shares}.")
+    if t["pipeline"]:
+        out.append(
+            f"Its stages take turns by {t['pipeline']} and wait {t['seconds']['bubble']:.3g} s; "
+            "they keep the inputs of a forward pass alone, and do it again."
+        )
     memory = ", ".join(f"{k} {v / GIGA:.2f}" for k, v in t["memory_bytes"].items())
     out.append(f"Each chip holds {t['memory_per_chip_bytes'] / GIGA:.1f} GB: {memory}.")
     if t["host_bytes_per_chip"]:
@@ -159,6 +165,7 @@ def sentences(told: dict[str, Any]) -> list[str]:
     out.append(
         f"To train so: sparse-pretrain train{config} --plan={t['plan']}{mesh} "
         f"--config.accumulate={t['accumulate']} --config.model.remat={t['remat']}"
+        + (f" --pipeline={t['pipeline']}" if t["pipeline"] else "")
     )
     return out
 
