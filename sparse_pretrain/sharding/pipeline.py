@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from kernels_pallas import device
 from sparse_pretrain.sharding import apply, scheduled
 from sparse_pretrain.sharding.scheduled import AXIS
 
@@ -35,10 +36,13 @@ def through(
     M, S = placed.microbatches, placed.stages
     inner = placed.inside(AXIS)
     deal = functools.partial(scheduled.deal, inner, M)
+    # XLA:CPU aborts on a sum of bfloat16 over devices where other axes are left to it
+    wide = jnp.float32 if device.platform() == "cpu" and x.dtype == jnp.bfloat16 else x.dtype
 
     def stages(arrays, x_MxBxLxD, rows_M):
         with inner.naming():
-            return _ticks(layer, M, S, arrays, x_MxBxLxD, rows_M, sums)
+            y, *told = _ticks(layer, M, S, arrays, x_MxBxLxD.astype(x.dtype), rows_M, sums)
+            return jax.lax.psum(y.astype(wide), AXIS), *told
 
     every, own = PartitionSpec(), PartitionSpec(AXIS)
     y, more, told = jax.shard_map(
@@ -47,8 +51,8 @@ def through(
         out_specs=(every, every, own),
         axis_names={AXIS},
         check_vma=False,
-    )(arrays, deal(x), jax.tree.map(deal, rows))
-    y = jnp.swapaxes(y, 0, 1).reshape(x.shape)
+    )(arrays, deal(x.astype(wide)), jax.tree.map(deal, rows))
+    y = jnp.swapaxes(y.astype(x.dtype), 0, 1).reshape(x.shape)
     y = jax.lax.with_sharding_constraint(y, placed.spec("BL.", y.shape))
     return (y, jax.tree.map(jnp.add, sums, more)), told
 
@@ -83,4 +87,4 @@ def _ticks(layer, M, S, arrays, x_MxBxLxD, rows_M, sums):
     start = (jnp.zeros_like(first[0]), zeros)
     (_, (added, told)), y = jax.lax.scan(tick, start, jnp.arange(M + S - 1))
     y = jnp.where(me == S - 1, y[S - 1 :], 0)
-    return jax.lax.psum(y, AXIS), jax.tree.map(lambda v: jax.lax.psum(v, AXIS), added), told
+    return y, jax.tree.map(lambda v: jax.lax.psum(v, AXIS), added), told

@@ -1,5 +1,7 @@
 """1F1B and ZB-H1 compute what one device does, and hold what they say."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from sparse_pretrain import optim
 from sparse_pretrain.model import lm
-from sparse_pretrain.sharding import apply, mesh, plans
+from sparse_pretrain.sharding import apply, mesh, plans, ticks
 from sparse_pretrain.training import partial, processes, state, step
 from tests.sharding import equality
 
@@ -84,6 +86,20 @@ def test_a_schedule_is_named_or_chosen():
         ValueError, match=r"^pipeline: 1f1b does not run with context=4: .* auto do"
     ):
         cut.check(lm.define(equality.model()), rows=8, length=64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", ticks.SCHEDULES)
+def test_bfloat16_goes_through_as_on_one_device(pipeline):
+    """Its sums over devices are taken in float32 on CPU, where XLA aborts on others."""
+    model = equality.model(blocks=DENSE, pattern=("dense",), repeats=2)
+    model = dataclasses.replace(model, dtype="bfloat16")
+    batch = next(equality.batches(1))
+    want, told = gradients(model, batch, 4)
+    got, said = gradients(model, batch, 4, "ddp_pp", "pipe=2", 2, pipeline=pipeline)
+    np.testing.assert_allclose(said["nats"], told["nats"], rtol=1e-3)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)
 
 
 @pytest.mark.slow
