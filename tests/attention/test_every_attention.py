@@ -87,6 +87,16 @@ CASES = [
     for name, changes in SETTINGS.get(kind, {"default": {}}).items()
 ]
 every = pytest.mark.parametrize(("kind", "changes"), CASES)
+# A mask's own laws at every setting are the slow tests': by default the other settings are held to
+# dense attention under that mask, and to decoding.
+defaults = pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        case if "-default" in case.id
+        else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
+        for case in CASES
+    ],
+)  # fmt: skip
 # Attention to compressed keys is no attention to tokens under a mask, and DSA's mask is its
 # indexer's choice: test_csa_oracle and test_dsa_oracle have their laws.
 OWN_ORACLE = ("csa", "hca", "dsa")
@@ -224,7 +234,7 @@ def test_it_equals_dense_attention_under_its_own_mask(kind, changes, dtype, rng,
     assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(ours[1]))
 
 
-@every
+@defaults
 def test_a_gradient_is_zero_exactly_where_the_mask_is(kind, changes, rng):
     variant, config, definition, params = made(kind, changes)
     x, context = inputs(rng)
@@ -246,7 +256,7 @@ def test_a_gradient_is_zero_exactly_where_the_mask_is(kind, changes, rng):
         assert some(reached[mask[:, query]] > 0)
 
 
-@every
+@defaults
 def test_a_later_token_changes_no_earlier_output(kind, changes, rng):
     _, _, definition, params = made(kind, changes)
     x, context = inputs(rng)
@@ -256,7 +266,7 @@ def test_a_later_token_changes_no_earlier_output(kind, changes, rng):
     assert np.abs(before[:, 17:30] - after[:, 17:30]).max(axis=-1).all()
 
 
-@every
+@defaults
 def test_packed_documents_equal_separate_runs(kind, changes, rng):
     _, _, definition, params = made(kind, changes)
     x, context = inputs(rng)
