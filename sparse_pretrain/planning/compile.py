@@ -126,7 +126,9 @@ def compiled(
 ) -> Compiled:
     """Lowers and compiles the step of `train` under this plan. Nothing is allocated.
 
-    `experiment` has its vocabulary filled in.
+    `experiment` has its vocabulary filled in. NVIDIA chips that are not here have no memories to
+    JAX 0.12, which forgets that an array is to lie in the host's: what `config.offload` keeps there
+    counts as the chip's.
     Errors: ValueError as of the plan's own checks.
     """
     began = time.perf_counter()
