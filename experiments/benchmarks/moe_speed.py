@@ -7,18 +7,18 @@ Method:   both arms of experiments/quickstart.py and dense_baseline.py, every hi
           with the model's, real batches, one step of each in turn in one process, after some steps
           in which the router settles. The ratio is that of the median seconds; its interval is
           bootstrapped over pairs.
-Measured: two Zen 5 cores, no AMX, jax 0.12.0.1
+Measured: two Zen cores, no AMX, jax 0.12.0.1, at first priority beside other work
           width  tokens a step  ratio                  rounds
-          128    8,192          0.740 [0.677, 0.751]   15, first priority on a busy machine
-          128    16,384         0.720 [0.699, 0.739]   15, the same
-          256    8,192          0.764 [0.762, 0.801]   7, idle; 0.730 [0.704, 0.771] busy
-          256    32,768         0.757 [0.717, 0.811]   9, first priority on a busy machine
-          512    8,192          0.701 [0.695, 0.713]   7, idle
-          MISSED at every size tried: there is no smallest size without AMX (with it the
-          quickstart has 0.79 to 0.83).
-Learned:  neither width nor more tokens a step help much: experts' products fall behind the dense
-          ones as they widen (dispatch.py says where), and a quarter of their rows is padding at any
-          number of tokens. Next: a tighter layout for loads that are nearly even.
+          256    8,192          0.789 [0.766, 0.799]   15
+          256    16,384         0.797 [0.774, 0.835]   11
+          256    32,768         0.870 [0.817, 0.897]   9: met, the smallest of these that is
+          At the quickstart's own size, 8,192, it is MISSED (with AMX it has 0.79 to 0.83). Before
+          uneven loads were multiplied in wide blocks: 0.754 at 8,192 in the same half hour; 0.74,
+          0.72 (width 128), 0.70 (width 512) and 0.757 at 32,768 tokens earlier.
+Learned:  of the quickstart's steps two in five had a layer with an expert more than a quarter above
+          its share, whose products took the slow way. Gate and up as one product, weights applied
+          before the last product, and dots of whole rows for the weights' gradients are no faster.
+          Next: Muon on the experts (55 ms of a step), and the sixth of the rows that is padding.
 """
 
 import argparse
