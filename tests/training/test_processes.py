@@ -107,13 +107,15 @@ def test_an_abort_that_no_other_process_caused_takes_its_course(tmp_path):
 
 
 FOUND = """
+import os
 import jax
 jax.config.update("jax_platforms", "cpu")
 from sparse_pretrain.training import processes
 processes.start()
 from jax.experimental import multihost_utils
 there = multihost_utils.process_allgather(jax.numpy.asarray([10 + jax.process_index()]))
-print("process", jax.process_index(), "of", jax.process_count(), there.ravel().tolist(), flush=True)
+said = f"process {jax.process_index()} of {jax.process_count()} {there.ravel().tolist()}"
+os.write(1, f"{said}\\n".encode())  # whole, where mpirun mixes what its processes write
 """
 
 
