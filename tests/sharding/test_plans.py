@@ -148,8 +148,6 @@ def test_every_plan_equals_one_device(plan, alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(  # MoBA has a test of its own, in test_steps.py
-    "attention", sorted(set(equality.ATTENTIONS) - {"mla", "moba"})
-)
+@pytest.mark.parametrize("attention", sorted(set(equality.ATTENTIONS) - {"mla"}))
 def test_every_attention_equals_one_device_with_rows_cut_and_heads_cut(attention, alone):
     equal(alone, attention, "fsdp_tp_cp", "fsdp=2,tensor=2,context=2")

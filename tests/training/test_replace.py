@@ -26,9 +26,9 @@ def experiment(folder, copies, optimizer, **changes):
         "model": {
             "width": 32,
             "blocks": {"moe": block},
-            "prefix": ["moe"] if optimizer == "adamw" else [],
+            "prefix": ["moe"],
             "pattern": ["moe"],
-            "repeats": 1 if optimizer == "adamw" else 2,
+            "repeats": 1,
             "dtype": "float32",
         },
         # clipping low enough to be at work; bfloat16 in Muon would turn rounding into differences
