@@ -33,15 +33,19 @@ def normal(shape, dtype=jnp.float32, *, seed, std=1.0):
     if _shapes_only.get():
         return jnp.zeros(shape, dtype)
     values = np.random.default_rng(seed).standard_normal(shape) * std
-    return jnp.asarray(values.astype(np.float32)).astype(dtype)
+    return _rounded(values, dtype)
+
+
+def _rounded(values, dtype):
+    # by numpy: one program for every shape and dtype would be compiled otherwise
+    return jnp.asarray(values.astype(np.float32).astype(jnp.dtype(dtype)))
 
 
 def uniform_like(tree, *, seed):
     """Return arrays like the tree's of seeded numbers in [-1, 1): cotangents for a test."""
     leaves, treedef = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
-    values = [jnp.asarray(rng.uniform(-1, 1, x.shape).astype(np.float32)).astype(x.dtype)
-              for x in leaves]
+    values = [_rounded(rng.uniform(-1, 1, x.shape), x.dtype) for x in leaves]
     return treedef.unflatten(values)
 
 

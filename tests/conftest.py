@@ -4,9 +4,9 @@ Every function of the package checks its annotations, shapes among them, at each
 hook stands here and not in pytest's options, because xdist's workers never read `addopts`.
 """
 
+import gc
 import os
 import pathlib
-import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile for minutes what runs for seconds: code that LLVM does not optimise (XLA's own
@@ -20,13 +20,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import pytest
-from jaxtyping import install_import_hook
 
-# An int counts as a float, as it does to mypy.
-CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+from tests import annotations
 
-assert "sparse_pretrain" not in sys.modules, "imported too early to be checked"
-install_import_hook("sparse_pretrain", CHECKER)
+annotations.check("sparse_pretrain")
+# Tracing makes millions of objects that live on in caches; walking them again and again took a
+# twelfth of the tests' time.
+gc.set_threshold(50_000, 50, 100)
 
 jax.config.update("jax_num_cpu_devices", 8)  # for what shards; everything else runs on the first
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -50,5 +50,5 @@ def test_methods_and_configurations_are_checked():
     norm = layers.RMSNorm(8, nn.Keys(jax.random.key(0)))
     with pytest.raises(TypeCheckError, match="parameter 'x'"):
         norm(X.astype(jnp.int32))
-    with pytest.raises(TypeCheckError, match="parameter 'kind'"):
+    with pytest.raises(TypeCheckError, match="parameter kind=3"):
         schedules.Config(kind=3)
