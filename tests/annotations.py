@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import inspect
 import pathlib
-import re
 import sys
 import typing
 from importlib import machinery
@@ -23,7 +22,6 @@ import jaxtyping
 _typed = beartype.beartype(
     conf=beartype.BeartypeConf(is_pep484_tower=True, violation_type=jaxtyping.TypeCheckError)
 )
-_ARRAYS = re.compile(r"\b(Bool|U?Int|Integer|Float|Real|Complex|Inexact|Num|Key|Shaped)\w*\[")
 _shaped = jaxtyping.jaxtyped(typechecker=_typed)
 
 
@@ -40,8 +38,8 @@ def checked(thing):
 
 
 def _has_arrays(hint):
-    if isinstance(hint, str):  # not evaluated yet
-        return _ARRAYS.search(hint) is not None
+    if isinstance(hint, str):  # for type checkers only, maybe: jaxtyping passes those over
+        return True
     if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
         return True
     return any(map(_has_arrays, typing.get_args(hint)))

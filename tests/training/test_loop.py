@@ -247,7 +247,10 @@ def test_another_seed_is_refused(text, whole):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_batch(text, tmp_path):
-    broken = experiment(text, optim={"kind": "adamw", "lr": 1e30, "clip": 0.0}, ema=0.0)
+    dense = {"attention": {"kind": "full", "heads": 2}, "ffn": {"kind": "dense", "hidden": 16}}
+    model = {"width": 16, "blocks": {"dense": dense}, "pattern": ["dense"], "repeats": 1}
+    optim = {"kind": "adamw", "lr": 1e30, "clip": 0.0}
+    broken = experiment(text, model=model, optim=optim, ema=0.0, accumulate=1)
     with pytest.raises(recovery.RunFailed, match="not both finite; the batch is saved") as caught:
         _train(broken, tmp_path)
     assert "\n" not in str(caught.value)

@@ -60,7 +60,7 @@ def test_accumulation_equals_the_large_batch(accumulate, rng):
 def test_prices_move_once_per_step_whatever_is_recomputed(accumulate, changes, rng):
     """One step changes each bias by exactly rate * (sign - mean sign) of that step's load."""
     batch = packed(rng, rows=8)
-    config = small(prefix=("moe",), pattern=("mixed",), **changes)
+    config = small(prefix=(), pattern=("mixed",), **changes)
     _, fresh, run = _setup(config, accumulate=accumulate)
     before = jax.tree.map(np.asarray, fresh.router)
     after, out = run(fresh, batch)
