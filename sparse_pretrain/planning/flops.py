@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparse_pretrain import attention
+from sparse_pretrain import attention, nn
 from sparse_pretrain.model import ffn, lm, residual
 
 
@@ -19,14 +19,14 @@ class Counts(NamedTuple):
     mtp: int = 0
 
 
-def parameters(config: lm.Config) -> Counts:
-    """Parameter counts, from the abstract model.
+def parameters(config: lm.Config, definition: nn.Definition | None = None) -> Counts:
+    """Parameter counts, from the abstract model, which is its definition's where one is given.
 
     `active` leaves out the input embedding (a look-up, no FLOPs) and the routed experts a token
     did not choose, and the modules of MTP, which only training runs; a tied head counts, since it
     is multiplied with. Copies of experts do not.
     """
-    shapes = lm.define(config).shapes
+    shapes = (definition or lm.define(config)).shapes
     total, ahead = (
         sum(math.prod(s.shape) for s in jax.tree.leaves(part))
         for part in (shapes, [v for k, v in shapes.items() if k.startswith("mtp_")])

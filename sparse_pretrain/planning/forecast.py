@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from sparse_pretrain import config as configs
+from sparse_pretrain.model import lm
 from sparse_pretrain.planning import chips, cost, flops, planner, summary
 from sparse_pretrain.scaling import forecast as loss_of
 from sparse_pretrain.scaling.fit import accuracy, hyper, record
@@ -112,6 +113,7 @@ class _Spending:
     def on(self, rung: Rung) -> dict[str, Any] | None:
         """A model trained for all the hours; None where it does not fit."""
         experiment, model = rung.experiment, rung.experiment.model
+        definition = lm.define(model)
         seconds, length = self.hours / self.fleet.count * HOUR, experiment.data.seq
         work = flops.train_flops_per_token(model, length).model
         # tokens decide the batch and the batch hardly the tokens: two rounds settle it
@@ -120,7 +122,7 @@ class _Spending:
             rows = self._rows(rung, work, tokens)
             data = dataclasses.replace(experiment.data, batch=rows)
             tried = dataclasses.replace(experiment, data=data, steps=1, tokens=0)
-            made = planner.Planner(planner.Problem(tried, self.fleet))
+            made = planner.Planner(planner.Problem(tried, self.fleet), definition)
             ranked = made.candidates()
             if not ranked or not made.fits(ranked[0]):
                 return None
@@ -134,7 +136,7 @@ class _Spending:
         return {
             "config": rung.config,
             "overrides": dict(rung.overrides),
-            "parameters": flops.parameters(model).total,
+            "parameters": flops.parameters(model, definition).total,
             "params": said["params"],
             "tokens": tokens,
             "batch": rows,

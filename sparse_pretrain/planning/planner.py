@@ -62,13 +62,13 @@ class Problem:
 
 
 class Planner:
-    """Evaluates plans of one problem; the model's shapes are read once."""
+    """Evaluates plans of one problem; the model's shapes are read once, or from its definition."""
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: Problem, definition: nn.Definition | None = None):
         self.problem = problem
         e = problem.experiment
         self.model, self.rows, self.length = e.model, e.data.batch, e.data.seq
-        self.definition: nn.Definition = lm.define(self.model)
+        self.definition: nn.Definition = definition or lm.define(self.model)
         self.state = layout.state(self.definition, e.optim, ema=e.ema > 0)
         self.shapes = layout.shapes(self.model, self.definition)
         self.work = work.of(self.model, self.definition, self.length)

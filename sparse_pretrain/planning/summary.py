@@ -28,7 +28,7 @@ def of(
     experiment = problem.experiment
     per_step = experiment.tokens_per_step
     total = tokens or experiment.steps_of(0) * per_step or None
-    counts = flops.parameters(planner.model)
+    counts = flops.parameters(planner.model, planner.definition)
     price = chip.price if price is None else price
 
     def hours(candidate: Candidate) -> float | None:

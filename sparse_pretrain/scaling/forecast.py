@@ -131,10 +131,10 @@ def of_config(fit: record.Fit, experiment: configs.Experiment, tokens: float) ->
     model, seq = experiment.model, experiment.data.seq
     if not model.vocab:
         raise ValueError("config.model.vocab: 0 until the data is known; a forecast needs it")
-    counts = flops.parameters(model)
     size = flops.train_flops_per_token(model, seq, experiment.tokens_per_step).model / 6
     given = {"params": size, "tokens": float(tokens)}
     if fit.kind == "joint":
+        counts = flops.parameters(model)
         given["expansion"] = counts.total / counts.active
     if fit.kind == "sparse_attention":
         raise ValueError("keys: what this model reads a token is not known; give it to `loss`")
