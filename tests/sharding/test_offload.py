@@ -19,6 +19,7 @@ from tests.sharding import equality
 SMALL = equality.model("full", remat="none")
 
 
+@pytest.mark.slow  # two steps compiled; that a checkpoint goes back to the host stays a default
 def test_the_optimizers_state_lies_on_the_host_and_the_losses_are_the_same():
     found = [equality.losses(SMALL, steps=3, host=host) for host in (False, True)]
     np.testing.assert_array_equal(found[0][0], found[1][0])

@@ -265,6 +265,7 @@ def _rows(workdir):
 NEAR = {"kind": "sliding", "window": 3, "sinks": False}
 
 
+@pytest.mark.slow  # a run of two phases; by default one is stopped inside a phase and resumed
 def test_a_switch_of_attention_equals_training_by_hand(tmp_path):
     """Full, sliding, full: the steps of two configurations on one state, to the bit."""
     section = {"kind": "full", "heads": 2}
