@@ -95,7 +95,6 @@ class MoE(nn.Module):
         expert = assignment.expert
         if c.copies:
             found = copies.slots(nn.read(self.phy2log), c.experts)
-            weights = experts.Weights(*(copies.tie(w, found) for w in weights))
             expert = copies.choose(expert, found)
         y = expert_parallel.everywhere(weights, x, expert, assignment.weight)
         if self.shared is not None:

@@ -97,6 +97,10 @@ class Placed:
             names = (*names, "tensor")
         return tuple(a for a in names if self.sizes.get(a, 1) > 1 and a not in self.manual)
 
+    def dealt(self, dim: str) -> int:
+        """Over how many devices a dim is dealt."""
+        return math.prod(self.sizes[a] for a in self.axes(dim))
+
     def cut(self, dim: str, size: int) -> tuple[str, ...]:
         """`axes` without the last ones that a dim of this size does not divide over."""
         axes = self.axes(dim)

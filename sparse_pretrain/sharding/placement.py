@@ -17,21 +17,37 @@ from sparse_pretrain import spec
 class Config(spec.Config):
     """Re-placing experts while training: `every` steps, 0 for never, over `devices` on `nodes`.
 
-    `groups` are the router's expert groups, which hierarchical placement keeps on one node.
+    `devices` 0 are as many as the plan deals experts over, one without a plan that does. `groups`
+    are the router's expert groups, which hierarchical placement keeps on one node.
     """
 
     every: int = 0
-    devices: int = 1
+    devices: int = 0
     nodes: int = 1
     groups: int = 1
 
     def __post_init__(self):
-        spec.require(self.every >= 0, f"every: must not be negative, got {self.every}")
-        spec.positive(self, "devices", "nodes", "groups")
+        for field in ("every", "devices"):
+            value = getattr(self, field)
+            spec.require(value >= 0, f"{field}: must not be negative, got {value}")
+        spec.positive(self, "nodes", "groups")
+
+    def over(self, devices: int, plan: str) -> "Config":
+        """The same over as many devices as the plan deals experts over.
+
+        Errors: ValueError naming both numbers where another one was asked for.
+        """
+        if devices > 1 and self.devices not in (0, devices):
+            raise ValueError(
+                f"placement.devices: {self.devices}, and plan {plan} deals experts over {devices}; "
+                f"0 or {devices} fits"
+            )
+        return dataclasses.replace(self, devices=max(self.devices, devices))
 
     def check(self, experts: int, slots: int) -> None:
         """Errors: ValueError naming the numbers that do not divide."""
-        rebalance_experts(np.ones((1, experts)), slots, self.groups, self.nodes, self.devices)
+        devices = max(self.devices, self.nodes)
+        rebalance_experts(np.ones((1, experts)), slots, self.groups, self.nodes, devices)
 
 
 class Placement(NamedTuple):

@@ -100,6 +100,10 @@ class Trainer:
         self.config_dict = self.experiment.to_dict()
         self.record = record.Record(workdir, prepared, argv, began)
         self.course = course.Course(prepared, self.record)
+        self.replacer: replace.Replacer | None = None
+        if self.experiment.placement.every:
+            where = run.placing(self.experiment, prepared.placed)
+            self.replacer = replace.Replacer(where, prepared.definition, prepared.placed)
         self.scores: dict[str, Any] | None = None  # of the last evaluation
         self.begun = False  # whether the workdir is known to be this run's, and run.json its record
 
@@ -204,8 +208,8 @@ class Trainer:
                 clock = _clock()
             rows_here = self.p.put(batch)
             train_state, out = self.course.step(n, train_state, rows_here)(train_state, rows_here)
-            if e.placement.every and n % e.placement.every == 0:
-                train_state = replace.replace(train_state, e.placement)
+            if self.replacer is not None and n % e.placement.every == 0:
+                train_state = self.replacer(train_state)
             cursor = batches.get_state()
             if pending is not None:
                 clock = self._report(*pending, clock, bar)

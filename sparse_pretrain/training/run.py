@@ -12,7 +12,7 @@ from sparse_pretrain import config as configs
 from sparse_pretrain.model import lm
 from sparse_pretrain.optim import schedules
 from sparse_pretrain.planning import flops, memory
-from sparse_pretrain.sharding import apply, offload
+from sparse_pretrain.sharding import apply, offload, placement
 from sparse_pretrain.training import processes, progress
 
 TOKENIZER = "tokenizer.json"  # in the workdir
@@ -103,11 +103,28 @@ def check_plan(
         placed.check(definition, rows=experiment.data.batch, length=length)
     except ValueError as e:
         raise ValueError(f"config.{e}") from None
-    spec.require(
-        not experiment.placement.every,
-        f"config.placement.every: {experiment.placement.every} moves copies of experts, which it "
-        f"does on one device only, not under plan {placed.plan.name}",
-    )
+    if experiment.placement.every:
+        placing(experiment, placed)
+
+
+def placing(experiment: configs.Experiment, placed: apply.Placed | None) -> placement.Config:
+    """Where the run's experts are placed: on the devices that its plan deals them over.
+
+    Errors: ValueError naming the field and the numbers that do not fit.
+    """
+    devices, plan = (1, "single") if placed is None else (placed.dealt("E"), placed.plan.name)
+    try:
+        found = experiment.placement.over(devices, plan)
+        for name, block in experiment.model.blocks.items():
+            ffn: Any = block.ffn
+            if getattr(ffn, "copies", 0):
+                try:
+                    found.check(ffn.experts, ffn.experts + ffn.copies)
+                except ValueError as e:
+                    raise ValueError(f"placement: {e} (model.blocks.{name}.ffn)") from None
+    except ValueError as e:
+        raise ValueError(f"config.{e}") from None
+    return found
 
 
 def start_from(experiment: configs.Experiment) -> tuple[Path, int]:

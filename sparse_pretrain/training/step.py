@@ -106,6 +106,7 @@ def make_train_step(
             own = train == "indexer"
             mask = partial.own_mask(config, state.params) if own else partial.no_mask(state.params)
         grads, report = gradients(definition, state, batch, accumulate, mask, placed)
+        grads = replace.tied(grads, state.router, config, definition, placed)
         if placed is not None:
             grads = placed.hold(grads, definition, "optimizer")
         norm = replace.gradient_norm(grads, state.router)
