@@ -18,8 +18,8 @@ from kernels_pallas.chips import Chip
 # Files beside the ops' folders that change no program of a given backend: commands, what describes
 # calls, and the choice among backends.
 _APART = ("bench", "cases", "compile", "compiled", "op", "parity", "tune")
-_HOPPER = "hopper"
-_FOR_HOPPER = (_HOPPER, "products")  # files that only these kernels are made of
+# Files that only one backend's kernels are made of.
+_SHARED = {"hopper": "mosaic_gpu", "products": "mosaic_gpu", "tpu": "mosaic_tpu"}
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu",
              "nvidia-cuda-nvcc")
 
@@ -86,20 +86,21 @@ def versions() -> dict[str, str]:
 
 
 def _sources(root: Path) -> dict[str, bytes]:
-    """Return the files a program may come from, by folder; '' is what all ops share, and 'hopper'
-    what Hopper's kernels share."""
+    """Return the files a program may come from, by folder; '' is what all ops share, and the name
+    of a backend what its kernels share."""
     texts: dict[str, bytes] = collections.defaultdict(bytes)
     for path in sorted(root.rglob("*.py")):
         folder = path.parent.relative_to(root).as_posix()
         if path.stem == "specs" or (folder == "." and path.stem in _APART):
             continue  # shapes are asked of the case itself
         if folder == ".":
-            folder = _HOPPER if path.stem in _FOR_HOPPER else ""
+            folder = _SHARED.get(path.stem, "")
         texts[folder] += path.name.encode() + path.read_bytes()
     # what an op takes from another's folder
     return texts | {folder: text + b"".join(
         other for name, other in texts.items()
-        if name not in ("", _HOPPER, folder) and f"kernels_pallas.{name}".encode() in text)
+        if name not in ("", folder, *_SHARED.values())
+        and f"kernels_pallas.{name}".encode() in text)
         for folder, text in texts.items()}
 
 
@@ -136,7 +137,7 @@ class Kept:
         arguments: Any = case.shapes()
         parts = (chip, case.op.name, case.spec, direction, backend, arguments, self._versions,
                  self._digests.get(folder),
-                 self._digests[_HOPPER] if backend == "mosaic_gpu" else "")
+                 self._digests[backend or ""] if backend in _SHARED.values() else "")
         return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:20]
 
     def get(self, key: str) -> Row | None:

@@ -82,8 +82,19 @@ def platform() -> str:
     return jax.default_backend()
 
 
-def lacks_hopper() -> str | None:
-    """Return None, or why kernels for Hopper's tensor cores cannot run on the device."""
+def _other_dtype(known: tuple[str, ...], arrays: dict[str, Any]) -> str | None:
+    """Say which array is of none of these dtypes."""
+    for name, x in arrays.items():
+        if x.dtype.name not in known:
+            return f"needs {' or '.join(known)}, {name} is {x.dtype}"
+    return None
+
+
+def lacks_hopper(*dtypes: str, **arrays: Any) -> str | None:
+    """Return None, or why kernels for Hopper's tensor cores cannot run on the device.
+
+    Each of the arrays has to be of one of these dtypes, bfloat16 when none is named.
+    """
     at = target()
     if at.platform != "gpu":
         return f"needs an NVIDIA GPU, the device is {at.kind or at.platform}"
@@ -92,13 +103,15 @@ def lacks_hopper() -> str | None:
     if jax_version() < (0, 11):
         # the oldest that they were compiled with
         return f"needs jax 0.11, this is {jax.__version__}"
-    return None
+    return _other_dtype(dtypes or ("bfloat16",), arrays)
 
 
-def lacks_tpu() -> str | None:
-    """Return None, or why kernels for a TPU cannot run on the device."""
+def lacks_tpu(**arrays: Any) -> str | None:
+    """Return None, or why kernels for a TPU cannot run on the device: bfloat16 and float32 can."""
     at = target()
-    return None if at.platform == "tpu" else f"needs a TPU, the device is {at.kind or at.platform}"
+    if at.platform != "tpu":
+        return f"needs a TPU, the device is {at.kind or at.platform}"
+    return _other_dtype(("bfloat16", "float32"), arrays)
 
 
 def kind() -> str:

@@ -13,23 +13,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import device
+from kernels_pallas import tpu
 from kernels_pallas.block_sparse import by_block
 from kernels_pallas.block_sparse.plan import TPU_X, Plan, plan_of
 
-_LIMIT = 56 << 20  # bytes of fast memory: the tiles' and what the compiler adds
 _F32 = jnp.float32
-
-
-def _dot(a, b, contract):
-    """Contract in float32; float32 operands are not rounded to bfloat16."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())),
-                           precision=precision, preferred_element_type=_F32)
 
 
 def _call(body, found, by_tile, by_group, tile_outs, group_outs=(), scratch=()):
@@ -45,21 +36,19 @@ def _call(body, found, by_tile, by_group, tile_outs, group_outs=(), scratch=()):
         in_specs=[*map(of_tile, by_tile), *map(of_group, by_group)],
         out_specs=[*map(of_tile, tile_outs), *map(of_group, group_outs)],
         scratch_shapes=scratch)
-    params = pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=_LIMIT)
-    return pl.pallas_call(
-        body, out_shape=[*tile_outs, *group_outs], grid_spec=grid, compiler_params=params,
-        interpret=device.target().interpret or False, name="block_sparse",
-    )(found.group, found.used[None], *by_tile, *by_group)
+    outs = [*tile_outs, *group_outs]
+    return tpu.call(body, "block_sparse", outs, ("arbitrary",), grid_spec=grid)(
+        found.group, found.used[None], *by_tile, *by_group)
 
 
 def _forward_body(scale, group, used, q, k, v, o, lse):
     """The softmax of a tile over its block alone."""
     del group, used
-    scores = _dot(k[...], q[...], (1, 1)) * scale  # [block, X]
+    scores = tpu.dot(k[...], q[...], (1, 1)) * scale  # [block, X]
     top = scores.max(0, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(0, keepdims=True)
-    o[...] = _dot((weights / total).astype(v.dtype), v[...], (0, 0)).astype(o.dtype)
+    o[...] = tpu.dot((weights / total).astype(v.dtype), v[...], (0, 0)).astype(o.dtype)
     lse[...] = top + jnp.log(total)
 
 
@@ -86,18 +75,18 @@ def _backward_body(scale, group, used, q, do, lse, delta, k, v, dq, dk, dv, dk_s
     first = (z == 0) | (group[z] != group[jnp.maximum(z - 1, 0)])
     after = jnp.minimum(z + 1, group.shape[0] - 1)
     last = (z == used[0] - 1) | (group[z] != group[after])
-    weights = jnp.exp(_dot(k[...], q[...], (1, 1)) * scale - lse[...])  # [block, X]
-    d_scores = weights * (_dot(v[...], do[...], (1, 1)) - delta[...])
+    weights = jnp.exp(tpu.dot(k[...], q[...], (1, 1)) * scale - lse[...])  # [block, X]
+    d_scores = weights * (tpu.dot(v[...], do[...], (1, 1)) - delta[...])
     d_scores = d_scores.astype(q.dtype)
-    dq[...] = _dot(d_scores, k[...], (0, 0)).astype(dq.dtype)
+    dq[...] = tpu.dot(d_scores, k[...], (0, 0)).astype(dq.dtype)
 
     @pl.when(first)
     def _():
         dk_sum[...] = jnp.zeros_like(dk_sum)
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
-    dk_sum[...] += _dot(d_scores, q[...], (1, 0))
-    dv_sum[...] += _dot(weights.astype(do.dtype), do[...], (1, 0))
+    dk_sum[...] += tpu.dot(d_scores, q[...], (1, 0))
+    dv_sum[...] += tpu.dot(weights.astype(do.dtype), do[...], (1, 0))
 
     @pl.when(last)
     def _():

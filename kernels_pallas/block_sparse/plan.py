@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax.numpy as jnp
-
 from kernels_pallas import device
 from kernels_pallas.block_sparse import tiles
 
@@ -102,11 +100,8 @@ def plan_of(q, k, v, blocks, starts, *, block, scale, rows=X) -> Plan:
 def supports(q, k, v, blocks, starts, *, block, scale, return_lse=False) -> str | None:
     """Return None, or why the Hopper kernels cannot run this call."""
     del k, starts, return_lse
-    reason = device.lacks_hopper()
-    if reason is not None:
-        return reason
-    if q.dtype != jnp.bfloat16:
-        return f"needs bfloat16, q is {q.dtype}"
+    if lacks := device.lacks_hopper(q=q):
+        return lacks
     for name, x in (("Dk", q), ("Dv", v)):
         if x.shape[-1] not in (64, 128):
             return f"needs widths of 64 or 128, {name} is {x.shape[-1]}"
@@ -123,10 +118,8 @@ def supports(q, k, v, blocks, starts, *, block, scale, return_lse=False) -> str 
 def supports_tpu(q, k, v, blocks, starts, *, block, scale, return_lse=False) -> str | None:
     """Return None, or why the TPU kernels cannot run this call."""
     del starts, scale, return_lse
-    if lacks := device.lacks_tpu():
+    if lacks := device.lacks_tpu(q=q):
         return lacks
-    if q.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"needs bfloat16 or float32, q is {q.dtype}"
     for name, x in (("Dk", k), ("Dv", v)):
         if x.shape[-1] % 64:
             return f"needs widths in multiples of 64, {name} is {x.shape[-1]}"

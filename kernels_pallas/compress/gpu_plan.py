@@ -8,8 +8,6 @@ asked for is 36 and 105 MB: 105 us at its bandwidth, and 22. Blocks of 128 move 
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-
 from kernels_pallas import device
 
 LANES = 128  # threads of a program, each with one channel or two neighbours
@@ -24,11 +22,8 @@ def lanes(channels: int) -> int:
 def supports(own, bias, follows) -> str | None:
     """Return None, or why the Hopper kernel cannot run this call."""
     del bias, follows
-    reason = device.lacks_hopper()
-    if reason is not None:
-        return reason
-    if own.dtype != jnp.bfloat16:
-        return f"needs bfloat16, own is {own.dtype}"
+    if lacks := device.lacks_hopper(own=own):
+        return lacks
     if own.shape[2] > MOST:
         return f"needs blocks of up to {MOST} tokens, R is {own.shape[2]}"
     if own.shape[5] % LANES or own.size == 0:

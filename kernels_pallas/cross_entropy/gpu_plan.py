@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
-
 from kernels_pallas import device
 from kernels_pallas.grouped_matmul import tiles as grouped
 
@@ -80,13 +78,8 @@ class Plan:
 def supports(x, head, targets, weights, **keywords) -> str | None:
     """Return None, or why the Hopper kernels cannot run this call."""
     del targets, weights, keywords
-    reason = device.lacks_hopper()
-    if reason is not None:
-        return reason
-    if x.dtype != jnp.bfloat16:
-        return f"needs bfloat16 activations, x is {x.dtype}"
-    if head.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"needs a head in bfloat16 or float32, it is {head.dtype}"
+    if lacks := device.lacks_hopper(x=x) or device.lacks_hopper("bfloat16", "float32", head=head):
+        return lacks
     if 0 in (*x.shape, head.size):
         return f"needs tokens, a width and a vocabulary, x is {x.shape} and head {head.shape}"
     return None

@@ -16,10 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import device
+from kernels_pallas import tpu
 from kernels_pallas.cross_entropy import tiles
 
-_LIMIT = 56 << 20  # bytes of fast memory: the tiles' and what the compiler adds
 _NOTHING = -1e30  # a logit beyond the vocabulary
 
 
@@ -40,16 +39,9 @@ class Plan(NamedTuple):
         return self._replace(**tiles.choose(product, self.T, self.D, self.V, itemsize)._asdict())
 
 
-def _dot(a, b, contract):
-    """Contract in float32; float32 operands are not rounded to bfloat16."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())),
-                           precision=precision, preferred_element_type=jnp.float32)
-
-
 def _logits(plan, x, head, number):
     """Logits [m, n] of one tile, and the vocabulary entry of every column."""
-    logits = _dot(x, head, (1, 0 if plan.layout == "DV" else 1))
+    logits = tpu.dot(x, head, (1, 0 if plan.layout == "DV" else 1))
     if plan.softcap is not None:
         logits = jnp.tanh(logits / plan.softcap) * plan.softcap
     entry = number * plan.n + lax.broadcasted_iota(jnp.int32, logits.shape, 1)
@@ -107,7 +99,7 @@ def _dx_body(plan, x, head, targets, row, lse, dx, acc):
 
     def step(head_values):
         d = _d_logits(plan, x[...], head_values, targets[...], row[...], lse[...], j, None)
-        part = _dot(d, head_values, (1, 1 if plan.layout == "DV" else 0))
+        part = tpu.dot(d, head_values, (1, 1 if plan.layout == "DV" else 0))
         acc[...] = jnp.where(j == 0, part, acc[...] + part)
 
     last = j == pl.num_programs(1) - 1
@@ -129,7 +121,8 @@ def _dhead_body(plan, x, head, targets, row, lse, dhead, acc):
 
     def step(x_values, tokens):
         d = _d_logits(plan, x_values, head[...], targets[...], row[...], lse[...], j, tokens)
-        part = (_dot(x_values, d, (0, 0)) if plan.layout == "DV" else _dot(d, x_values, (0, 0)))
+        pair = (x_values, d) if plan.layout == "DV" else (d, x_values)
+        part = tpu.dot(*pair, (0, 0))
         acc[...] = jnp.where(i == 0, part, acc[...] + part)
 
     last = i == pl.num_programs(1) - 1
@@ -159,14 +152,11 @@ def _call(plan, body, name, order, out, out_spec, scratch, *arrays):
     specs = {"x": pl.BlockSpec((plan.m, plan.D), at(("T", ""))),
              "head": pl.BlockSpec(head_block, head_at), "token": token}
     in_specs = [specs["x"], specs["head"]] + [token] * (len(arrays) - 2)
-    return pl.pallas_call(
-        functools.partial(body, plan), out_shape=out, name=name,
+    return tpu.call(
+        functools.partial(body, plan), name, out, ("parallel", "arbitrary"),
         grid=(grid[order[0]], grid[order[1]]), in_specs=in_specs,
         out_specs=jax.tree.map(lambda s: specs[s], out_spec),
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_LIMIT),
-        interpret=device.target().interpret or False,
     )(*arrays)
 
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
-
 from kernels_pallas import blocks, device
+from kernels_pallas.tpu import LANES, VMEM
 
-# Bytes of fast memory for tiles; the smallest of these chips (TPU7x) has 64 MiB.
-VMEM = 40 << 20
-LANES = 128
 ROWS = 16  # of a tile of tokens: bfloat16 is stored in pairs of 8
 _TOKENS = (1024, 512, 256, 128)
 _COLUMNS = (2048, 1024, 512, 256, 128)
@@ -27,10 +23,8 @@ def supports(x, head, targets, weights, **keywords) -> str | None:
     """Return None, or why the TPU kernels cannot run this call."""
     del targets, weights, keywords
     T, D = x.shape
-    if lacks := device.lacks_tpu():
+    if lacks := device.lacks_tpu(x=x):
         return lacks
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"needs bfloat16 or float32 activations, x is {x.dtype}"
     V = head.size // D if D else 0
     if 0 in (T, D, V):
         return f"needs tokens, a width and a vocabulary, there are {T}, {D} and {V}"

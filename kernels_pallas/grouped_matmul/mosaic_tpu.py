@@ -15,21 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import device
+from kernels_pallas import tpu
 from kernels_pallas.grouped_matmul import visits
-
-_LIMIT = 56 << 20  # bytes of fast memory: the tiles' and what the compiler adds
-
-
-def _params(*semantics):
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=_LIMIT)
-
-
-def _dot(a, b, contract):
-    """Contract in float32; float32 operands are not rounded to bfloat16."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())),
-                           precision=precision, preferred_element_type=jnp.float32)
 
 
 def _rows_body(steps, transposed, tile, source, matrix, low, high, first, x, w, y, acc):
@@ -40,7 +27,7 @@ def _rows_body(steps, transposed, tile, source, matrix, low, high, first, x, w, 
 
     @pl.when(product)
     def _():
-        part = _dot(x[...], w[...], (1, 1 if transposed else 0))
+        part = tpu.dot(x[...], w[...], (1, 1 if transposed else 0))
         if steps == 1:
             acc[...] = part
         else:
@@ -90,11 +77,10 @@ def _rows_times(x_RxK, w, layout, *, transposed):
         out_specs=pl.BlockSpec((m, n), y_map),
         scratch_shapes=[pltpu.VMEM((m, n), jnp.float32)],
     )
-    return pl.pallas_call(
-        functools.partial(_rows_body, steps, transposed),
-        out_shape=jax.ShapeDtypeStruct((R, N), x_RxK.dtype), grid_spec=grid,
-        compiler_params=_params("parallel", "arbitrary", "arbitrary"),
-        interpret=device.target().interpret or False, name="grouped_matmul",
+    return tpu.call(
+        functools.partial(_rows_body, steps, transposed), "grouped_matmul",
+        jax.ShapeDtypeStruct((R, N), x_RxK.dtype), ("parallel", "arbitrary", "arbitrary"),
+        grid_spec=grid,
     )(table.tile, table.source, table.matrix, table.low, table.high, table.first, x_RxK, w)
 
 
@@ -110,7 +96,7 @@ def _weights_body(m, tile, expert, low, high, first, last, x, dy, dw, acc):
 
     @pl.when(whole)
     def _():
-        acc[...] += _dot(x[...], dy[...], (0, 0))
+        acc[...] += tpu.dot(x[...], dy[...], (0, 0))
 
     @pl.when(jnp.logical_not(whole) & (high[visit] > low[visit]))
     def _():
@@ -119,14 +105,14 @@ def _weights_body(m, tile, expert, low, high, first, last, x, dy, dw, acc):
             return jnp.where((row >= low[visit]) & (row < high[visit]), a[...],
                              jnp.zeros(a.shape, a.dtype))
 
-        acc[...] += _dot(mine(x), mine(dy), (0, 0))
+        acc[...] += tpu.dot(mine(x), mine(dy), (0, 0))
 
     @pl.when(last[visit] == 1)
     def _():
         dw[...] = acc[...].astype(dw.dtype)
 
 
-def _weight_gradient(x_RxD, dy_RxF, layout, dtype):
+def weight_gradient(x_RxD, dy_RxF, layout, dtype):
     """The sum over each expert's rows of x^T dy: [E, D, F] in dtype."""
     D, F, E = x_RxD.shape[1], dy_RxF.shape[1], layout.sizes.shape[0]
     m, k, n = visits.choose(layout, "weights", D, F, x_RxD.dtype.itemsize)
@@ -139,11 +125,10 @@ def _weight_gradient(x_RxD, dy_RxF, layout, dtype):
         out_specs=pl.BlockSpec((None, k, n), lambda i, j, v, tile, expert, *_: (expert[v], i, j)),
         scratch_shapes=[pltpu.VMEM((k, n), jnp.float32)],
     )
-    return pl.pallas_call(
-        functools.partial(_weights_body, m),
-        out_shape=jax.ShapeDtypeStruct((E, D, F), dtype), grid_spec=grid,
-        compiler_params=_params("parallel", "parallel", "arbitrary"),
-        interpret=device.target().interpret or False, name="grouped_matmul_weights",
+    return tpu.call(
+        functools.partial(_weights_body, m), "grouped_matmul_weights",
+        jax.ShapeDtypeStruct((E, D, F), dtype), ("parallel", "parallel", "arbitrary"),
+        grid_spec=grid,
     )(table.tile, table.expert, table.low, table.high, table.first, table.last, x_RxD, dy_RxF)
 
 
@@ -161,7 +146,7 @@ def _backward(residuals, dy):
     x, w, layout = residuals
     dy = dy.astype(x.dtype)
     dx = _rows_times(dy, w.astype(x.dtype), layout, transposed=True)
-    return dx, _weight_gradient(x, dy, layout, w.dtype), None
+    return dx, weight_gradient(x, dy, layout, w.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)

@@ -39,13 +39,8 @@ class Tiles:
 
 def supports(x, w, layout) -> str | None:
     """Return None, or why the Hopper kernels cannot run this call."""
-    reason = device.lacks_hopper()
-    if reason is not None:
-        return reason
-    if x.dtype != jnp.bfloat16:
-        return f"needs bfloat16 rows, x is {x.dtype}"
-    if w.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"needs bfloat16 or float32 matrices, w is {w.dtype}"
+    if lacks := device.lacks_hopper(x=x) or device.lacks_hopper("bfloat16", "float32", w=w):
+        return lacks
     for name, width in (("D", w.shape[1]), ("F", w.shape[2])):
         if width % TILE_K:
             return f"needs widths in multiples of {TILE_K}, {name} is {width}"

@@ -14,10 +14,8 @@ import jax.numpy as jnp
 
 from kernels_pallas import blocks, device
 from kernels_pallas.grouped_matmul.tiles import owned
+from kernels_pallas.tpu import LANES, VMEM
 
-# Bytes of fast memory for tiles; the smallest of these chips (TPU7x) has 64 MiB.
-VMEM = 40 << 20
-LANES = 128
 # Rows that a tile's height is a multiple of: bfloat16 is stored in pairs of 8.
 _ROWS = 16
 _HEIGHTS = (512, 256, 128)
@@ -53,10 +51,8 @@ class Visits(NamedTuple):
 
 def supports(x, w, layout) -> str | None:
     """Return None, or why the TPU kernels cannot run this call."""
-    if lacks := device.lacks_tpu():
+    if lacks := device.lacks_tpu(x=x):
         return lacks
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"needs bfloat16 or float32 rows, x is {x.dtype}"
     if layout.rows == 0 or w.shape[0] == 0:
         return f"needs rows and experts, there are {layout.rows} and {w.shape[0]}"
     for name, width, columns in (("D", w.shape[1], w.shape[2]), ("F", w.shape[2], w.shape[1])):

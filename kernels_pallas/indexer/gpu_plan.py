@@ -19,8 +19,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax.numpy as jnp
-
 from kernels_pallas import device
 
 HALF = 64  # keys that a warpgroup multiplies at once
@@ -85,11 +83,8 @@ class Scores:
 
 
 def _lacks(q) -> str | None:
-    reason = device.lacks_hopper()
-    if reason is not None:
-        return reason
-    if q.dtype != jnp.bfloat16:
-        return f"needs bfloat16, q is {q.dtype}"
+    if lacks := device.lacks_hopper(q=q):
+        return lacks
     if q.shape[3] > WIDEST:
         return f"needs widths up to {WIDEST}, D is {q.shape[3]}"
     return None
@@ -98,9 +93,8 @@ def _lacks(q) -> str | None:
 def supports_select(q, k, w, **keywords) -> str | None:
     """Return None, or why the Hopper kernel cannot score this call."""
     del k, w, keywords
-    reason = _lacks(q)
-    if reason is not None:
-        return reason
+    if lacks := _lacks(q):
+        return lacks
     if q.shape[2] > COLUMNS:
         return f"needs up to {COLUMNS} heads, J is {q.shape[2]}"
     return None
@@ -109,9 +103,8 @@ def supports_select(q, k, w, **keywords) -> str | None:
 def supports_listed(q, k, w, chosen, mass, *, scale=1.0) -> str | None:
     """Return None, or why the Hopper kernels cannot run index_kl_listed."""
     del k, w, chosen, mass, scale
-    reason = _lacks(q)
-    if reason is not None:
-        return reason
+    if lacks := _lacks(q):
+        return lacks
     if q.shape[2] > HALF:
         return f"needs up to {HALF} heads, J is {q.shape[2]}"
     return None

@@ -20,12 +20,9 @@ def whole(n: int, unit: int = TILE) -> int:
 def supports(x, w, layout, *, power_of_two=False) -> str | None:
     """Return None, or why the Hopper kernels cannot run this call."""
     del power_of_two
-    reason = device.lacks_hopper()
-    if reason is not None:
-        return reason
+    if lacks := device.lacks_hopper("bfloat16", "float32", x=x, w=w):
+        return lacks
     for name, a in (("x", x), ("w", w)):
-        if a.dtype not in (jnp.bfloat16, jnp.float32):
-            return f"needs bfloat16 or float32, {name} is {a.dtype}"
         if a.size == 0:
             return f"needs numbers to multiply, {name} has shape {a.shape}"
     if layout is not None and grouped.grain(layout) % _ROWS:

@@ -8,8 +8,6 @@ registers of one thread.
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-
 from kernels_pallas import device
 
 LANES = 128  # matrices of a program, one for each thread of a warpgroup
@@ -25,12 +23,9 @@ def sums_bytes(R: int, iterations: int) -> int:
 def supports(logits, *, iterations, eps) -> str | None:
     """Return None, or why the Hopper kernel cannot run this call."""
     del eps
-    reason = device.lacks_hopper()
-    if reason is not None:
-        return reason
+    if lacks := device.lacks_hopper("float32", logits=logits):
+        return lacks
     R = logits.shape[-1]
-    if logits.dtype != jnp.float32:
-        return f"needs float32, logits are {logits.dtype}"
     if not 1 <= R <= WIDEST or logits.size == 0:
         return f"needs matrices of up to {WIDEST} rows, logits are {logits.shape}"
     if sums_bytes(R, iterations) > SHARED:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax.numpy as jnp
-
 from kernels_pallas import device
 
 HALF = 64  # rows of a query, and tokens of it multiplied at once
@@ -95,11 +93,8 @@ def plan_of(q, kv, chosen, *, v_dim, scale) -> Plan:
 def supports(q, kv, chosen, *, v_dim, scale, unique=False, return_lse=False) -> str | None:
     """Return None, or why the Hopper kernels cannot run this call."""
     del kv, chosen, unique, return_lse
-    reason = device.lacks_hopper()
-    if reason is not None:
-        return reason
-    if q.dtype != jnp.bfloat16:
-        return f"needs bfloat16, q is {q.dtype}"
+    if lacks := device.lacks_hopper(q=q):
+        return lacks
     if q.shape[3] > WIDEST:
         return f"needs widths up to {WIDEST}, Dk is {q.shape[3]}"
     if v_dim > WIDEST_VALUE:

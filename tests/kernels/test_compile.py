@@ -137,7 +137,7 @@ def test_another_source_makes_another_key(monkeypatch, tmp_path):
     assert first[0] != second[0]
     assert first[1] == second[1]
     assert not set(keys("", b"3")) & {*first, *second}  # what all share
-    assert keys("hopper", b"4") == keys("hopper", b"5")  # no kernel of Hopper's
+    assert keys("mosaic_gpu", b"4") == keys("mosaic_gpu", b"5")  # no kernel of Hopper's
 
 
 def test_a_file_of_something_else_is_refused(here, tmp_path, capsys):

@@ -113,7 +113,7 @@ REFUSED = {
     "cpu": (device.Target("cpu"), {}, "needs an NVIDIA GPU, the device is cpu"),
     "blackwell": (CHIPS["b200"].target, {}, r"Hopper's tensor cores \(9.0\), .*\(10, 0\)"),
     "float32": (CHIPS["h200"].target, {"dtype": "float32"}, "x is float32"),
-    "head": (CHIPS["h200"].target, {"head_dtype": "float16"}, "it is float16"),
+    "head": (CHIPS["h200"].target, {"head_dtype": "float16"}, "head is float16"),
     "empty": (CHIPS["h100"].target, {"T": 0}, r"x is \(0, 32\)"),
 }
 

@@ -1,4 +1,4 @@
-"""Mosaic TPU kernels of grouped_matmul, interpreted on the CPU, against loops in numpy float64.
+"""Mosaic TPU kernels of grouped_matmul, interpreted with race detection, against float64 loops.
 
 Memory that nobody wrote reads as nan. On a machine with a TPU, JAX_PLATFORMS=tpu,cpu runs the same
 tests on it.
@@ -25,7 +25,7 @@ def chip():
         return device.target()
     from jax.experimental.pallas import tpu as pltpu
 
-    return device.Target("tpu", "interpreted", interpret=pltpu.InterpretParams())
+    return device.Target("tpu", "interpreted", interpret=pltpu.InterpretParams(detect_races=True))
 
 
 def run(x, w, dy, layout):
