@@ -13,7 +13,7 @@ import numbers
 
 import jax.numpy as jnp
 
-from kernels_pallas.indexer import gpu_plan, reference, xla
+from kernels_pallas.indexer import gpu_plan, reference, tpu_plan, xla
 from kernels_pallas.op import Backend, Op
 
 
@@ -24,18 +24,31 @@ def _select_mosaic_gpu(*args, **kwargs):
     return mosaic_gpu.index_select(*args, **kwargs)
 
 
+def _select_mosaic_tpu(*args, **kwargs):
+    from kernels_pallas.indexer import mosaic_tpu
+
+    return mosaic_tpu.index_select(*args, **kwargs)
+
+
 def _listed_mosaic_gpu(*args, **kwargs):
     from kernels_pallas.indexer import mosaic_gpu_listed
 
     return mosaic_gpu_listed.index_kl_listed(*args, **kwargs)
 
 
+def _listed_mosaic_tpu(*args, **kwargs):
+    from kernels_pallas.indexer import mosaic_tpu_listed
+
+    return mosaic_tpu_listed.index_kl_listed(*args, **kwargs)
+
+
 op = Op(
     "index_select",
     (
         Backend("xla", xla.index_select),
-        # Only where it is asked for, until it has run on a chip: PENDING.md.
+        # Only where they are asked for, until they have run on a chip: PENDING.md.
         Backend("mosaic_gpu", _select_mosaic_gpu, gpu_plan.supports_select),
+        Backend("mosaic_tpu", _select_mosaic_tpu, tpu_plan.supports_select),
         Backend("reference", reference.index_select),
     ),
 )
@@ -51,6 +64,7 @@ listed = Op(
     (
         Backend("xla", xla.index_kl_listed),
         Backend("mosaic_gpu", _listed_mosaic_gpu, gpu_plan.supports_listed),
+        Backend("mosaic_tpu", _listed_mosaic_tpu, tpu_plan.supports_listed),
         Backend("reference", reference.index_kl_listed),
     ),
 )

@@ -7,7 +7,7 @@ import numbers
 import jax.numpy as jnp
 
 from kernels_pallas.op import Backend, Op
-from kernels_pallas.token_sparse import gpu_plan, reference, xla
+from kernels_pallas.token_sparse import gpu_plan, reference, tpu_plan, xla
 
 
 def _mosaic_gpu(*args, **kwargs):
@@ -17,18 +17,31 @@ def _mosaic_gpu(*args, **kwargs):
     return mosaic_gpu.token_sparse(*args, **kwargs)
 
 
+def _mosaic_tpu(*args, **kwargs):
+    from kernels_pallas.token_sparse import mosaic_tpu
+
+    return mosaic_tpu.token_sparse(*args, **kwargs)
+
+
 def _mass_mosaic_gpu(*args, **kwargs):
     from kernels_pallas.token_sparse import mosaic_gpu
 
     return mosaic_gpu.token_mass(*args, **kwargs)
 
 
+def _mass_mosaic_tpu(*args, **kwargs):
+    from kernels_pallas.token_sparse import mosaic_tpu
+
+    return mosaic_tpu.token_mass(*args, **kwargs)
+
+
 op = Op(
     "token_sparse",
     (
         Backend("xla", xla.token_sparse),
-        # Only where it is asked for, until it has run on a chip: PENDING.md.
+        # Only where they are asked for, until they have run on a chip: PENDING.md.
         Backend("mosaic_gpu", _mosaic_gpu, gpu_plan.supports),
+        Backend("mosaic_tpu", _mosaic_tpu, tpu_plan.supports),
         Backend("reference", reference.token_sparse),
     ),
 )
@@ -37,6 +50,7 @@ mass = Op(
     (
         Backend("xla", xla.token_mass),
         Backend("mosaic_gpu", _mass_mosaic_gpu, gpu_plan.supports_mass),
+        Backend("mosaic_tpu", _mass_mosaic_tpu, tpu_plan.supports_mass),
         Backend("reference", reference.token_mass),
     ),
 )

@@ -20,11 +20,11 @@ SMALL = specs.PARITY | {n: s for n, s in specs.HOPPER.items() if n.startswith("t
 NAMES = ("loss", "dq", "dk", "dw")
 
 
-def select(spec, index, where, cores=2, **changes):
+def select(spec, index, where, target, backend="mosaic_gpu", **changes):
     @jax.jit
     def run(index, arrays):
-        with device.assume(hopper(cores)):
-            return index_select(*index, top=spec.top, scale=SCALE, implementation="mosaic_gpu",
+        with device.assume(target):
+            return index_select(*index, top=spec.top, scale=SCALE, implementation=backend,
                                 **arrays, **options)
 
     where = where | changes
@@ -49,21 +49,21 @@ def check_chosen(spec, index, where, got, first=0):
     assert some or not spec.keys
 
 
-def check_select(spec, cores=2):
+def check_select(spec, target, backend="mosaic_gpu"):
     index, where = spec.arguments(dtype="bfloat16")
-    check_chosen(spec, index, where, select(spec, index, where, cores))
+    check_chosen(spec, index, where, select(spec, index, where, target, backend))
 
 
 @runs
 def test_it_chooses_the_best():
-    check_select(specs.Spec(B=1, L=41, stride=3, span=3, late=True, documents=2))
+    check_select(specs.Spec(B=1, L=41, stride=3, span=3, late=True, documents=2), hopper(2))
 
 
 @runs
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_it_chooses_the_best_of_every_spec(name):
-    check_select(SMALL[name], 3)
+    check_select(SMALL[name], hopper(3))
 
 
 @runs
@@ -72,7 +72,7 @@ def test_it_chooses_the_best_of_every_spec(name):
 def test_queries_may_be_a_part_of_a_row(first):
     spec = specs.Spec(B=2, L=150, S=600, J=2, D=16, top=7)
     index, where = spec.arguments(dtype="bfloat16")
-    got = select(spec, index, where, first=jnp.asarray(first, jnp.int32))
+    got = select(spec, index, where, hopper(2), first=jnp.asarray(first, jnp.int32))
     check_chosen(spec, index, where, got, first)
 
 
@@ -112,16 +112,16 @@ def oracle(spec, index, chosen, mass, listed, g):
     return dict(zip(NAMES, (loss, dq, dk, dw), strict=True))
 
 
-def check_listed(spec, cores=2):
+def check_listed(spec, target, backend="mosaic_gpu"):
     index, _ = spec.arguments(dtype="bfloat16")
     chosen, mass, listed = lists(spec)
     g = np.random.default_rng(8).normal(size=chosen.shape[:2]).astype(np.float32)
 
     @jax.jit
     def run(q, k, w, chosen, mass, g):
-        with device.assume(hopper(cores)):
+        with device.assume(target):
             call = functools.partial(index_kl_listed, chosen_BxLxN=chosen, mass_BxLxN=mass,
-                                     scale=SCALE, implementation="mosaic_gpu")
+                                     scale=SCALE, implementation=backend)
             loss, pull = jax.vjp(call, q, k, w)
             return dict(zip(NAMES, (loss, *pull(g)), strict=True))
 
@@ -137,14 +137,14 @@ def check_listed(spec, cores=2):
 
 @runs
 def test_the_divergence_over_listed_keys_and_its_gradients():
-    check_listed(specs.Spec(B=1, L=3, S=70, top=65))
+    check_listed(specs.Spec(B=1, L=3, S=70, top=65), hopper(2))
 
 
 @runs
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in SMALL if n != "parts"])
 def test_the_divergence_of_every_spec(name):
-    check_listed(SMALL[name], 3)
+    check_listed(SMALL[name], hopper(3))
 
 
 def test_memory_is_enough_for_every_size():
