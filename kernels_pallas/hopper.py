@@ -88,6 +88,14 @@ def weigh(acc, a, b, scratch=None):
     plgpu.wgmma(acc, scratch, b)
 
 
+def onto(values, issue):
+    """Return values after issue(acc) added products to them, in place of new registers."""
+    if interpreted():  # which starts accumulators from zero only
+        return values + pl.run_scoped(lambda acc: (issue(acc), acc[...])[1],
+                                      plgpu.ACC(values.shape, jnp.float32))
+    return pl.run_state(issue)(plgpu.ACC.init(values))
+
+
 def spread(x, shape, dim):
     """Return x along this dim of a product's result."""
     return lax.broadcast_in_dim(x, shape, [dim])

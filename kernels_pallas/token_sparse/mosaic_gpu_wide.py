@@ -44,14 +44,6 @@ def _half(ref, width, warpgroup):
     return ref.at[:, pl.ds(pl.multiple_of(warpgroup * (width // 2), QUARTER), width // 2)]
 
 
-def _onto(values, issue):
-    """Return values after issue(acc) added products to them, in place of new registers."""
-    if hopper.interpreted():  # which starts accumulators from zero only
-        return values + pl.run_scoped(lambda acc: (issue(acc), acc[...])[1],
-                                      plgpu.ACC(values.shape, _F32))
-    return pl.run_state(issue)(plgpu.ACC.init(values))
-
-
 def _over_tiles(plan: Plan, attend, by_row, keyed, outs, *, shared=(), numbers=0):
     """A kernel that calls `attend` in both multiplying warpgroups for each query and 64 heads.
 
@@ -230,7 +222,7 @@ def forward_tiles(plan: Plan, q, kv, bias):
                         plgpu.wgmma(acc, weights_smem, kv_smem.at[:, columns])
                         plgpu.wgmma_wait(0)
 
-                    results.append(_onto(o * hopper.spread(shrink, o.shape, 0), weigh))
+                    results.append(hopper.onto(o * hopper.spread(shrink, o.shape, 0), weigh))
                     first += o.shape[1]
                 return top, total, tuple(results)
 
