@@ -264,7 +264,8 @@ def test_a_gpu_is_described_as_xla_reads_it():
     ("token_sparse", "csa_64k", [1, 3]), ("token_sparse", "dsa_v2_lite_4k", [1, 3]),
     ("scaled_matmul", "tile_edges", [1, 3]), ("grouped_swiglu", "olmoe", [1, 4]),
     ("cross_entropy", "gpt2", [1, 2]), ("index_kl_listed", "tile_heads", [1, 3]),
-    ("index_select", "tile_keys", [1])])
+    ("index_select", "tile_keys", [1]), ("flash", "tile_all", [1, 3]),
+    ("flash", "mla_v3_4k", [1, 4])])
 def test_it_compiles_for_a_hopper_gpu(op, spec, kernels):
     argv = ["--target", "h200", "--op", op, "--spec", spec, "--json", "--backend", "mosaic_gpu"]
     done = subprocess.run([sys.executable, "-m", "kernels_pallas.compile", *argv], cwd=ROOT,
@@ -282,7 +283,9 @@ def test_it_compiles_for_a_hopper_gpu(op, spec, kernels):
 @pytest.mark.slow
 @pytest.mark.skipif(CHIPS["v5p"].missing() is not None,
                     reason=f"needs {CHIPS['v5p'].missing()}, of the extra 'compile'")
-@pytest.mark.parametrize(("op", "spec"), [("grouped_matmul", "olmoe"), ("block_sparse", "nsa_4k")])
+@pytest.mark.parametrize(("op", "spec"), [
+    ("grouped_matmul", "olmoe"), ("block_sparse", "nsa_4k"), ("token_sparse", "dsa_4k"),
+    ("index_kl_listed", "dsa_4k")])
 def test_it_compiles_for_a_tpu_and_keeps_the_rows(op, spec, tmp_path):
     file = tmp_path / "rows.jsonl"
     argv = ["--target", "v5p", "--op", op, "--spec", spec, "--json", "--backend", "mosaic_tpu",
