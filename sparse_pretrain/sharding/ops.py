@@ -31,7 +31,7 @@ from kernels_pallas.indexer.xla import keys_per_query as index_keys_per_query
 from kernels_pallas.sinkhorn import op as _sinkhorn
 from kernels_pallas.token_sparse import token_mass as _token_mass
 from kernels_pallas.token_sparse import token_sparse as _token_sparse
-from sparse_pretrain.sharding import apply, offload, ring
+from sparse_pretrain.sharding import apply, offload, ring, zigzag
 from sparse_pretrain.sharding.gather import gathered, kept_apart
 from sparse_pretrain.sharding.products import (
     eight_bits,
@@ -306,9 +306,11 @@ def _ring(q, k, v, options):
 
 
 def _round(found, q, k, v, segments_q, segments_k, sinks, out):
+    way = zigzag if zigzag.serves(found) else ring
+
     def local(q, k, v, segments_q, segments_k, sinks, axes):
         assert axes["L"] == (found.axis,), axes
-        o, lse = ring.attend(found, q, k, v, segments_q, segments_k, sinks)
+        o, lse = way.attend(found, q, k, v, segments_q, segments_k, sinks)
         return o if isinstance(out, str) else (o, lse)
 
     args = (q, k, v, segments_q, segments_k, sinks)

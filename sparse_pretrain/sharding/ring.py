@@ -6,8 +6,8 @@ denominators. The backward pass takes the turns in the opposite order, so that t
 keys come home as they grow. A device holds the keys of two parts of the row at a time, never all.
 
 A part that lies in a query's future is not computed. Parts are runs of a row, so under a causal
-mask the last device computes n parts and the first one: the ring takes about twice the time of n
-even shares, which is also what gathered keys take. A window is the same work for all.
+mask the last device computes n parts and the first one, which is about twice an even share;
+zigzag.py deals chunks out so that all have as much. A window is the same work for all.
 """
 
 import functools
@@ -91,11 +91,11 @@ def _forward(ring, q, k, v, segments, others, sinks):
             q, k, v, segments_q=segments, segments_k=others, first=_first(ring, turn),
             return_lse=True, **dict(ring.options),
         )  # fmt: skip
-        return _merge(total, (o.astype(wide), lse))
+        return merge(total, (o.astype(wide), lse))
 
     def one(carry, turn):
         keys, total = carry
-        ahead = _send(ring, keys, 1)
+        ahead = send(ring, keys, 1)
         return (ahead, add(total, keys, turn)), None
 
     nothing = jnp.zeros((*q.shape[:3], v.shape[-1]), wide), jnp.full(q.shape[:3], UNSEEN, wide)
@@ -105,9 +105,7 @@ def _forward(ring, q, k, v, segments, others, sinks):
         carry, _ = jax.lax.scan(one, carry, jnp.arange(last, dtype=jnp.int32))
     keys, total = carry
     o, lse = add(total, keys, jnp.int32(last))
-    if sinks is not None:
-        sink = sinks.astype(wide)[None, None, :]
-        o, lse = _merge((o, lse), (jnp.zeros_like(o), jnp.broadcast_to(sink, lse.shape)))
+    o, lse = with_sinks(o, lse, sinks)
     o = narrow(o, v.dtype)
     return (o, lse), (q, keys, segments, sinks, o, lse)
 
@@ -128,26 +126,23 @@ def _backward(ring, kept, gradients):
     def one(carry, turn):
         """The gradients of these keys so far are on their way while this turn's are computed."""
         keys, dq, so_far = carry
-        before, came = _send(ring, keys, -1), _send(ring, so_far, -1)
+        before, came = send(ring, keys, -1), send(ring, so_far, -1)
         more, *here = part(keys, turn)
         return (before, dq + more, jax.tree.map(jnp.add, came, tuple(here))), None
 
     last = ring.turns - 1
-    before = _send(ring, keys, -1) if last else keys
+    before = send(ring, keys, -1) if last else keys
     dq, *so_far = part(keys, jnp.int32(last))
     carry = before, dq, tuple(so_far)
     if last > 1:
         carry, _ = jax.lax.scan(one, carry, jnp.arange(last - 1, 0, -1, dtype=jnp.int32))
     if last:
         keys, dq, so_far = carry
-        came = _send(ring, so_far, -1)
+        came = send(ring, so_far, -1)
         more, *here = part(keys, jnp.int32(0))
         carry = keys, dq + more, jax.tree.map(jnp.add, came, tuple(here))
     (k, v, _), dq, (dk, dv) = carry
-    d_sinks = None
-    if sinks is not None:
-        weight = jnp.exp(sinks.astype(lse.dtype)[None, None, :] - lse)
-        d_sinks = -jnp.sum(weight * delta, axis=(0, 1)).astype(sinks.dtype)
+    d_sinks = sink_gradient(sinks, lse, delta)
     return narrow(dq, q.dtype), narrow(dk, k.dtype), narrow(dv, v.dtype), None, None, d_sinks
 
 
@@ -163,13 +158,13 @@ def _first(ring: Ring, turn):
     return (turn - jnp.where(turn > me, ring.devices, 0)) * ring.rows
 
 
-def _send(ring: Ring, tree, step: int):
+def send(ring: Ring, tree: Any, step: int) -> Any:
     """The tree of the device `step` places before this one."""
     pairs = [(i, (i + step) % ring.devices) for i in range(ring.devices)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, ring.axis, pairs), tree)
 
 
-def _merge(a, b):
+def merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]):
     """One softmax over the keys of two; each (o, logarithm of the denominator)."""
     (o_a, lse_a), (o_b, lse_b) = a, b
     top = jnp.maximum(lse_a, lse_b)
@@ -177,3 +172,19 @@ def _merge(a, b):
     total = w_a + w_b
     o = (o_a * w_a[..., None] + o_b * w_b[..., None]) / total[..., None]
     return o, jnp.where(top <= UNSEEN, top, top + jnp.log(total))
+
+
+def with_sinks(o: jax.Array, lse: jax.Array, sinks: jax.Array | None):
+    """(o, lse) of a softmax that has the sinks too, [H] or None."""
+    if sinks is None:
+        return o, lse
+    sink = sinks.astype(lse.dtype)[None, None, :]
+    return merge((o, lse), (jnp.zeros_like(o), jnp.broadcast_to(sink, lse.shape)))
+
+
+def sink_gradient(sinks: jax.Array | None, lse: jax.Array, delta: jax.Array):
+    """The gradient of the sinks [H], of this device's queries."""
+    if sinks is None:
+        return None
+    weight = jnp.exp(sinks.astype(lse.dtype)[None, None, :] - lse)
+    return -jnp.sum(weight * delta, axis=(0, 1)).astype(sinks.dtype)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparse_pretrain.planning import hlo
-from sparse_pretrain.sharding import apply, mesh, ops, plans, ring
+from sparse_pretrain.sharding import apply, mesh, ops, plans, ring, zigzag
 from tests.sharding.test_plans import equal
 
 B, H, DK, DV = 2, 4, 8, 6
@@ -105,7 +105,9 @@ def test_values_and_gradients_are_those_of_dense_attention_in_float64():
 @pytest.mark.parametrize(
     ("text", "options"),
     [
-        ("context=8,fsdp=1", dict(L=72, K=1)),
+        ("context=8,fsdp=1", dict(L=72, K=1)),  # parts of 9 cannot be halved: no zig-zag
+        ("context=8,fsdp=1", dict(L=96, K=1, softcap=5.0, sinks=True)),
+        ("context=3,fsdp=1", dict(L=36)),
         ("context=2,fsdp=1", dict(L=40, K=4, softcap=3.0)),
         ("context=8,fsdp=1", dict(L=64, window=1)),
         ("context=8,fsdp=1", dict(L=64, window=9)),
@@ -129,6 +131,37 @@ def test_a_window_takes_as_many_turns_as_it_reaches_parts():
     assert ring.turns(8, 4) == ring.turns(8, 4, causal=False, window=2) == 8
 
 
+def test_zigzag_gives_every_device_as_many_pairs_of_chunks_and_none_twice():
+    for n in (2, 3, 4, 8, 16):
+        each = [zigzag.pairs(n, me) for me in range(n)]
+        done = sorted(pair for pairs in each for pair in pairs)
+        assert done == [(query, key) for query in range(2 * n) for key in range(query + 1)]
+        # of a chunk with itself half is read
+        work = [sum(1 if a > b else 0.5 for a, b in pairs) for pairs in each]
+        assert work == [2 * n] * n
+        plain = [4 * part + 2 for part in range(n)]  # a part of two chunks and all before it
+        assert sum(work) == sum(plain)
+        assert max(plain) == 4 * n - 2
+
+
+def test_the_compiled_ring_runs_as_many_products_as_zigzag_says():
+    """On every device, since no loop is left to what a device finds."""
+    devices, L, K = 4, 64, 2
+    where = placed(f"context={devices},fsdp=1", context="ring")
+    arrays, segments = arguments(L, K)
+    low = [np.asarray(a, np.float32) for a in arrays[:3]]
+
+    def run(q, k, v, segments):
+        return ops.flash(q, k, v, segments_q=segments, scale=DK**-0.5)
+
+    found = hlo.count(where.jit(run).lower(*low, segments).compile().as_text())
+    assert not found.open_loops
+    chunk = L // devices // 2
+    # a device's own two chunks are one block of scores, of which the mask leaves half
+    pairs = 4 + len(zigzag.pairs(devices, 0)[3:])
+    assert found.flops == pairs * chunk**2 * 2 * B * H * (DK + DV)
+
+
 def test_keys_go_round_where_that_saves_bytes_or_memory():
     small, large = ring.WORTH - 1, ring.WORTH
     assert not ring.serves("auto", 8, 8, small)
@@ -148,13 +181,14 @@ def compiled(laid, rows, devices):
     like = [jax.ShapeDtypeStruct((1, L, h, 64), jnp.float32, sharding=where) for h in (8, 8, 8)]
     segments = jax.ShapeDtypeStruct((1, L), jnp.int32, sharding=where)
 
-    def run(q, k, v, segments):
+    def run(q, k, v, segments, d_o):
         def attend(q, k, v):
-            return jnp.sum(ops.flash(q, k, v, segments_q=segments, scale=0.125))
+            return ops.flash(q, k, v, segments_q=segments, scale=0.125)
 
-        return jax.grad(attend, (0, 1, 2))(q, k, v)
+        o, pull = jax.vjp(attend, q, k, v)
+        return o, *pull(d_o)
 
-    return laid.jit(run, out_shardings=(where,) * 3).lower(*like, segments).compile()
+    return laid.jit(run, out_shardings=(where,) * 4).lower(*like, segments, like[0]).compile()
 
 
 @pytest.mark.slow
@@ -168,8 +202,11 @@ def test_memory_is_of_parts_of_a_row_and_bytes_are_counted():
             held[how, devices] = program.memory_analysis().temp_size_in_bytes
             sent = hlo.count(program.as_text()).collectives
             if how == "ring":
-                # keys, values and segments in both passes, gradients of both in one
+                # keys, values and segments in both passes, gradients of both in one; queries,
+                # keys, values, segments and o to their chunks' places or back, gradients too, and
+                # that of the softmax's logarithm
                 size = (devices - 1) * (6 * part + 2 * 4 * rows)
+                size += 8 * part + 4 * rows + 4 * 8 * rows
                 assert sent["collective-permute"]["bytes"] == size
                 assert not {"all-gather", "all-to-all"} & set(sent)
     # with 8 devices a row is twice as long: gathered keys, values and gradients grow with it
