@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparse_pretrain import spec
 from sparse_pretrain.attention import base, blocks, grouped
+from sparse_pretrain.model import layers
 from sparse_pretrain.sharding import ops
 
 CHUNK = 1024  # queries whose gate scores are held at once
@@ -95,9 +96,9 @@ class MoBA(grouped.Grouped):
         L, H = q_BxLxHxD.shape[1:3]
         ids = blocks.block_ids(context.segments, context.positions, c.block)
         same_BxLxL = ids[:, :, None] == ids[:, None, :]
-        share = same_BxLxL.astype(jnp.float32)
+        share = same_BxLxL.astype(layers.wide(k_BxLxKxD.dtype))
         share = share / jnp.sum(share, axis=2, keepdims=True)
-        k_BxLxKxD = k_BxLxKxD.astype(jnp.float32)
+        k_BxLxKxD = k_BxLxKxD.astype(share.dtype)
         means = jnp.einsum("bts,bskd->btkd", share, k_BxLxKxD)  # of the block of each key
         score = _gate(q_BxLxHxD, means)
         # a block stands for its first token, where it is a past one of the document
@@ -110,7 +111,7 @@ class MoBA(grouped.Grouped):
             order[None, :] < order[:, None]
         ).reshape(1, 1, 1, L, L)
         chosen = (jnp.sum(ahead, axis=-1) < c.top_k - 1) & (score > -jnp.inf)
-        far = jnp.einsum("blht,bts->bhls", chosen.astype(jnp.float32), share) > 0
+        far = jnp.einsum("blht,bts->bhls", chosen.astype(share.dtype), share) > 0
         own = same_BxLxL & base.causal_mask(context)
         return jnp.broadcast_to(own[:, None], (own.shape[0], H, L, L)) | far
 
@@ -186,16 +187,17 @@ class MoBA(grouped.Grouped):
 
 
 def _gate(q_BxLxHxD, means_BxMxKxD) -> Float[Array, "B L H M"]:
-    """q . mean key of each block, in float32."""
+    """q . mean key of each block, as wide as the means."""
     B, L, H, D = q_BxLxHxD.shape
     M, K = means_BxMxKxD.shape[1:3]
-    q = q_BxLxHxD.astype(jnp.float32).reshape(B, L, K, H // K, D)
+    q = q_BxLxHxD.astype(means_BxMxKxD.dtype).reshape(B, L, K, H // K, D)
     return jnp.einsum("blkgd,bmkd->blkgm", q, means_BxMxKxD).reshape(B, L, H, M)
 
 
 def _means(k_BxLxKxD, starts_BxM, size: int) -> Float[Array, "B M K D"]:
-    """Mean key of the blocks that start there, in float32."""
+    """Mean key of the blocks that start there, in float32, or float64 of such keys."""
     L = k_BxLxKxD.shape[1]
     rows = starts_BxM[:, :, None] + jnp.arange(size, dtype=jnp.int32)[None, None]
     row = jnp.arange(k_BxLxKxD.shape[0])[:, None, None]
-    return jnp.mean(k_BxLxKxD[row, jnp.minimum(rows, L - 1)].astype(jnp.float32), axis=2)
+    keys = k_BxLxKxD[row, jnp.minimum(rows, L - 1)]
+    return jnp.mean(keys.astype(layers.wide(keys.dtype)), axis=2)

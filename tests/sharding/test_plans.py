@@ -147,7 +147,8 @@ def test_every_plan_equals_one_device(plan, alone):
     equal(alone, "mla", plan, MESHES[plan], accumulate=1 if groups == equality.ROWS else 2)
 
 
+# MoBA's runs part where a token's experts turn on a last digit: test_choices.py
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", sorted(set(equality.ATTENTIONS) - {"mla"}))
+@pytest.mark.parametrize("attention", sorted(set(equality.ATTENTIONS) - {"mla", "moba"}))
 def test_every_attention_equals_one_device_with_rows_cut_and_heads_cut(attention, alone):
     equal(alone, attention, "fsdp_tp_cp", "fsdp=2,tensor=2,context=2")
