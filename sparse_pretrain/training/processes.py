@@ -19,6 +19,8 @@ LAUNCHERS = {
     "OMPI_COMM_WORLD_SIZE": "Open MPI",
     "JOB_COMPLETION_INDEX": "Kubernetes",
 }
+# What JAX needs to ask a launcher who else there is, beyond what this package installs.
+NEEDS = {"Open MPI": "mpi4py", "Kubernetes": "'jax[k8s]'"}
 HEARTBEAT = 25  # seconds without a sign of life after which the others are told
 GONE = ("connection", "socket", "gloo", "heartbeat", "unavailable", "timed out", "deadline")
 FAILED = 1  # the exit code of a process that ends so
@@ -56,12 +58,14 @@ def start(coordinator: str = "", processes: int = 0, process_id: int = -1) -> No
     try:
         jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT)
     except (RuntimeError, ValueError) as e:
-        if where or "OMPI_COMM_WORLD_SIZE" not in os.environ or jax.distributed.is_initialized():
+        by = "" if where else _launched()
+        if by not in NEEDS or jax.distributed.is_initialized():
             raise
         reason = " ".join(str(e).split())[:160]
         raise ValueError(
-            f"--coordinator: Open MPI started this process, and JAX cannot ask it who else there "
-            f"is ({reason}); pip install mpi4py, or give --coordinator, --processes, --process-id"
+            f"--coordinator: {by} started this process, and JAX cannot ask it who else there "
+            f"is ({reason}); pip install {NEEDS[by]}, or give --coordinator, --processes, "
+            "--process-id"
         ) from None
     jax.devices()  # so that the two numbers below are known to whoever asks
     me = f"process {jax.process_index()} of {jax.process_count()}"
@@ -74,12 +78,13 @@ def _ended(me: str) -> None:
     os._exit(FAILED)
 
 
-def _launched() -> bool:
-    for name in LAUNCHERS:
+def _launched() -> str:
+    """Who started several processes, this one among them; empty if nobody did."""
+    for name, launcher in LAUNCHERS.items():
         value = os.environ.get(name, "")
         if value and (name == "JOB_COMPLETION_INDEX" or int(value) > 1):
-            return True
-    return False
+            return launcher
+    return ""
 
 
 def simulate(devices: int) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sparse_pretrain.training import processes
+from tests.training import cluster
 from tests.training import processes as runs
 
 
@@ -138,13 +139,30 @@ def by_mpirun(count):
     yield ["mpirun", "-n", str(count), "--allow-run-as-root", "--oversubscribe"], {}
 
 
+def by_kubernetes(count):
+    """What an indexed Job sets in its pods, whose API and names tests/training/cluster.py makes."""
+    here = cluster.Cluster(cluster.manifest())
+    same = {"JAX_COORDINATOR_PORT": str(runs.port()), "PODS": str(count)}
+    for i in range(count):
+        yield [], same | here.environment(i)
+
+
+POD = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+if "PODS" in os.environ:
+    from tests.training import cluster
+    cluster.enter(int(os.environ["PODS"]))
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [by_srun, by_mpirun])
+@pytest.mark.parametrize("launcher", [by_srun, by_mpirun, by_kubernetes])
 def test_processes_find_each_other_by_what_a_launcher_sets(launcher):
     count, pipe = 3, subprocess.PIPE
     running = [
-        subprocess.Popen([*command, sys.executable, "-c", FOUND], env=os.environ | more,
-                         stdout=pipe, stderr=pipe, text=True)
+        subprocess.Popen([*command, sys.executable, "-c", POD + FOUND], env=os.environ | more,
+                         stdout=pipe, stderr=pipe, text=True, cwd=cluster.README.parent)
         for command, more in launcher(count)
     ]  # fmt: skip
     said = [process.communicate(timeout=300) for process in running]
@@ -154,13 +172,58 @@ def test_processes_find_each_other_by_what_a_launcher_sets(launcher):
     assert lines == [f"process {i} of {count} [10, 11, 12]" for i in range(count)]
 
 
+MISSING = {
+    "Open MPI": ("mpi4py", "mpi4py",
+                 {f"OMPI_COMM_WORLD_{name}": n for name, n in
+                  (("SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0"))}),
+    "Kubernetes": ("kubernetes", "'jax[k8s]'",
+                   {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}),
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_open_mpi_5_is_told_what_it_needs():
-    """JAX asks mpi4py there, which is no dependency."""
-    names = ("SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")
-    more = {f"OMPI_COMM_WORLD_{name}": value for name, value in names}
-    command = [sys.executable, "-c", "import sys; sys.modules['mpi4py'] = None\n" + FOUND]
+@pytest.mark.parametrize("launcher", MISSING)
+def test_a_launcher_that_jax_cannot_ask_is_named_with_what_it_needs(launcher):
+    """JAX asks mpi4py of Open MPI 5, and its API of Kubernetes; neither is a dependency."""
+    module, install, more = MISSING[launcher]
+    command = [sys.executable, "-c", f"import sys; sys.modules['{module}'] = None\n" + FOUND]
     ended = subprocess.run(command, env=os.environ | more, capture_output=True, text=True)
     last = ended.stderr.splitlines()[-1]
-    assert last.startswith("ValueError: --coordinator: Open MPI started this process, and JAX")
-    assert last.endswith("pip install mpi4py, or give --coordinator, --processes, --process-id")
+    assert last.startswith(f"ValueError: --coordinator: {launcher} started this process, and JAX")
+    told = f"pip install {install}, or give --coordinator, --processes, --process-id"
+    assert last.endswith(told)
+
+
+def test_the_readmes_job_tells_jax_who_is_there(monkeypatch):
+    """Names, numbers and permissions as JAX reads them; without any of these it says so."""
+    objects = cluster.manifest()
+    here = cluster.Cluster(objects)
+    count = objects["Job"]["spec"]["parallelism"]
+    assert count == objects["Job"]["spec"]["completions"] > 1
+
+    def asked(index):
+        monkeypatch.setitem(sys.modules, "kubernetes", cluster.package(here))
+        monkeypatch.setattr(cluster.socket, "gethostbyname", lambda host: here.hosts()[host])
+        monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
+        for name, value in here.environment(index).items():
+            monkeypatch.setenv(name, value)
+        jax_asks = cluster.fresh()
+        assert jax_asks.is_env_present()
+        address = jax_asks.get_coordinator_address(1, None)
+        return address, jax_asks.get_process_count(), jax_asks.get_process_id()
+
+    for i in range(count):
+        address, found, me = asked(i)
+        assert (found, me) == (count, i)
+        host = address.split(":")[0]
+        assert here.hosts()[host] == here.hosts()[f"{here.name}-0"]
+        assert processes._launched() == "Kubernetes"
+    command = here.pod["containers"][0]["command"]
+    assert command[:2] == ["sparse-pretrain", "train"]
+    del here.spec["completionMode"]
+    with pytest.raises(RuntimeError, match="completionMode"):
+        asked(0)
+    assert not processes._launched()
+    objects["Role"]["rules"] = [r for r in objects["Role"]["rules"] if "pods" in r["resources"]]
+    with pytest.raises(RuntimeError, match="403"):
+        asked(0)
