@@ -8,36 +8,44 @@ Bars:     median error at most 20 % over at least eight runs, and DeepSeek-V3's 
 Fitted:   two constants of planning/cost.py: the share of the peak that products reach, and how
           often a number between products crosses the memory's bus. Communication is taken as
           hidden and products as done once: what these runs' authors report of their software.
-Measured: run             published   predicted  error
-          LLaMA-7B           82,432      96,850  +17.5%
-          LLaMA-13B         135,168     178,071  +31.7%
-          LLaMA-33B         530,432     589,466  +11.1%
-          LLaMA-65B       1,022,362   1,143,955  +11.9%
-          Llama-2-7B        184,320     199,508   +8.2%
-          Llama-2-13B       368,640     357,279   -3.1%
-          Llama-2-70B     1,720,320   1,706,752   -0.8%
-          Llama-3-8B      1,300,000     657,610  -49.4%
-          Llama-3-70B     6,400,000   4,761,486  -25.6%
-          Llama-3.1-405B 30,840,000  24,075,135  -21.9%
-          DeepSeek-67B      300,600     309,270   +2.9%
-          Phi-4             967,680     713,635  -26.3%
-          SmolLM3-3B        221,184     265,025  +19.8%
-          OLMoE-1B-7B        61,440      76,145  +23.9%
-          JetMoE-8B          30,000      23,742  -20.9%
-          Phi-3.5-MoE       282,624     203,875  -27.9%
-          DeepSeek-V2       172,800     180,494   +4.5%
-          DeepSeek-V3     2,664,000   2,688,500   +0.9%  80 %: 2.01M to 3.60M
-          median 18.7 %: both bars met
-Learned:  one pair of constants holds from 7B on A100 to 671B in fp8, dense and sparse; most of a
-          mixture's low use of its chip is memory traffic. Eight of eighteen are off by more than
-          20 %, Llama-3-8B by half: hours that were paid for and not trained in are not modelled.
-          That fp8 products read half the bytes was decided with V3's error in sight: without it
-          V3 is 13 % off. Moonlight, Mixtral and Qwen publish no hours.
-Sources:  all hours were compared with the text of the paper or model card named beside each run
-          (Phi-4's in a copy), but OLMoE's: its paper was not at hand, only a reproduction's notes
-          that quote it. The 54 MWh that its authors measured (2503.05804, table 2) would be 880 W
-          a chip over these hours, overheads included, so they are if anything too few. V3's bar
-          rests on that run: without it V3 is +17.2 % off, which misses, and the median 17.6 %.
+Measured: run               published   predicted  error
+          LLaMA-7B             82,432      97,834  +18.7%
+          LLaMA-13B           135,168     181,682  +34.4%
+          LLaMA-33B           530,432     607,914  +14.6%
+          LLaMA-65B         1,022,362   1,187,219  +16.1%
+          Llama-2-7B          184,320     201,416   +9.3%
+          Llama-2-13B         368,640     364,521   -1.1%
+          Llama-2-70B       1,720,320   1,791,561   +4.1%
+          Llama-3-8B        1,300,000     645,655  -50.3%
+          Llama-3-70B       6,400,000   4,799,324  -25.0%
+          Llama-3.1-405B   30,840,000  24,992,775  -19.0%
+          DeepSeek-67B        300,600     311,674   +3.7%
+          Phi-4               967,680     705,376  -27.1%
+          SmolLM3-3B          221,184     243,926  +10.3%
+          OLMoE-1B-7B          61,440      64,274   +4.6%
+          JetMoE-8B            30,000      22,825  -23.9%
+          Phi-3.5-MoE         282,624     198,780  -29.7%
+          DeepSeek-V2         172,800     167,556   -3.0%
+          Granite-3.0-2B      192,030     233,385  +21.5%
+          Granite-3.0-8B      832,102     553,755  -33.5%
+          Granite-1B-A400M     71,171      77,548   +9.0%
+          Granite-3B-A800M    133,308     143,586   +7.7%
+          OLMo-2-1B            26,752      35,801  +33.8%
+          dots.llm1         1,456,000   1,164,604  -20.0%
+          DeepSeek-V3       2,664,000   2,485,272   -6.7%  80 %: 1.85M to 3.33M
+          median 17.4 %: both bars met
+Learned:  one pair of constants holds from 0.4B active on H100 to 671B in fp8, dense and sparse;
+          most of a mixture's low use of its chip is memory traffic. Ten of twenty-four are off by
+          more than 20 %, Llama-3-8B by half: hours that were paid for and not trained in are not
+          modelled, nor that one team's software is better than another's. That fp8 products read
+          half the bytes was decided with V3's error in sight: without it V3 is +8.2 % off.
+          Moonlight, Mixtral and Qwen publish no hours; Llama 4 does, and not its precision.
+Sources:  hours are those of the paper or model card named beside each run, compared with its text
+          (Phi-4's and OLMoE's in a copy). The last six before V3 were added after the other
+          eighteen: all runs with hours of their authors' own that an hour's search found, chosen
+          before any of them was predicted. With eighteen V3 was +0.9 % off, and +17.2 % without
+          OLMoE, whose hours were second-hand then; now it lies between -7.8 and -5.4 % whichever
+          run is left out beside it.
 """
 
 import dataclasses
@@ -77,14 +85,22 @@ def dense(layers, width, heads, kv, hidden, vocab, tied=False, dim=128):
     return _model({"block": one}, (), ("block",), layers, width, vocab, tied)
 
 
-def sparse(layers, width, heads, kv, experts, seats, hidden, vocab, dim=128):
-    """A Mixtral of these sizes."""
+def sparse(
+    layers, width, heads, kv, experts, seats, hidden, vocab, dim=128, *, shared=0, first=0,
+    tied=False,
+):  # fmt: skip
+    """A Mixtral of these sizes; `first` is the hidden width of a dense first layer, if it has one.
+    """
     attention = full.Config(heads=heads, kv_heads=kv, head_dim=dim, qk_norm=False)
     mixture = moe.Config(
-        experts=experts, top_k=seats, hidden=hidden, shared=0, router=topk.Config()
+        experts=experts, top_k=seats, hidden=hidden, shared=shared, router=topk.Config()
     )
-    one = block.Config(attention=attention, ffn=mixture)
-    return _model({"block": one}, (), ("block",), layers, width, vocab)
+    blocks = {"moe": block.Config(attention=attention, ffn=mixture)}
+    prefix = ()
+    if first:
+        blocks["dense"] = block.Config(attention=attention, ffn=ffn.DenseConfig(hidden=first))
+        prefix = ("dense",)
+    return _model(blocks, prefix, ("moe",), layers - len(prefix), width, vocab, tied)
 
 
 def latent(first, layers, width, first_hidden, experts, seats, hidden, shared, vocab):
@@ -116,6 +132,7 @@ _LLAMA3 = _GITHUB + "meta-llama/llama3/blob/main/MODEL_CARD.md"
 _LLAMA31 = _GITHUB + "meta-llama/llama-models/blob/main/models/llama3_1/MODEL_CARD.md"
 _SMOL = _GITHUB + "huggingface/smollm/blob/main/text/pretraining/README.md"
 _V2 = "2405.04434, section 3.2.3"
+_GRANITE = _GITHUB + "ibm-granite/granite-3.0-language-models/blob/main/paper.pdf: tables 1 and 7"
 RUNS = (
     Run("LLaMA-7B", "a100", 82_432, 1.0e12, 2048, dense(32, 4096, 32, 32, 11008, 32000), _LLAMA1),
     Run("LLaMA-13B", "a100", 135_168, 1.0e12, 2048, dense(40, 5120, 40, 40, 13824, 32000),
@@ -142,7 +159,7 @@ RUNS = (
         dense(36, 2048, 16, 4, 11008, 128256, tied=True), _SMOL + ": 384 H100, 24 days"),
     Run("OLMoE-1B-7B", "h100", 256 * 10 * 24, 5.133e12, 4096,
         sparse(16, 2048, 16, 16, 64, 8, 1024, 50304),
-        "2409.02060: 256 H100, about 10 days; second-hand"),
+        "2409.02060, appendix B: 256 H100, approximately 10 days"),
     # attention's own mixture of 8 x 16 heads, 2 of 8 used, has the FLOPs of 32 heads
     Run("JetMoE-8B", "h100", 30_000, 1.25e12, 4096,
         sparse(24, 2048, 32, 16, 8, 2, 5632, 32000), "2404.07413, abstract"),
@@ -151,6 +168,20 @@ RUNS = (
         _HUB + "microsoft/Phi-3.5-MoE-instruct: 512 H100, 23 days"),
     Run("DeepSeek-V2", "h800", 172_800, 1e12, 4096,
         latent(1, 60, 5120, 12288, 160, 6, 1536, 2, 102400), _V2),
+    Run("Granite-3.0-2B", "h100", 192_030, 12e12, 4096,
+        dense(40, 2048, 32, 8, 8192, 49155, tied=True, dim=64), _GRANITE),
+    Run("Granite-3.0-8B", "h100", 832_102, 12e12, 4096,
+        dense(40, 4096, 32, 8, 12800, 49155, tied=True), _GRANITE),
+    Run("Granite-1B-A400M", "h100", 71_171, 10e12, 4096,
+        sparse(24, 1024, 16, 8, 32, 8, 512, 49155, 64, tied=True), _GRANITE),
+    Run("Granite-3B-A800M", "h100", 133_308, 10e12, 4096,
+        sparse(32, 1536, 24, 8, 40, 8, 512, 49155, 64, tied=True), _GRANITE),
+    Run("OLMo-2-1B", "h100", 128 * (8 * 24 + 17), 4e12, 4096,
+        dense(16, 2048, 16, 16, 8192, 100352),
+        _GITHUB + "allenai/OLMo/issues/861: 128 H100, 8 days and 17 hours"),
+    Run("dots.llm1", "h800", 1_456_000, 11.2e12, 8192,
+        sparse(62, 4096, 32, 32, 128, 6, 1408, 152064, shared=2, first=10944),
+        "2506.05767, tables 4 and 6; the chip is that of its table 1"),
     Run("DeepSeek-V3", "h800", 2_664_000, 14.8e12, 4096,
         latent(3, 61, 7168, 18432, 256, 8, 2048, 1, 129280), "2412.19437, table 1", "fp8"),
 )  # fmt: skip
@@ -197,10 +228,10 @@ def table() -> tuple[list[dict[str, Any]], cost.Constants]:
 def main() -> int:
     """Prints the table; 1 when a bar is missed."""
     rows, constants = table()
-    print(f"{'run':15s} {'chip':5s} {'published':>11s} {'predicted':>11s}  error  80 % interval")
+    print(f"{'run':16s} {'chip':5s} {'published':>11s} {'predicted':>11s}  error  80 % interval")
     for r in rows:
         print(
-            f"{r['name']:15s} {r['chip']:5s} {r['published']:11,.0f} {r['ours']:11,.0f} "
+            f"{r['name']:16s} {r['chip']:5s} {r['published']:11,.0f} {r['ours']:11,.0f} "
             f"{r['error']:+6.1%}  {r['low']:,.0f} to {r['high']:,.0f}  ({r['source']})"
         )
     middle = float(np.median([abs(r["error"]) for r in rows]))

@@ -67,6 +67,7 @@ _CHIPS = (
 )  # fmt: skip
 CHIPS = {chip.name: chip for chip in _CHIPS}
 HERE = "cpu"
+MOST = 2**20  # chips that a fleet may have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ def parse(text: str) -> Fleet:
         tpu or len(grid) == 1, f"--chips: {name} has no grid {count}; give {math.prod(grid)}"
     )
     total = math.prod(grid)
-    spec.require(total <= 2**20, f"--chips: at most 2**20 chips, got {total}")
+    spec.require(total <= MOST, f"--chips: at most {MOST} chips, got {total}")
     chip = CHIPS[name] if name in CHIPS else here()
     if name == HERE:
         chip = shared(chip, total)

@@ -28,8 +28,8 @@ class Constants:
     fullest expert device's load over the mean within a batch, assumed.
     """
 
-    products: float = 0.534
-    traffic: float = 12.70
+    products: float = 0.496
+    traffic: float = 10.57
     core: float = 0.5
     overlap: float = 1.0
     imbalance: float = 1.1

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from sparse_pretrain import nn
 from sparse_pretrain.model import lm
 from sparse_pretrain.planning import chips, work
-from sparse_pretrain.sharding import plans, ring
+from sparse_pretrain.sharding import plans, ring, zigzag
 
 FLOAT32, BFLOAT16 = 4, 2
 WEIGHT_PASSES = 2  # the backward pass gathers weights again, once for all that it does
@@ -85,6 +85,10 @@ def activations(config: lm.Config, sizes: Mapping[str, int], load: Load) -> list
             # dtype; or sent round in each pass, and their gradients in float32
             each = load.passes * BFLOAT16 + (FLOAT32 if rings else 0)
             numbers += key_elements(section, width) * (parts - 1) * each
+            if rings and zigzag.serves(_ring(section, sizes, load)):
+                # to the chunks' places and back: queries, keys, values and o, or their gradients
+                dealt = key_elements(section, width) + query_elements(section, width)
+                numbers += dealt * load.passes * BFLOAT16 * (1 - 1 / n["context"])
         size = numbers * stage * tokens / n["tensor"]
         out.append(Message("context", GATHER, "keys and values", size))
     if n["pipe"] > 1:
@@ -176,6 +180,22 @@ def key_elements(section: Any, width: int) -> int:
     return 2 * width
 
 
+def query_elements(section: Any, width: int) -> int:
+    """Numbers per token of all queries and of what they read."""
+    if hasattr(section, "nope_dim"):
+        return section.heads * (section.nope_dim + section.rope_dim + section.v_dim)
+    heads, _, dim = section.sizes(width)
+    return 2 * heads * dim
+
+
+def _ring(section: Any, sizes: Mapping[str, int], load: Load) -> ring.Ring:
+    """The ring that a layer's keys go round in."""
+    devices, window = sizes.get("context", 1), getattr(section, "window", None)
+    rows = load.length // devices
+    found = ring.turns(devices, rows, window=window)
+    return ring.Ring("context", devices, found, rows, (("window", window),))
+
+
 def turns(
     section: Any, config: lm.Config, sizes: Mapping[str, int], load: Load
 ) -> tuple[int, bool]:
@@ -183,8 +203,7 @@ def turns(
     devices = sizes.get("context", 1)
     if section.KIND not in RINGS or load.length % devices:
         return devices, False
-    window = getattr(section, "window", None)
-    found = ring.turns(devices, load.length // devices, window=window)
+    found = _ring(section, sizes, load).turns
     size = key_elements(section, config.width) * load.tokens / sizes.get("tensor", 1)
     size *= jnp.dtype(lm.DTYPES[config.dtype]).itemsize
     rings = devices > 1 and ring.serves(load.context, found, devices, int(size))

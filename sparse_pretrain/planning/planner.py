@@ -15,6 +15,7 @@ from sparse_pretrain.sharding import plans, ticks
 REMAT = ("none", "dots", "full")
 OFFLOAD = "offload"  # what dots keeps, on the host: only where a configuration says so
 USABLE = 0.92  # of a chip's memory: the rest is the runtime's, its links' buffers and fragments
+TRIED = 6  # numbers of chips that are looked at for what would fit
 LARGEST = {"tensor": 8, "context": 8, "pipe": 32}  # past these an axis costs more than it saves
 
 
@@ -238,42 +239,76 @@ def chosen(planner: Planner, names: Sequence[str] = plans.PLANS) -> list[Candida
     found = planner.candidates(names)
     fleet, rows = planner.problem.fleet, planner.rows
     what = f"{fleet.count} x {fleet.chip.name}"
+    if tuple(names) == ("single",) and fleet.count > 1:
+        raise ValueError(
+            f"--plan: single is for one chip, and there are {what}; plans for several are "
+            f"{', '.join(plans.PLANS[1:])}"
+        )
     if not found:
         raise ValueError(
             f"--chips: no plan deals {rows} rows of {planner.length} tokens over {what}; "
-            + _batch_that_fits(planner)
+            + _divides(planner, names)
         )
     if not planner.fits(found[0]):
         least = found[0]
         limit = USABLE * fleet.chip.memory
+        plan = f"{least.plan} {least.mesh}".strip()
         raise ValueError(
-            f"--chips: the smallest plan, {least.plan} {least.mesh}, holds "
-            f"{least.memory_per_chip / 1e9:.3g} GB on each of {what} and there are "
-            f"{limit / 1e9:.3g}; " + _chips_that_fit(planner, names)
+            f"--chips: the smallest plan, {plan}, holds {_gigabytes(least.memory_per_chip)} on "
+            f"each of {what} and there are {_gigabytes(limit)}; " + _chips_that_fit(planner, names)
         )
     return found
 
 
-def _batch_that_fits(planner: Planner) -> str:
-    count, rows = planner.problem.fleet.count, planner.rows
-    near = max(round(rows / count), 1) * count
-    fewer = max(n for n in range(1, min(count, rows) + 1) if rows % n == 0)
-    return f"--config.data.batch={near} would fit, or {fewer} chips"
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.0f} GB" if size >= 1e11 else f"{size / 1e9:.3g} GB"
+
+
+def _found(planner: Planner, names: Sequence[str], **changes: Any) -> Candidate | None:
+    """The best plan of the problem with these changes, if one fits."""
+    other = Planner(dataclasses.replace(planner.problem, **changes))
+    found = other.candidates(names)
+    return found[0] if found and other.fits(found[0]) else None
+
+
+def _divides(planner: Planner, names: Sequence[str]) -> str:
+    """The nearest batch, or the most chips below these, with which some plan fits: tried."""
+    problem, rows = planner.problem, planner.rows
+    fleet, data = problem.fleet, problem.experiment.data
+    near = max(round(rows / fleet.count), 1) * fleet.count
+    experiment = dataclasses.replace(
+        problem.experiment, data=dataclasses.replace(data, batch=near)
+    )
+    told = []
+    if _found(planner, names, experiment=experiment):
+        told.append(f"--config.data.batch={near}")
+    # axes divide what a model has in powers of two, but for a small factor
+    counts = [n for n in range(fleet.count - 1, 0, -1) if rows % n == 0 and n // (n & -n) < 16]
+    for count in counts[:TRIED]:
+        if _found(planner, names, fleet=chips.Fleet(fleet.chip, count)):
+            told.append(f"{count} chips")
+            break
+    return f"{' or '.join(told)} would fit" if told else "another batch or number of chips may"
 
 
 def _chips_that_fit(planner: Planner, names: Sequence[str]) -> str:
-    """The fewest more of these chips on which some plan fits."""
+    """The fewest more of these chips, by a power of two, on which some plan fits."""
     fleet = planner.problem.fleet
     if fleet.chip.name == chips.HERE:
         return "a smaller model, or chips"
-    for factor in (2, 4, 8, 16, 32, 64, 128, 256):
-        more = chips.Fleet(fleet.chip, fleet.count * factor)
-        bigger = Planner(dataclasses.replace(planner.problem, fleet=more))
-        found = bigger.candidates(plans.PLANS if "single" in names else names)
-        if found and bigger.fits(found[0]):
-            return f"{more.count} x {fleet.chip.name} would fit, by {found[0].plan}"
+    names = plans.PLANS if "single" in names else names
     parameters = sum(math.prod(shape) for _, shape in planner.state.leaves)
-    return f"its state alone is {parameters * (8 + 4 * planner.state.optimizer) / 1e9:.0f} GB"
+    state = parameters * (8 + 4 * planner.state.optimizer)
+    # no fewer hold the parameters, their gradients and the optimizer's state
+    least = state / (USABLE * fleet.chip.memory) / fleet.count
+    first = 2 ** max(math.ceil(math.log2(least)), 1)
+    for factor in (first * 2**i for i in range(TRIED)):
+        if fleet.count * factor > chips.MOST:
+            break
+        best = _found(planner, names, fleet=chips.Fleet(fleet.chip, fleet.count * factor))
+        if best:
+            return f"{fleet.count * factor} x {fleet.chip.name} would fit, by {best.plan}"
+    return f"its state alone is {_gigabytes(state)}"
 
 
 def check_precision(precision: str, chip: chips.Chip) -> None:

@@ -102,7 +102,8 @@ def _best_of_each(planner: Planner, ranked: Sequence[Candidate]) -> list[Candida
 
 def headline(told: dict[str, Any]) -> str:
     """The model and what it is to run on, in one line."""
-    tokens = f"{told['tokens']:.4g} tokens" if told["tokens"] else "an epoch, of unknown length,"
+    count = told["tokens"]
+    tokens = f"{_short(count)} tokens" if count else "an epoch, of unknown length,"
     return (
         f"{told['name']}: {_short(told['total_params'])} parameters, "
         f"{_short(told['active_params'])} active, {_short(told['model_flops_per_token'])} FLOPs a "
@@ -153,9 +154,11 @@ def sentences(told: dict[str, Any]) -> list[str]:
             f"{m['seconds']:.3g} s of its links."
         )
     if t["communication"]:
+        hidden, shown = t["seconds"]["hidden"], t["seconds"]["exchange"]
+        busy = sum(t["seconds"][k] for k in ("products", "attention", "traffic"))
         out.append(
-            f"Of that {t['seconds']['hidden']:.3g} s hide behind computing and "
-            f"{t['seconds']['exchange']:.3g} do not."
+            f"Of that {hidden:.3g} s are taken to hide behind the {busy:.3g} s of computing, all "
+            f"that can, and {shown:.3g} do not."
         )
     out += _why(t)
     if "compiled" in t:

@@ -141,8 +141,9 @@ def test_keys_are_gathered_or_go_round(dense):
 
     numbers = 8 * tokens * 2 * 512
     assert received(4, "gather") == received(4, "auto") == 3 * 6 * numbers
-    assert received(4, "ring") == 3 * 10 * numbers
-    assert received(8, "ring") == received(8, "auto") == 7 * 10 * numbers
+    # and in zig-zag, with as many queries and o, to their chunks' places, all but a part's
+    assert received(4, "ring") == (3 * 10 + 2 * 6 * 3 / 4) * numbers
+    assert received(8, "ring") == received(8, "auto") == (7 * 10 + 2 * 6 * 7 / 8) * numbers
     held = [
         layout.working_bytes(
             layout.shapes(dense.model, definition), dense.model, sizes={"context": n},
@@ -234,6 +235,8 @@ def test_v3_costs_what_it_did(capsys):
         (["--chips=h100:2x4"], ["has no grid 2x4; give 8"]),
         (["--chips=h100:7"], ["no plan deals 16 rows", "config.data.batch=14", "or 4 chips"]),
         (["--chips=h100:8", "--plan=best"], ["unknown plan 'best'", "fsdp_ep"]),
+        (["--chips=h100:8", "--plan=fsdp_pp_ep"], ["did you mean fsdp_ep_pp?"]),
+        (["--chips=h100:8", "--plan=single"], ["single is for one chip", "8 x h100", "fsdp_ep"]),
         (["--chips=a100:8", "--precision=fp8"], ["a100 has no fp8"]),
         (["--chips=h100:8", "--tokens=-1"], ["--tokens: must be positive"]),
         (["--chips=tpu7x:8", "--budget=100usd"], ["--price: none is known of tpu7x"]),
