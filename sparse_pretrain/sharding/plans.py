@@ -100,7 +100,9 @@ def find(name: str) -> Plan:
     Errors: ValueError naming the plans that there are.
     """
     if not known(name):
-        close = difflib.get_close_matches(name, PLANS, 1)
+        first, *more = name.split("_")
+        ordered = "_".join([first, *sorted(more, key=lambda p: CUTS.index(p) if p in CUTS else 0)])
+        close = [ordered] if known(ordered) else difflib.get_close_matches(name, PLANS, 1)
         there = (
             f"did you mean {close[0]}?"
             if close

@@ -1,7 +1,7 @@
 """Every step under a plan is one device's step from the same state.
 
-Where attention chooses blocks by score, a rounding of 1e-7 can change a choice, and twenty steps
-later two runs have parted on one device as on eight. Single steps show what the plan does.
+Where blocks or experts are chosen by score, a rounding of 1e-7 can change a choice, and twenty
+steps later two runs have parted: test_choices.py shows where. Single steps show what a plan does.
 """
 
 import jax
