@@ -4,7 +4,9 @@ Question: what does a frontier model of this design cost, and does its step fit 
 Command:  sparse-pretrain plan --config=deepseek/v3 --chips=h800:2048 --tokens=14.8e12
           sparse-pretrain train --config=deepseek/v3:tiny
 Source:   2412.19437 sections 2 and 4.2; the released config.json.
-Cost:     published: 2.664M H800 hours for 14.8T tokens. `tiny`: a minute on two cores.
+Cost:     published: 2.664M H800 hours for 14.8T tokens; forecast: 2.89M (2.15M to 3.87M for four of
+          five runs), $5.8M, with causal attention taken to be even where a row is cut and its keys
+          gathered, which it is not. `tiny`: a minute on two cores.
 Compiled: `plan --compile` for 2,048 H800s (fsdp=64,expert=16,context=2 in three micro-batches) 57.3
           GB a chip of 80, in 97 s on two cores; for v5p:8x16x16 (fsdp=64,expert=16,context=2 in
           fifteen) 81.7 of 95 GB, in 214 s. jax 0.12.0.1; nothing has run on either.
