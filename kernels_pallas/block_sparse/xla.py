@@ -336,15 +336,34 @@ def _attend_backward(plan, kept, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _plan_of(q, k, blocks, starts, block, scale):
+    (B, L, H), K, (G, N), M = q.shape[:3], k.shape[2], blocks.shape[2:], starts.shape[1]
+    return None if 0 in (B, L, N, M) else plan_of(float(scale), block, B, L, H, K, G, N, M)
+
+
 def block_sparse(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, blocks_BxLxGxN, starts_BxM, *, block, scale,
                  return_lse=False):
     """Attend tile by tile."""
-    (B, L, H), K = q_BxLxHxDk.shape[:3], k_BxSxKxDk.shape[2]
-    (G, N), M = blocks_BxLxGxN.shape[2:], starts_BxM.shape[1]
-    if 0 in (B, L, N, M):
+    B, L, H = q_BxLxHxDk.shape[:3]
+    plan = _plan_of(q_BxLxHxDk, k_BxSxKxDk, blocks_BxLxGxN, starts_BxM, block, scale)
+    if plan is None:
         o = jnp.zeros((B, L, H, v_BxSxKxDv.shape[-1]), v_BxSxKxDv.dtype)
         lse = jnp.full((B, L, H), NOTHING, _wide(o.dtype))
     else:
-        plan = plan_of(float(scale), block, B, L, H, K, G, N, M)
         o, lse = _attend(plan, q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, blocks_BxLxGxN, starts_BxM)
     return (o, lse) if return_lse else o
+
+
+def part_gradients(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, blocks_BxLxGxN, starts_BxM, do_BxLxHxDv,
+                   lse_BxLxH, delta_BxLxH, *, block, scale):
+    """Return dq, dk and dv of this part in a softmax over these blocks and other keys.
+
+    Shapes: as of `block_sparse`; lse is of all keys, and delta sum(do * o) over the width less the
+        gradient of lse.
+    """
+    q, k, v = q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv
+    plan = _plan_of(q, k, blocks_BxLxGxN, starts_BxM, block, scale)
+    if plan is None:
+        return tuple(jnp.zeros_like(x) for x in (q, k, v))
+    return _backward(plan, q, k, v, blocks_BxLxGxN, starts_BxM, lse_BxLxH, delta_BxLxH,
+                     do_BxLxHxDv)

@@ -157,8 +157,8 @@ def _marked(plan, segments_q, segments_k, ends, first):
 
 
 def part_gradients(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, do_BxLxHxDv, lse_BxLxH, delta_BxLxH, *,
-                   first, segments_q=None, segments_k=None, scale, causal=True, window=None,
-                   softcap=None, block_q=None, block_k=None):
+                   first=None, segments_q=None, segments_k=None, scale, causal=True, window=None,
+                   softcap=None, ends_BxS=None, stride=1, span=1, block_q=None, block_k=None):
     """Return dq, dk and dv of these keys' part in a softmax over these and others.
 
     Shapes: as of `flash`; lse is of all keys, -1e30 for a row that sees none, and delta
@@ -167,8 +167,9 @@ def part_gradients(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, do_BxLxHxDv, lse_BxLxH, d
     """
     L, (S, K) = q_BxLxHxDk.shape[1], k_BxSxKxDk.shape[1:3]
     plan = _plan(L, S, scale=scale, causal=causal, window=window, softcap=softcap,
-                 block_q=block_q, block_k=block_k)
-    plan, marks = _marked(plan, segments_q, segments_k, None, first)
+                 stride=stride, span=span, late=ends_BxS is not None, block_q=block_q,
+                 block_k=block_k)
+    plan, marks = _marked(plan, segments_q, segments_k, ends_BxS, first)
     # a row that sees nothing has weights exp(score - 1e30) = 0, as in `pairs.finish`
     unseen = jnp.full_like(lse_BxLxH, -pairs.MASKED)
     lse = jnp.where(lse_BxLxH <= pairs.EMPTY, unseen, lse_BxLxH)

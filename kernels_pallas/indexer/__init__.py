@@ -74,8 +74,8 @@ def index_select(q_BxLxJxD, k_BxSxD, w_BxLxJ, *, top, segments_q=None, segments_
                  ends_BxS=None, stride=1, span=1, scale=1.0, first=0, implementation=None):
     """Choose the `top` visible keys of highest score, each once, -1 where fewer are visible.
 
-    Of equal scores the lower key number is taken. The order along the last dim is by falling
-    score. No gradient flows through it.
+    Of equal scores the lower key number is taken. Along the last dim the chosen stand in no
+    promised order, before the -1. No gradient flows through it.
 
     Shapes: q [B, L, J, D], k [B, S, D], w [B, L, J], segments int [B, L] and [B, S], ends int
         [B, S] -> int32 [B, L, top].

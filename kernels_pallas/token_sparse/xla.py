@@ -171,6 +171,22 @@ def token_sparse(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, *, v_dim, scale, unique=Fa
     return (o, lse) if return_lse else o
 
 
+def part_gradients(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, do_BxLxHxDv, lse_BxLxH, delta_BxLxH, *,
+                   v_dim, scale, unique=False):
+    """Return dq and d_kv of this part in a softmax over these tokens and other keys.
+
+    Shapes: as of `token_sparse`; lse is of all keys, and delta sum(do * o) over the width less the
+        gradient of lse.
+    """
+    (B, L), S, N = q_BxLxHxDk.shape[:2], kv_BxSxDk.shape[1], chosen_BxLxN.shape[2]
+    if 0 in (B, L, S, N):
+        return jnp.zeros_like(q_BxLxHxDk), jnp.zeros_like(kv_BxSxDk)
+    at = rows.numbered(chosen_BxLxN, S)
+    at = at if unique else distinct(at, B * S)
+    return _backward(plan_of(scale, v_dim, B * L, N), q_BxLxHxDk, kv_BxSxDk, at, lse_BxLxH,
+                     delta_BxLxH, do_BxLxHxDv)
+
+
 def token_mass(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, lse_BxLxH, *, scale):
     """Score chunk by chunk."""
     q, kv, lse = lax.stop_gradient((q_BxLxHxDk, kv_BxSxDk, lse_BxLxH))
@@ -183,9 +199,12 @@ def token_mass(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, lse_BxLxH, *, scale):
 
     def chunk(carry, x):
         q, at, lse = x
-        scores = _score(q, rows.read(table, at), dtype) * np.asarray(plan.scale, dtype)
-        weights = jnp.exp(scores + _bias(at, B * S, dtype) - lse[..., None])
-        return carry, weights.sum(1)
+        own = lax.optimization_barrier(rows.read(table, at))
+        scores = lax.optimization_barrier(_score(q, own, dtype)) * np.asarray(plan.scale, dtype)
+        bias = _bias(at, B * S, dtype)[:, 0]
+        # Head by head: XLA:CPU (jax 0.12) vectorises no sum along a dim that is not the last.
+        weights = [jnp.exp(scores[:, h] + bias - lse[:, h, None]) for h in range(lse.shape[1])]
+        return carry, functools.reduce(jnp.add, weights)
 
     # A row without tokens: exp(-1e30 - 1e30) = 0.
     lse = jnp.where(lse < EMPTY, -NOTHING, lse.astype(dtype))

@@ -71,13 +71,6 @@ class Attention(nn.Module):
         return self(x, context), None
 
 
-def merge(near, far) -> tuple[jax.Array, jax.Array]:
-    """One softmax of two parts, each (o [B, L, H, D], logarithm of its denominator [B, L, H])."""
-    lse = jnp.logaddexp(near[1], far[1])
-    o = sum(o.astype(lse.dtype) * jnp.exp(part - lse)[..., None] for o, part in (near, far))
-    return o.astype(near[0].dtype), lse
-
-
 def mean_least(length: int, limit: int) -> float:
     """Mean over a document's queries of min(tokens up to the query, limit)."""
     full = min(length, limit)

@@ -75,25 +75,23 @@ class CSA(hca.HCA):
         weights = ops.linear(x, nn.read(self.w_iw, x.dtype))
         return turn(q, positions, c.rope, c.index_rope_dim), weights
 
-    def _far(self, q, keys_BxMx1xD, latent, x, layout: blocks.Layout, context: base.Context):
+    def _far(self, keys_BxMx1xD, latent, x, layout: blocks.Layout, context: base.Context):
         c, visible = self.config, self._visible(layout, context)
         if c.mode == "dense":
-            return super()._far(q, keys_BxMx1xD, latent, x, layout, context)
+            return super()._far(keys_BxMx1xD, latent, x, layout, context)
         latent, x = jax.lax.stop_gradient((latent, x))
         index_q, w = self._index_queries(latent, x, context.positions)
         index_k = self.index_compressor(x, layout, context.positions)
         choice = Choice(index_q, index_k, w, None)
         if c.mode == "warmup":
-            return super()._far(q, keys_BxMx1xD, latent, x, layout, context)[0], choice
+            return super()._far(keys_BxMx1xD, latent, x, layout, context)[0], choice
         top = min(c.top, index_k.shape[1])
         chosen = ops.index_select(
             index_q, index_k, w, top=top, scale=self.config.index_scale, **visible
         )
-        far = ops.token_sparse(
-            q, keys_BxMx1xD[:, :, 0], chosen, v_dim=c.dim, scale=self._scale, unique=True,
-            return_lse=True,
-        )
-        return far, choice._replace(chosen=chosen)
+        arrays = {"kv": keys_BxMx1xD[:, :, 0], "chosen_BxLxN": chosen}
+        options = {"v_dim": c.dim, "scale": self._scale, "unique": True}
+        return ops.Part("token_sparse", arrays, options), choice._replace(chosen=chosen)
 
     def _loss(
         self, choice: Choice, q, keys_BxMx1xD, lse, layout: blocks.Layout, context: base.Context

@@ -138,34 +138,28 @@ class HCA(base.Attention):
             "span": self.config.ratio,
         }
 
-    def _far(self, q, keys_BxMx1xD, latent, x, layout: blocks.Layout, context: base.Context):
-        """(o, lse) of the compressed entries, and how they were chosen if they were."""
+    def _far(self, keys_BxMx1xD, latent, x, layout: blocks.Layout, context: base.Context):
+        """How the compressed entries are read, and how they were chosen if they were."""
         del latent, x
-        visible = self._visible(layout, context)
-        keys = keys_BxMx1xD
-        return ops.flash(q, keys, keys, **visible, scale=self._scale, return_lse=True), None
+        arrays = {"k": keys_BxMx1xD, "v": keys_BxMx1xD}
+        options = {"scale": self._scale}
+        for name, x in self._visible(layout, context).items():
+            (options if isinstance(x, int) else arrays)[name] = x
+        return ops.Part("flash", arrays, options), None
 
     def attend(self, x: Float[Array, "B L D"], context: base.Context):
         """The output [B, L, D] and the indexer's loss of each query [B, L], None without one."""
         c, positions = self.config, context.positions
         latent = self._latent(x)
         q, kv = self._queries(latent, positions), self._keys(x, positions)
-        near = ops.flash(
-            q,
-            kv,
-            kv,
-            segments_q=context.segments,
-            scale=self._scale,
-            window=c.window,
-            sinks_H=nn.read(self.sinks),
-            return_lse=True,
-        )
+        own = {"k": kv, "v": kv, "segments_q": context.segments, "sinks_H": nn.read(self.sinks)}
+        near = ops.Part("flash", own, {"scale": self._scale, "window": c.window})
         if x.shape[1] < c.ratio:  # no block is whole
-            return self._output(near[0], positions), None
+            return self._output(ops.one_softmax(q, near)[0], positions), None
         layout = blocks.layout(context.segments, positions, span=c.ratio, stride=c.ratio)
         keys = self.compressor(x, layout, positions)[:, :, None]
-        far, choice = self._far(q, keys, latent, x, layout, context)
-        o, lse = base.merge(near, far)
+        far, choice = self._far(keys, latent, x, layout, context)
+        o, lse = ops.one_softmax(q, near, far)
         loss = None if choice is None else self._loss(choice, q, keys, lse, layout, context)
         return self._output(o, positions), loss
 

@@ -50,23 +50,18 @@ class MoBA(grouped.Grouped):
         c = self.config
         if q.shape[1] <= c.top_k * c.block:  # every earlier block is among the best
             return ops.flash(q, k, v, segments_q=context.segments, scale=self._scale)
-        near = ops.flash(
-            q,
-            k,
-            v,
-            segments_q=blocks.block_ids(context.segments, context.positions, c.block),
-            scale=self._scale,
-            window=c.block,
-            return_lse=True,
-        )
+        ids = blocks.block_ids(context.segments, context.positions, c.block)
+        options = {"scale": self._scale, "window": c.block}
+        near = ops.Part("flash", {"k": k, "v": v, "segments_q": ids}, options)
         if c.top_k == 1:
-            return near[0]
+            return ops.one_softmax(q, near)[0]
         layout = blocks.layout(context.segments, context.positions, span=c.block, stride=c.block)
-        chosen = self.choose(q, k, layout, context)
-        far = ops.block_sparse(
-            q, k, v, chosen, layout.starts, block=c.block, scale=self._scale, return_lse=True
-        )
-        return base.merge(near, far)[0]
+        chosen = {
+            "k": k, "v": v, "blocks_BxLxGxN": self.choose(q, k, layout, context),
+            "starts_BxM": layout.starts,
+        }
+        options = {"scale": self._scale, "block": c.block}
+        return ops.one_softmax(q, near, ops.Part("block_sparse", chosen, options))[0]
 
     def choose(
         self, q_BxLxHxD, k_BxLxKxD, layout: blocks.Layout, context: base.Context

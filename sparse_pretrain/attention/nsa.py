@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from sparse_pretrain import nn, spec
-from sparse_pretrain.attention import base, blocks, grouped, own_block, selection
+from sparse_pretrain.attention import base, blocks, grouped, selection
 from sparse_pretrain.attention.compressor import in_blocks
 from sparse_pretrain.model import layers
 from sparse_pretrain.sharding import ops
@@ -224,16 +224,15 @@ class NSA(grouped.Grouped):
         """One softmax over the query's own block, causal inside, and the chosen whole ones."""
         c = self.config
         ids = blocks.block_ids(context.segments, context.positions, c.block)
-        near = own_block.own_block(q, k, v, ids, size=c.block, scale=self._scale)
+        own = {"k": k, "v": v, "ids_q": ids, "ids_k": ids}
+        near = ops.Part("own_block", own, {"size": c.block, "scale": self._scale})
         if q.shape[1] <= c.block:
-            return near[0]
+            return ops.one_softmax(q, near)[0]
         past = selection.past_of(context, c.block)
         chosen = selection.choose(q, k_entry, lse, chunks, past, c.selected, self._scale)
-        far = ops.block_sparse(
-            q, k, v, chosen, past.layout.starts, block=c.block, scale=self._scale,
-            return_lse=True,
-        )
-        return base.merge(near, far)[0]
+        far = {"k": k, "v": v, "blocks_BxLxGxN": chosen, "starts_BxM": past.layout.starts}
+        options = {"block": c.block, "scale": self._scale}
+        return ops.one_softmax(q, near, ops.Part("block_sparse", far, options))[0]
 
     def seen_select(
         self, q, k, context: base.Context, chunks: blocks.Layout, k_entry, lse
@@ -365,7 +364,7 @@ class NSA(grouped.Grouped):
         hidden = c.hidden or 2 * D
         phi = 2 * K * hidden * D * (c.span + 1) * entries / length
         keys = width * D * (H + 6 * K) + H * D * width + 3 * width * H
-        near = own_block.keys_per_query(length, c.block)
+        near = ops.own_block_keys_per_query(length, c.block)
         near += ops.flash_keys_per_query(length, window=c.window)
         near += ops.flash_keys_per_query(length, keys=entries, stride=c.stride, span=c.span)
         near += ops.block_sparse_keys_per_query(

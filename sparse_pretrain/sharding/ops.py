@@ -6,8 +6,7 @@ be badly. Queries are cut along a row where the plan has a context axis, and key
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from kernels_pallas.compress import op as _compress
 from kernels_pallas.compress.xla import pool
 from kernels_pallas.cross_entropy import cross_entropy as _cross_entropy
 from kernels_pallas.flash import flash as _flash
+from kernels_pallas.flash.own import keys_per_query as own_block_keys_per_query
 from kernels_pallas.flash.xla import keys_per_query as flash_keys_per_query
 from kernels_pallas.grouped_matmul import Layout as GroupLayout
 from kernels_pallas.grouped_matmul import aligned as group_layout
@@ -31,8 +31,10 @@ from kernels_pallas.indexer.xla import keys_per_query as index_keys_per_query
 from kernels_pallas.sinkhorn import op as _sinkhorn
 from kernels_pallas.token_sparse import token_mass as _token_mass
 from kernels_pallas.token_sparse import token_sparse as _token_sparse
-from sparse_pretrain.sharding import apply, offload, ring, zigzag
+from sparse_pretrain.sharding import apply, joined, offload, ring, zigzag
+from sparse_pretrain.sharding.each import each_device, first_row
 from sparse_pretrain.sharding.gather import gathered, kept_apart
+from sparse_pretrain.sharding.joined import Part
 from sparse_pretrain.sharding.products import (
     eight_bits,
     grouped_linear,
@@ -42,6 +44,7 @@ from sparse_pretrain.sharding.products import (
 
 __all__ = [
     "GroupLayout",
+    "Part",
     "block_sparse",
     "block_sparse_keys_per_query",
     "compress",
@@ -65,6 +68,8 @@ __all__ = [
     "laid",
     "linear",
     "microbatches",
+    "one_softmax",
+    "own_block_keys_per_query",
     "pool",
     "products_on_host",
     "rows_are_cut",
@@ -106,66 +111,6 @@ def rows_are_cut() -> bool:
     """Whether the tokens of one row lie on several devices."""
     placed = apply.current()
     return placed is not None and bool(placed.axes("L"))
-
-
-def each_device(
-    function: Callable, args: Sequence[Any], dims: Sequence[Any], out: Any, *, heads=()
-) -> Any:
-    """`function` of each device's part of the arguments; as it is without a plan.
-
-    Shapes: a letter of `dims` per dim of an argument, '.' for one that every device has whole; for
-    an argument of several arrays, a tuple of such; `out` such letters, or several. Of the letters
-    in `heads` either all are cut or none, but those of size 1, which stay whole. The function is
-    called with `axes`, letter -> axes that cut it.
-    """
-    placed = apply.current()
-    if placed is None:
-        return function(*args, axes={})
-    arrays = [leaf for arg in args for leaf in jax.tree.leaves(arg)]
-    letters = []
-    for arg, named in zip(args, dims, strict=True):
-        if arg is not None:
-            letters += [named] if isinstance(named, str) else list(named)
-    found: dict[str, tuple[str, ...]] = {}
-    for array, named in zip(arrays, letters, strict=True):
-        assert array.ndim == len(named), (array.shape, named)
-        for letter, size in zip(named, array.shape, strict=True):
-            if letter == "." or (letter in heads and size == 1):
-                continue
-            axes = placed.cut("H" if letter in heads else letter, size)
-            found[letter] = min(found.get(letter, axes), axes, key=len)
-    if any(not found.get(letter, True) for letter in heads):
-        found |= dict.fromkeys(heads, ())
-
-    def spec(named, shape=None):
-        sizes = shape or (0,) * len(named)
-        cut = [
-            () if c in heads and size == 1 else found.get(c, ())
-            for c, size in zip(named, sizes, strict=True)
-        ]
-        return PartitionSpec(*map(apply.entry, cut))
-
-    specs = iter([spec(named, a.shape) for a, named in zip(arrays, letters, strict=True)])
-
-    def body(*parts):
-        with apply.one_device():
-            return function(*parts, axes=found)
-
-    return jax.shard_map(
-        body,
-        in_specs=jax.tree.map(lambda _: next(specs), tuple(args)),
-        out_specs=spec(out) if isinstance(out, str) else tuple(map(spec, out)),
-        axis_names=set(placed.mesh.axis_names) - placed.manual,
-        check_vma=False,  # the kernels' loops start from arrays that all devices share
-    )(*args)
-
-
-def _first(axes, queries: int, start: int = 0):
-    """The row at which this device's first query stands, None for the ops' own default."""
-    if not axes.get("L"):
-        return None
-    (axis,) = axes["L"]
-    return start + jax.lax.axis_index(axis) * queries
 
 
 # --- products ---
@@ -274,7 +219,7 @@ def flash(q, k, v, *, segments_q=None, segments_k=None, sinks_H=None, ends_BxS=N
         return _round(found, q, k, v, segments_q, segments_k, sinks_H, out)
 
     def local(q, k, v, segments_q, segments_k, sinks, ends, axes):
-        first = _first(axes, q.shape[1], start)
+        first = first_row(axes, q.shape[1], start)
         return _flash(
             q, k, v, segments_q=segments_q, segments_k=segments_k, sinks_H=sinks, ends_BxS=ends,
             **options, **({} if first is None else {"first": first}),
@@ -342,6 +287,16 @@ def token_sparse(q, kv, chosen, **options):
     return each_device(local, (q, kv, chosen), ("BLH.", "B..", "BL."), out)
 
 
+def one_softmax(q, *parts: Part):
+    """(o, lse) of one softmax over the keys of all parts, each read in its own way.
+
+    Shapes: q [B, L, H, D] -> o [B, L, H, Dv] and lse [B, L, H]; a part's arrays as of its op.
+    """
+    alone: dict[str, Callable] = {"flash": flash, "block_sparse": block_sparse}
+    alone["token_sparse"] = token_sparse
+    return joined.attend(q, parts, alone, _ring)
+
+
 def token_mass(q, kv, chosen, lse, **options):
     """As `kernels_pallas.token_sparse.token_mass`; without gradients, also across devices."""
 
@@ -357,7 +312,7 @@ def index_select(q, k, w, *, segments_q=None, segments_k=None, ends_BxS=None, **
     """As `kernels_pallas.indexer`."""
 
     def local(q, k, w, segments_q, segments_k, ends, axes):
-        first = _first(axes, q.shape[1])
+        first = first_row(axes, q.shape[1])
         return _index_select(
             q, k, w, segments_q=segments_q, segments_k=segments_k, ends_BxS=ends, **options,
             **({} if first is None else {"first": first}),
@@ -375,7 +330,7 @@ def index_kl_dense(
     """As `kernels_pallas.indexer`."""
 
     def local(q, k, w, main_q, main_k, main_lse, segments_q, segments_k, ends, axes):
-        first = _first(axes, q.shape[1])
+        first = first_row(axes, q.shape[1])
         return _index_kl_dense(
             q, k, w, main_q, main_k, main_lse, segments_q=segments_q, segments_k=segments_k,
             ends_BxS=ends, **options, **({} if first is None else {"first": first}),

@@ -81,7 +81,7 @@ HOMES = {
 
 # Modules beside the variants that are not variants themselves.
 SHARED = {
-    "attention": {"base", "blocks", "compressor", "grouped", "indexed", "own_block", "selection"},
+    "attention": {"base", "blocks", "compressor", "grouped", "indexed", "selection"},
     "routing": {"base", "copies", "dispatch", "experts", "moe", "expert_parallel"},
 }
 MAY_BUILD_ON = {("attention.dsa", "attention.mla"), ("attention.csa", "attention.hca")}

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.flash.own import own_block
 from sparse_pretrain import attention, nn, spec
-from sparse_pretrain.attention import base, own_block, selection
+from sparse_pretrain.attention import base, selection
 from sparse_pretrain.model import layers
 
 WIDTH, DIM, EPS = 12, 6, 1e-6
@@ -197,7 +198,7 @@ def test_tiles_of_the_own_block_are_dense_attention_inside_blocks():
         return jnp.einsum("bhls,bsd->blhd", p, v[:, :, 0]), jnp.moveaxis(lse, 1, 2)
 
     def ours(q, k, v):
-        return own_block.own_block(q, k, v, ids, size=size, scale=0.5)
+        return own_block(q, k, v, ids, ids, size=size, scale=0.5)
 
     weigh = jnp.asarray(rng.normal(size=(B, L, H, D + 1)), jnp.float32)
 
