@@ -54,7 +54,7 @@ def _flash(q, arrays, **options):
 def _flash_gradients(q, arrays, do, lse, delta, **options):
     more = {name: x for name, x in arrays.items() if name not in ("k", "v", "sinks_H")}
     dq, dk, dv = flash_xla.part_gradients(
-        q, arrays["k"], arrays["v"], do, lse, delta, **more, **options)
+        q, arrays["k"], arrays["v"], do, lse, delta, **more, **options, dtype=q.dtype)
     found, sinks = {"k": dk, "v": dv}, arrays.get("sinks_H")
     if sinks is not None:
         weight = jnp.exp(sinks.astype(lse.dtype)[None, None] - lse)
@@ -71,7 +71,7 @@ def _own_block(q, arrays, **options):
 
 def _own_block_gradients(q, arrays, do, lse, delta, **options):
     dq, dk, dv = own.part_gradients(q, *(arrays[n] for n in _OWN_BLOCK), do, lse, delta,
-                                    first=arrays.get("first"), **options)
+                                    first=arrays.get("first"), dtype=q.dtype, **options)
     return dq, {"k": dk, "v": dv}
 
 
@@ -136,11 +136,12 @@ def _attend_backward(ways, kept, cotangents):
     dq, found = None, []
     for (name, options), given in zip(ways, arrays, strict=True):
         part, of_arrays = WAYS[name].gradients(q, given, do, lse, delta, **dict(options))
-        part = part.astype(lse.dtype)
-        dq = part if dq is None else dq + part
+        if dq is not None:
+            part = narrow(dq.astype(lse.dtype) + part.astype(lse.dtype), q.dtype)
+        dq = part
         of_arrays = {n: narrow(d, given[n].dtype) for n, d in of_arrays.items()}
         found.append({n: of_arrays.get(n) for n in given})
-    return narrow(dq, q.dtype), tuple(found)
+    return dq, tuple(found)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

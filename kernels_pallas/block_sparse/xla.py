@@ -22,7 +22,7 @@ from kernels_pallas.rounding import narrow
 # A row that sees nothing, and the largest score that counts as nothing.
 NOTHING, EMPTY = -1e30, -1e29
 # Query rows (one head of one pair) of a tile, of a group on average, and of a chunk at least.
-TILE, GROUP, CHUNK = 256, 1024, 1 << 18
+TILE, GROUP, CHUNK = 256, 1024, 1 << 16
 # Scores that one step of the loop over tiles computes. Measured forward and backward, one row of
 # 4096, 4 heads of 64 on 1, a machine with AMX (jax 0.12), milliseconds with one and two threads:
 #   7 blocks of 64 for all heads: 1 << 16: 81 and 80, 18: 96 and 74, 19: 105 and 74, 20: 123 and 71
@@ -274,8 +274,11 @@ def _backward_chunk(plan, k, v, carry, x):
         part = narrow(_weigh_keys(d_scores, k_Z, dtype), q.dtype)
         dq = lax.dynamic_update_slice_in_dim(
             dq, part.reshape(plan.at_once * plan.size, -1), first, 0)
-        dk_Z = _weigh_rows(jnp.swapaxes(q_Z, 1, 2), d_scores, dtype)
-        dv_Z = _weigh_rows(jnp.swapaxes(do_Z, 1, 2), weights, dtype)
+        # Barriers keep the transposes out of the products: XLA:CPU (jax 0.12) has no fast one that
+        # contracts the first dim of the left side, and takes 2.5 times as long, on one core.
+        q_T, do_T = (lax.optimization_barrier(jnp.swapaxes(x, 1, 2)) for x in (q_Z, do_Z))
+        dk_Z = _weigh_rows(q_T, d_scores, dtype)
+        dv_Z = _weigh_rows(do_T, weights, dtype)
 
         def add(z, state):
             return tuple(x.at[group_Z[z]].add(part[z], mode="promise_in_bounds")
@@ -291,7 +294,8 @@ def _backward_chunk(plan, k, v, carry, x):
 
 def _backward(plan, q, k, v, blocks, starts, lse, delta, do):
     dtype, R, S = lse.dtype, plan.H // plan.G, k.shape[1]
-    dq = jnp.zeros((plan.tiles * plan.size + 1, R * q.shape[-1]), q.dtype)
+    # Of -0, or XLA takes the forward pass's array of zeros and keeps it until here.
+    dq = jnp.full((plan.tiles * plan.size + 1, R * q.shape[-1]), -0.0, q.dtype)
     # A slot without a pair weighs exp(0 - 1e30) = 0.
     lse = _rows(plan, lse).at[:, :, -1].set(-NOTHING)
     xs = (_rows(plan, q), _rows(plan, do), lse, _rows(plan, delta), _groups(plan, blocks))

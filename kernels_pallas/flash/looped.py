@@ -8,9 +8,11 @@ from __future__ import annotations
 import functools
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kernels_pallas.flash import pairs, visits
+from kernels_pallas.rounding import narrow
 
 
 def _pad(x, dim, size):
@@ -50,6 +52,11 @@ def _cut(x, j, size):
     return lax.dynamic_slice_in_dim(x, j * size, size, 1)
 
 
+def _rows(x_BxLxY, i, size):
+    """Block i of what belongs to queries, padded to whole blocks before."""
+    return lax.dynamic_slice_in_dim(x_BxLxY, i * size, size, 1)
+
+
 def _in_blocks(x, dim, size):
     """Cut dim in blocks and put them first."""
     x = _pad(x, dim, size)
@@ -63,38 +70,59 @@ def _out_of_blocks(x, dim, length):
     return lax.slice_in_dim(x, 0, length, axis=dim)
 
 
+def _heads_first(x_BxQxHxD, K):
+    """[B, K, G, Q, D] of one block. Whole rows are never copied in another order."""
+    B, Q, H, D = x_BxQxHxD.shape
+    x = x_BxQxHxD.reshape(B, Q, K, H // K, D).transpose(0, 2, 3, 1, 4)
+    return lax.optimization_barrier(x)
+
+
+def _heads_back(x_BxKxGxQxD):
+    B, K, G, Q, D = x_BxKxGxQxD.shape
+    return x_BxKxGxQxD.transpose(0, 3, 1, 2, 4).reshape(B, Q, K * G, D)
+
+
 def forward(plan, q, k, v, marks, sinks):
-    """Return o [B, K, G, L, Dv] and lse [B, K, G, L]; k and v [N, S, D]."""
-    B, K, G = q.shape[:3]
-    dtype = pairs.wide(q.dtype)
+    """Return o [B, L, H, Dv] and lse [B, K, G, L]; q [B, L, H, Dk], k and v [N, S, D]."""
+    (B, _, H, _), Q = q.shape, plan.block_q
+    K, dtype = k.shape[0] // B, pairs.wide(q.dtype)
     blocks, segmented = _Blocks(plan, marks), marks.segments_q is not None
     k, v = _pad(k, 1, plan.block_k), _pad(v, 1, plan.block_k)
+    q = _pad(q, 1, Q)
+    segments = _pad(marks.segments_q, 1, Q) if segmented else None
 
-    def block(x):
-        i, q, segments_q = x
+    def block(i):
+        here = _heads_first(_rows(q, i, Q), K)
+        segments_q = _rows(segments, i, Q) if segmented else None
 
         def body(j, state, masked):
             bias = blocks.bias(i, j, masked, segments_q, dtype)
             keys, values = _cut(k, j, plan.block_k), _cut(v, j, plan.block_k)
-            return pairs.add_pair(plan, q, keys, values, bias, state)
+            return pairs.add_pair(plan, here, keys, values, bias, state)
 
-        state = pairs.start(sinks, B, K, G, plan.block_q, v.shape[-1], dtype)
+        state = pairs.start(sinks, B, K, H // K, Q, v.shape[-1], dtype)
         for first, stop, masked in blocks.ranges(i):
             state = lax.fori_loop(first, stop, functools.partial(body, masked=masked), state)
-        return pairs.finish(state, v.dtype)
+        o, lse = pairs.finish(state, v.dtype)
+        return _heads_back(o), lse
 
-    q = _in_blocks(q, 3, plan.block_q)
-    segments_q = _in_blocks(marks.segments_q, 1, plan.block_q) if segmented else None
-    o, lse = lax.map(block, (lax.iota(jnp.int32, len(q)), q, segments_q))
-    return _out_of_blocks(o, 3, plan.L), _out_of_blocks(lse, 3, plan.L)
+    o, lse = lax.map(block, lax.iota(jnp.int32, q.shape[1] // Q))
+    return _out_of_blocks(o, 1, plan.L), _out_of_blocks(lse, 3, plan.L)
 
 
-def backward(plan, q, q_T, k, v, do, do_T, marks, lse, delta):
-    """Return dq [B, K, G, L, Dk], dk [N, Dk, S], dv [N, Dv, S]; dq and dk before scale."""
-    B, K, G = q.shape[:3]
-    N, R, dtype = B * K, G * plan.block_q, lse.dtype
+def backward(plan, q, k, v, do, marks, lse, delta, dtype):
+    """Return dq [B, L, H, Dk] in a dtype, dk [N, Dk, S] and dv [N, Dv, S]; dk before scale.
+
+    q and do [B, L, H, D], lse and delta [B, K, G, L].
+    """
+    (B, _, H, _), Q, wide = q.shape, plan.block_q, lse.dtype
+    N = k.shape[0]
+    K, R = N // B, H * B // N * Q
     blocks, segmented = _Blocks(plan, marks), marks.segments_q is not None
     k, v = _pad(k, 1, plan.block_k), _pad(v, 1, plan.block_k)
+    q, do = _pad(q, 1, Q), _pad(do, 1, Q)
+    segments = _pad(marks.segments_q, 1, Q) if segmented else None
+    scale = np.asarray(plan.scale, wide)
 
     def add(total, part, j):
         start = j * plan.block_k
@@ -102,27 +130,26 @@ def backward(plan, q, q_T, k, v, do, do_T, marks, lse, delta):
         return lax.dynamic_update_slice_in_dim(total, old + part, start, 2)
 
     def block(carry, x):
-        i, q, q_T, do, do_T, segments_q, lse, delta = x
-        q, do = q.reshape(N, R, -1), do.reshape(N, R, -1)
-        q_T, do_T = q_T.reshape(N, -1, R), do_T.reshape(N, -1, R)
+        i, lse, delta = x
+        q_i, do_i = (_heads_first(_rows(part, i, Q), K).reshape(N, R, -1) for part in (q, do))
+        q_T, do_T = (lax.optimization_barrier(jnp.swapaxes(part, 1, 2)) for part in (q_i, do_i))
+        segments_q = _rows(segments, i, Q) if segmented else None
 
         def body(j, state, masked):
             dq, dk, dv = state
-            bias = blocks.bias(i, j, masked, segments_q, dtype)
-            parts = pairs.pair_gradients(plan, q, q_T, _cut(k, j, plan.block_k),
-                                         _cut(v, j, plan.block_k), do, do_T, bias, lse, delta)
+            bias = blocks.bias(i, j, masked, segments_q, wide)
+            parts = pairs.pair_gradients(plan, q_i, q_T, _cut(k, j, plan.block_k),
+                                         _cut(v, j, plan.block_k), do_i, do_T, bias, lse, delta)
             return dq + parts[0], add(dk, parts[1], j), add(dv, parts[2], j)
 
-        state = (jnp.zeros(q.shape, dtype), *carry)
+        state = (jnp.zeros(q_i.shape, wide), *carry)
         for first, stop, masked in blocks.ranges(i):
             state = lax.fori_loop(first, stop, functools.partial(body, masked=masked), state)
-        return state[1:], state[0].reshape(B, K, G, plan.block_q, -1)
+        dq = narrow(state[0] * scale, dtype).reshape(B, K, -1, Q, q.shape[-1])
+        return state[1:], _heads_back(dq)
 
-    cut = functools.partial(_in_blocks, size=plan.block_q)
-    segments_q = cut(marks.segments_q, 1) if segmented else None
-    q, do, lse, delta = (cut(x, 3) for x in (q, do, lse, delta))
-    xs = (lax.iota(jnp.int32, len(q)), q, cut(q_T, 4), do, cut(do_T, 4), segments_q, lse, delta)
-    zeros = (jnp.zeros((N, k.shape[2], k.shape[1]), dtype),
-             jnp.zeros((N, v.shape[2], v.shape[1]), dtype))
-    (dk, dv), dq = lax.scan(block, zeros, xs)
-    return _out_of_blocks(dq, 3, plan.L), dk[..., :plan.S], dv[..., :plan.S]
+    lse, delta = (_in_blocks(x, 3, Q) for x in (lse, delta))
+    zeros = (jnp.zeros((N, k.shape[2], k.shape[1]), wide),
+             jnp.zeros((N, v.shape[2], v.shape[1]), wide))
+    (dk, dv), dq = lax.scan(block, zeros, (lax.iota(jnp.int32, len(lse)), lse, delta))
+    return _out_of_blocks(dq, 1, plan.L), dk[..., :plan.S], dv[..., :plan.S]

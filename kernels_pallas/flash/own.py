@@ -112,7 +112,7 @@ def own_block(q_BxLxHxD, k_BxSxKxD, v_BxSxKxD, ids_q, ids_k, *, size, scale, fir
 
 
 def part_gradients(q_BxLxHxD, k_BxSxKxD, v_BxSxKxD, ids_q, ids_k, do_BxLxHxD, lse_BxLxH,
-                   delta_BxLxH, *, size, scale, first=None):
+                   delta_BxLxH, *, size, scale, first=None, dtype=None):
     """Return dq, dk and dv of this part in a softmax over these keys and others.
 
     Shapes: as of `own_block`; lse, delta and the gradients' dtype as of `xla.part_gradients`.
@@ -121,13 +121,14 @@ def part_gradients(q_BxLxHxD, k_BxSxKxD, v_BxSxKxD, ids_q, ids_k, do_BxLxHxD, ls
     (B, L), S = q.shape[:2], k.shape[1]
     if not _tiled(L, size):
         return xla.part_gradients(q, k, v, do, lse_BxLxH, delta_BxLxH, segments_q=ids_q,
-                                  segments_k=ids_k, scale=scale, window=size, first=first)
+                                  segments_k=ids_k, scale=scale, window=size, first=first,
+                                  dtype=dtype)
     tiles = _Tiles(B, L, S, size, first)
 
     def gradients(part):
         q, k, v, ids_q, ids_k, do, lse, delta = part
         return xla.part_gradients(q, k, v, do, lse, delta, segments_q=ids_q, segments_k=ids_k,
-                                  scale=scale)
+                                  scale=scale, dtype=dtype)
 
     parts = (tiles.queries(q), tiles.keys(k), tiles.keys(v), tiles.queries(ids_q),
              tiles.keys(ids_k), tiles.queries(do), tiles.queries(lse_BxLxH),

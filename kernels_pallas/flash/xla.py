@@ -64,9 +64,10 @@ def _keys_back(x_NxDxS, B):
 
 def _forward(plan, q, k, v, marks, sinks):
     """Return o [B, L, H, Dv] and lse [B, K, G, L]."""
-    K = k.shape[2]
-    way = unrolled if _few(plan) and marks.first is None else looped
-    o, lse = way.forward(plan, _heads_first(q, K), _keys_first(k), _keys_first(v), marks, sinks)
+    keys = (_keys_first(k), _keys_first(v))
+    if not _few(plan) or marks.first is not None:
+        return looped.forward(plan, q, *keys, marks, sinks)
+    o, lse = unrolled.forward(plan, _heads_first(q, k.shape[2]), *keys, marks, sinks)
     return _heads_back(o), lse
 
 
@@ -88,23 +89,26 @@ def _attend_backward(plan, kept, gradients):
     delta_BxLxH = (do.astype(dtype) * o.astype(dtype)).sum(-1)
     # d score = weight (d weight - delta), and the gradient of lse by a score is the weight.
     delta = _heads_first(delta_BxLxH[..., None], K)[..., 0] - d_lse
-    dq, dk, dv = _gradients(plan, q, k, v, do, marks, lse, delta)
+    dq, dk, dv = _gradients(plan, q, k, v, do, marks, lse, delta, q.dtype)
     d_sinks = None
     if sinks is not None:
         weight = jnp.exp(sinks.astype(dtype).reshape(1, K, -1, 1) - lse)
         d_sinks = -(weight * delta).sum((0, 3)).reshape(-1).astype(sinks.dtype)
-    return narrow(dq, q.dtype), narrow(dk, k.dtype), narrow(dv, v.dtype), None, d_sinks
+    return dq, narrow(dk, k.dtype), narrow(dv, v.dtype), None, d_sinks
 
 
-def _gradients(plan, q, k, v, do, marks, lse, delta):
-    """Return dq, dk and dv, wide, as their arguments lie; lse and delta [B, K, G, L]."""
-    B, K = q.shape[0], k.shape[2]
-    way = unrolled if _few(plan) and marks.first is None else looped
-    dq, dk, dv = way.backward(plan, _heads_first(q, K), _heads_first_T(q, K), _keys_first(k),
-                              _keys_first(v), _heads_first(do, K), _heads_first_T(do, K), marks,
-                              lse, delta)
+def _gradients(plan, q, k, v, do, marks, lse, delta, dtype):
+    """Return dq in a dtype, dk and dv, wide, as their arguments lie; lse and delta [B, K, G, L]."""
+    B, K, keys = q.shape[0], k.shape[2], (_keys_first(k), _keys_first(v))
     scale = np.asarray(plan.scale, lse.dtype)
-    return _heads_back(dq) * scale, _keys_back(dk, B) * scale, _keys_back(dv, B)
+    if not _few(plan) or marks.first is not None:
+        dq, dk, dv = looped.backward(plan, q, *keys, do, marks, lse, delta, dtype)
+    else:
+        dq, dk, dv = unrolled.backward(plan, _heads_first(q, K), _heads_first_T(q, K), *keys,
+                                       _heads_first(do, K), _heads_first_T(do, K), marks, lse,
+                                       delta)
+        dq = narrow(_heads_back(dq) * scale, dtype)
+    return dq, _keys_back(dk, B) * scale, _keys_back(dv, B)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -158,12 +162,14 @@ def _marked(plan, segments_q, segments_k, ends, first):
 
 def part_gradients(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, do_BxLxHxDv, lse_BxLxH, delta_BxLxH, *,
                    first=None, segments_q=None, segments_k=None, scale, causal=True, window=None,
-                   softcap=None, ends_BxS=None, stride=1, span=1, block_q=None, block_k=None):
+                   softcap=None, ends_BxS=None, stride=1, span=1, block_q=None, block_k=None,
+                   dtype=None):
     """Return dq, dk and dv of these keys' part in a softmax over these and others.
 
     Shapes: as of `flash`; lse is of all keys, -1e30 for a row that sees none, and delta
         sum(do * o) over the width less the gradient of lse, both in the dtype of lse, as are
-        the gradients: sums of parts are not rounded before they are added.
+        the gradients: sums of parts are not rounded before they are added. `dtype` is dq's,
+        where that takes too much memory.
     """
     L, (S, K) = q_BxLxHxDk.shape[1], k_BxSxKxDk.shape[1:3]
     plan = _plan(L, S, scale=scale, causal=causal, window=window, softcap=softcap,
@@ -174,7 +180,8 @@ def part_gradients(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, do_BxLxHxDv, lse_BxLxH, d
     unseen = jnp.full_like(lse_BxLxH, -pairs.MASKED)
     lse = jnp.where(lse_BxLxH <= pairs.EMPTY, unseen, lse_BxLxH)
     lse, delta = (_heads_first(x[..., None], K)[..., 0] for x in (lse, delta_BxLxH))
-    return _gradients(plan, q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, do_BxLxHxDv, marks, lse, delta)
+    return _gradients(plan, q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, do_BxLxHxDv, marks, lse, delta,
+                      lse.dtype if dtype is None else dtype)
 
 
 def keys_per_query(length, *, keys=None, window=None, stride=1, span=1):
