@@ -77,7 +77,10 @@ SETTINGS = {
     },
 }
 # Up to six compilations of seconds each, of settings that other cases mostly hold too.
-SLOW = ("nsa-wide", "moba-full", "csa-dense", "dsa-dense")
+SLOW = (
+    "nsa-wide", "moba-full", "csa-dense", "dsa-dense", "full-bare", "full-joint norm", "mla-yarn",
+    "sliding-two", "moba-own", "hca-flat",
+)  # fmt: skip
 CASES = [
     pytest.param(
         kind, changes, id=f"{kind}-{name}",

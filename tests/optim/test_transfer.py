@@ -109,7 +109,7 @@ def test_tokens_and_experts():
     assert set(_leaves(found.decay).values()) == {1.0}
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_how_parameters_start(tied):
     """Deviations of a wide model: hidden as fan-in^-0.5, layers' ends as 1 / depth, head as 1."""
     config = _wide(transfer=transfer.Config(base_width=32, base_depth=5), tied=tied)

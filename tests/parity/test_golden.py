@@ -9,7 +9,14 @@ from tests.parity import ours
 from tests.parity.cases import CASES
 
 
-@pytest.mark.parametrize(("name", "scan"), [*((name, True) for name in CASES), ("moe", False)])
+@pytest.mark.parametrize(
+    ("name", "scan"),
+    [
+        *((name, True) for name in CASES),
+        # that unrolled layers are scanned ones: tests/model/test_lm.py
+        pytest.param("moe", False, marks=pytest.mark.slow),
+    ],
+)
 def test_logits_and_gradients_equal_hugging_face(name, scan):
     about, tokens, weights, theirs = ours.golden(name)
     assert about["config"] == CASES[name], "cases.py changed: run make_golden.py"
