@@ -20,9 +20,27 @@ Method:   one layer of width 256 with 4 heads of 64 (one key head where heads sh
           the processor's, which a neighbour on the machine disturbs less.
           FLOPs are those of products. XLA's count takes a loop's body once, so the core's are
           counted by executed_flops.py, which walks the program with values, up to --count-to.
-Measured: two cores with AMX, jax 0.12, torch 2.13; rows in results/attention_length.json.
-          moba and nsa in a second run beside full, after their tiles changed; medians of 3 rounds.
-          Speed of the core, forward and backward, over full attention's:
+Measured: two cores without AMX (Intel Xeon, AVX-512 with bf16), jax 0.12.0.1, at raised priority
+          beside a load of about 12; rows in results/attention_length_no_amx.json, medians of 5
+          rounds at 4k and of 2 at 32k. Speed of the core, forward and backward, over full's:
+          tokens        4k    32k   before, 32k   break-even by 4k, 5x at 32k
+          moba        1.34   6.91   6.41          met, met
+          nsa         1.08   4.12   3.76          met, MISSED
+          csa         1.23   5.54   3.57          met, met
+          dsa         0.66   2.36   1.37          MISSED, MISSED
+          `before` is commit 64a104e in the same hour, over its own full attention, which took
+          25.1 s where it now takes 23.2; rows in results/attention_length_before.json. Since then
+          indexers choose by counting and not by a sort, heads are added up one by one (XLA:CPU
+          vectorises no sum along a dim that is not the last), tiles of blocks are transposed before
+          they are multiplied, and parts of one softmax share its denominator.
+          Peak memory, MB, at 4k and 32k: full 45 and 300, moba 59 and 426, nsa 119 and 893, csa 85
+          and 636, dsa 77 and 605: MISSED. Before, at 32k: 362, 582, 1045, 755 and 639, so full
+          attention has lost as much as they. nsa keeps three branches' keys, values and outputs.
+          Next: less kept by nsa, and dsa's scores of all pairs and gathers of one token at a time.
+          64k and, on this machine, the other lengths and kinds are not measured.
+          The table below is of the code before all that, on two cores with AMX, with torch 2.13;
+          rows in results/attention_length.json, moba and nsa in a second run beside full, medians
+          of 3 rounds:
           tokens        1k    2k    4k    8k   16k    32k   break-even by 4k, 5x at 32k
           sliding     1.14  1.55  2.11  3.13  6.30  11.67   met, met
           hca         0.79  1.83  2.19  3.72  5.99  10.51   met, met
@@ -34,11 +52,8 @@ Measured: two cores with AMX, jax 0.12, torch 2.13; rows in results/attention_le
           Growth over 8k to 32k is within the bar for all (time's exponent against its FLOPs':
           sliding 0.99 and 1.02, moba 1.12 and 1.04, nsa 1.16 and 1.32, dsa 1.48 and 1.49, csa 1.30
           and 1.30, hca 1.19 and 1.34); 64k is not measured. Formula FLOPs are within 4.9 % of the
-          count. Peak memory is above full's from 4k on for all but sliding (level), at 32k 1.7
-          times for moba to 3.1 for nsa: MISSED; full attention holds no scores here either.
-          Why: dsa and csa choose with a sort of every query's scores (most of dsa's time at 32k)
-          and gather one token at a time; block_sparse gains nothing from the second thread, full
-          attention 1.4 times. Next: its tiles in two halves at once, and a choice without a sort.
+          count. Peak memory was above full's from 4k on for all but sliding (level), at 32k 1.7
+          times for moba to 3.1 for nsa; full attention holds no scores here either.
 """
 
 import argparse

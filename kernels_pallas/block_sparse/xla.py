@@ -275,7 +275,7 @@ def _backward_chunk(plan, k, v, carry, x):
         dq = lax.dynamic_update_slice_in_dim(
             dq, part.reshape(plan.at_once * plan.size, -1), first, 0)
         # Barriers keep the transposes out of the products: XLA:CPU (jax 0.12) has no fast one that
-        # contracts the first dim of the left side, and takes 2.5 times as long, on one core.
+        # contracts the first dim of the left side, and takes one core for it.
         q_T, do_T = (lax.optimization_barrier(jnp.swapaxes(x, 1, 2)) for x in (q_Z, do_Z))
         dk_Z = _weigh_rows(q_T, d_scores, dtype)
         dv_Z = _weigh_rows(do_T, weights, dtype)
