@@ -294,8 +294,7 @@ def _backward_chunk(plan, k, v, carry, x):
 
 def _backward(plan, q, k, v, blocks, starts, lse, delta, do):
     dtype, R, S = lse.dtype, plan.H // plan.G, k.shape[1]
-    # Of -0, or XLA takes the forward pass's array of zeros and keeps it until here.
-    dq = jnp.full((plan.tiles * plan.size + 1, R * q.shape[-1]), -0.0, q.dtype)
+    dq = jnp.zeros((plan.tiles * plan.size + 1, R * q.shape[-1]), q.dtype)
     # A slot without a pair weighs exp(0 - 1e30) = 0.
     lse = _rows(plan, lse).at[:, :, -1].set(-NOTHING)
     xs = (_rows(plan, q), _rows(plan, do), lse, _rows(plan, delta), _groups(plan, blocks))
