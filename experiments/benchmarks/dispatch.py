@@ -9,7 +9,12 @@ Method:   float32 or bfloat16 arrays throughout, weights included; all arms inte
           Bars: where experts see 64 rows or more and the width is 512 or more, the whole at 0.6 of
           dense; elsewhere at 0.8 of the batched einsum. Memory: temporaries of the compiled program
           per byte of the rows that the einsum's program must hold (1.5).
-Measured: two Zen 5 cores, no AMX, jax 0.12.0.1: 10 of 24 at their bar
+Measured: last (results/dispatch.json, since uneven loads go in wide blocks) on two Intel cores
+          without AMX, jax 0.12.0.1: again 10 of 24 at their bar. Of dense, forward and both: 16 x
+          512 rows 0.95 and 0.83 even, 0.69 and 0.70 zipf; 32 x 256 rows 0.83, 0.85, 0.72, 0.56; 64
+          x 128 rows 0.80, 0.67, 0.48, 0.33; 64 x 64 rows 0.64, 0.52, 0.30, 0.24. Of batched: the
+          quickstart's shape 0.69 and 0.69 even, 0.49 and 0.60 zipf, the bake-off's 0.68, 0.67,
+          0.35, 0.38. The table is of the code before, on two Zen 5 cores, no AMX: 10 of 24
           GFLOP/s, bfloat16                     load  pass     dense  batched  whole  bar
           16 x 512 rows, 512 wide               even  forward    587      697    461  met
           16 x 512 rows, 512 wide               even  both       512      556    420  met
