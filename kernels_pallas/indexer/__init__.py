@@ -13,7 +13,7 @@ import numbers
 
 import jax.numpy as jnp
 
-from kernels_pallas.indexer import gpu_plan, reference, tpu_plan, xla
+from kernels_pallas.indexer import gpu_plan, reference, tpu_plan, xla, xla_listed
 from kernels_pallas.op import Backend, Op
 
 
@@ -62,7 +62,7 @@ dense = Op(
 listed = Op(
     "index_kl_listed",
     (
-        Backend("xla", xla.index_kl_listed),
+        Backend("xla", xla_listed.index_kl_listed),
         Backend("mosaic_gpu", _listed_mosaic_gpu, gpu_plan.supports_listed),
         Backend("mosaic_tpu", _listed_mosaic_tpu, tpu_plan.supports_listed),
         Backend("reference", reference.index_kl_listed),

@@ -21,9 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper, rows
-from kernels_pallas.indexer import xla
+from kernels_pallas.indexer import xla, xla_listed
 from kernels_pallas.indexer.gpu_plan import HALF
-from kernels_pallas.token_sparse import gpu_tiles, mosaic_gpu_bwd
+from kernels_pallas.token_sparse import chunks, gpu_tiles, mosaic_gpu_bwd
 from kernels_pallas.token_sparse.gpu_plan import Plan, plan_of
 
 _F32, _BF16 = jnp.float32, jnp.bfloat16
@@ -104,7 +104,7 @@ def _heads(plan: Plan, w):
 
 def _forward(plan: Plan, q, k, w, at, mass):
     """Return the loss [B, L] and the scores [B, L, N]."""
-    table = gpu_tiles.table(plan, k)
+    table = chunks.table(plan, k)
 
     def chunk(_, x):
         q, w, at, mass = x
@@ -113,10 +113,10 @@ def _forward(plan: Plan, q, k, w, at, mass):
                              rows.read(table, gpu_tiles.in_steps(plan, at)))
         listed = at < plan.B * plan.S
         scores = jnp.where(listed, gpu_tiles.of_steps(plan, found), xla.NOTHING)
-        return None, (xla.listed_divergence(scores, mass, listed), scores)
+        return None, (xla_listed.divergence(scores, mass, listed), scores)
 
     xs = [(q, 0), (w, 0), (at, plan.B * plan.S), (mass, 0)]
-    return gpu_tiles.scan(plan, chunk, None, xs)[1]
+    return chunks.scan(plan, chunk, None, xs)[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -131,11 +131,11 @@ def _listed_forward(plan, q, k, w, at, mass):
 
 def _listed_backward(plan: Plan, kept, cotangent):
     q, k, w, at, mass, scores = kept
-    table = gpu_tiles.table(plan, k)
+    table = chunks.table(plan, k)
 
     def chunk(d_table, x):
         q, w, at, mass, scores, g = x
-        slope = xla.listed_slope(scores, mass, at < plan.B * plan.S) * g[:, None]
+        slope = xla_listed.slope(scores, mass, at < plan.B * plan.S) * g[:, None]
         weighted = (q.astype(_F32) * _heads(plan, w)[..., None]).astype(_BF16)
         order = gpu_tiles.in_steps(plan, at)
         widths = ((0, plan.pair * plan.tiles - slope.shape[0]), (0, plan.steps * HALF - plan.N))
@@ -150,7 +150,7 @@ def _listed_backward(plan: Plan, kept, cotangent):
         return d_table, (dq, dw)
 
     d_table = jnp.zeros((mosaic_gpu_bwd.whole(plan.B * plan.S), plan.D), _F32)
-    d_table, (dq, dw) = gpu_tiles.scan(plan, chunk, d_table, [
+    d_table, (dq, dw) = chunks.scan(plan, chunk, d_table, [
         (q, 0), (w, 0), (at, plan.B * plan.S), (mass, 0), (scores, xla.NOTHING),
         (cotangent.astype(_F32), 0)])
     dk = d_table[:plan.B * plan.S, :plan.Dk].reshape(k.shape)

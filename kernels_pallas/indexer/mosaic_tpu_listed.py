@@ -19,8 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas import rows
-from kernels_pallas.indexer import xla
-from kernels_pallas.token_sparse import tpu_lists
+from kernels_pallas.indexer import xla, xla_listed
+from kernels_pallas.token_sparse import chunks, tpu_lists
 from kernels_pallas.token_sparse.tpu_plan import Plan, plan_of
 from kernels_pallas.tpu import dot
 
@@ -57,7 +57,7 @@ def _heads(plan: Plan, w):
 def _forward(plan: Plan, q, k, w, at, mass):
     """Return the loss [B, L] and the scores [B, L, N]."""
     plan = plan.sized("numbers")
-    table = tpu_lists.table(plan, k)
+    table = chunks.table(plan, k)
 
     def chunk(_, x):
         q, w, at, mass = x
@@ -68,10 +68,10 @@ def _forward(plan: Plan, q, k, w, at, mass):
             [tpu_lists.shape(plan, "number", 0, _F32)])
         known = at < plan.tokens
         scores = jnp.where(known, scores[:, :plan.N], xla.NOTHING)
-        return None, (xla.listed_divergence(scores, mass, known), scores)
+        return None, (xla_listed.divergence(scores, mass, known), scores)
 
     xs = [(q, 0), (w, 0), (at, plan.tokens), (mass, 0)]
-    return tpu_lists.scan(plan, chunk, None, xs)[1]
+    return chunks.scan(plan, chunk, None, xs)[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -87,11 +87,11 @@ def _listed_forward(plan, q, k, w, at, mass):
 def _listed_backward(plan: Plan, kept, cotangent):
     q, k, w, at, mass, scores = kept
     plan, dtype = plan.sized("slopes"), k.dtype
-    table = tpu_lists.table(plan, k)
+    table = chunks.table(plan, k)
 
     def chunk(d_table, x):
         q, w, at, mass, scores, g = x
-        slope = xla.listed_slope(scores, mass, at < plan.tokens) * g[:, None]
+        slope = xla_listed.slope(scores, mass, at < plan.tokens) * g[:, None]
         weighted = (q.astype(_F32) * _heads(plan, w)[..., None]).astype(dtype)
         at = tpu_lists.listed(plan, at)
         u, d_keys = tpu_lists.over_lists(
@@ -105,7 +105,7 @@ def _listed_backward(plan: Plan, kept, cotangent):
         dw = ((q.astype(_F32) * u).sum(-1) * plan.scale).astype(dtype)
         return d_table + tpu_lists.add_up(plan, d_keys, at), (dq, dw)
 
-    d_table, (dq, dw) = tpu_lists.scan(plan, chunk, jnp.zeros((plan.tokens, plan.D), _F32), [
+    d_table, (dq, dw) = chunks.scan(plan, chunk, jnp.zeros((plan.tokens, plan.D), _F32), [
         (q, 0), (w, 0), (at, plan.tokens), (mass, 0), (scores, xla.NOTHING),
         (cotangent.astype(_F32), 0)])
     return dq, d_table[:, :plan.Dk].reshape(k.shape).astype(dtype), dw, None, None

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kernels_pallas import rows
 from kernels_pallas.indexer import select
 from kernels_pallas.rounding import narrow
 
@@ -32,8 +31,6 @@ NOTHING, EMPTY = -1e30, -1e29
 SCORES, PARTS, SHORT = 1 << 20, 4, 512
 # Scores that are chosen from at once.
 CHOSEN = 1 << 20
-# Keys gathered at once where they are listed.
-GATHERED = 1 << 14
 
 
 class Plan(NamedTuple):
@@ -63,7 +60,7 @@ def marks_of(segments_q, segments_k, ends, first):
     return Marks(segments_q, segments_k, ends, None if known else jnp.asarray(first, jnp.int32))
 
 
-def _wide(dtype):
+def wide(dtype):
     """Return the dtype of scores and sums: float32, or float64 for float64."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
@@ -148,7 +145,7 @@ def _raw(q, k, dtype):
     return raw.reshape(B, C, J, -1)
 
 
-def _score(plan, raw, w):
+def scored(plan, raw, w):
     """[B, C, keys] of raw products and the heads' weights."""
     w = w.astype(raw.dtype) * plan.scale
     return _added(jnp.maximum(raw[:, :, j], 0) * w[:, :, j, None] for j in range(w.shape[2]))
@@ -169,7 +166,7 @@ def index_select(q_BxLxJxD, k_BxSxD, w_BxLxJ, *, top, segments_q=None, segments_
     (B, L, J), S = q.shape[:3], k.shape[1]
     if 0 in (B, L, S):
         return jnp.full((B, L, top), -1, jnp.int32)
-    plan, dtype = Plan(float(scale), 1.0, stride, span), _wide(q.dtype)
+    plan, dtype = Plan(float(scale), 1.0, stride, span), wide(q.dtype)
     marks = marks_of(segments_q, segments_k, ends_BxS, first)
     ends = marks.ends
     if ends is None:
@@ -195,7 +192,7 @@ def index_select(q_BxLxJxD, k_BxSxD, w_BxLxJ, *, top, segments_q=None, segments_
         def score(part):
             first, q, w, segments = part
             seen = _seen(plan, where, first, c, N, segments)
-            return jnp.where(seen, _score(plan, _raw(q, table, dtype), w), -jnp.inf)
+            return jnp.where(seen, scored(plan, _raw(q, table, dtype), w), -jnp.inf)
 
         rows = first + c * lax.iota(jnp.int32, n)
         scores = lax.map(score, (rows, *(cut(part) for part in x)))
@@ -271,7 +268,7 @@ def _dense_forward(plan, q, k, w, main_q, main_k, main_lse, marks):
     def chunk(carry, x, first, keys):
         q, w, segments, *main = x
         seen = _seen(plan, marks, first, q.shape[1], keys, segments)
-        scores = jnp.where(seen, _score(plan, _raw(q, k[:, :keys], dtype), w), NOTHING)
+        scores = jnp.where(seen, scored(plan, _raw(q, k[:, :keys], dtype), w), NOTHING)
         lse = jax.nn.logsumexp(scores, axis=-1)
         p, some = _target(plan, main, main_k, keys, seen)
         terms = p * (jnp.log(jnp.where(p > 0, p, 1)) - (scores - lse[..., None]))
@@ -293,7 +290,7 @@ def _dense_backward(plan, kept, cotangent):
         B, C, J, D = q.shape
         seen = _seen(plan, marks, first, C, keys, segments)
         raw = _raw(q, k[:, :keys], dtype)
-        scores = jnp.where(seen, _score(plan, raw, w), NOTHING)
+        scores = jnp.where(seen, scored(plan, raw, w), NOTHING)
         p, some = _target(plan, main, main_k, keys, seen)
         share = jnp.where(seen & some, jnp.exp(scores - lse[..., None]), 0)
         d_score = (share - p) * (g * plan.scale)[..., None]
@@ -321,7 +318,7 @@ def index_kl_dense(q_BxLxJxD, k_BxSxD, w_BxLxJ, main_q_BxLxHxDk, main_k_BxSxKxDk
                    span=1, scale=1.0, first=0):
     """Compare chunk by chunk."""
     q, main = q_BxLxJxD, lax.stop_gradient((main_q_BxLxHxDk, main_k_BxSxKxDk, main_lse_BxLxH))
-    dtype = _wide(q.dtype)
+    dtype = wide(q.dtype)
     if 0 in (*q.shape[:2], k_BxSxD.shape[1]):
         return jnp.zeros(q.shape[:2], dtype)
     plan = Plan(float(scale), float(main_scale), stride, span)
@@ -330,98 +327,3 @@ def index_kl_dense(q_BxLxJxD, k_BxSxD, w_BxLxJ, main_q_BxLxHxDk, main_k_BxSxKxDk
     main_lse = jnp.where(main_lse < EMPTY, -NOTHING, main_lse.astype(dtype))
     return _dense(plan, q, k_BxSxD, w_BxLxJ, main_q, jnp.swapaxes(main_k, 1, 2), main_lse,
                   marks_of(segments_q, segments_k, ends_BxS, first))
-
-
-# The divergence over listed keys.
-
-
-def _listed_scores(plan, table, q, w, at, dtype):
-    """(keys [C, N, D], raw products [C, J, N], scores [C, N], whether listed [C, N])."""
-    own = lax.optimization_barrier(rows.read(table, at))
-    raw = jnp.einsum("cjd,cnd->cjn", q, own, preferred_element_type=dtype)
-    scores = _score(plan, raw[None], w[None])[0]
-    listed = at < table.shape[0] - 1
-    return own, raw, jnp.where(listed, scores, NOTHING), listed
-
-
-def listed_target(mass, listed, dtype):
-    """Return (p, whether there is any): the mass of what is listed over its total."""
-    mass = jnp.where(listed, mass.astype(dtype), 0)
-    total = mass.sum(-1, keepdims=True)
-    some = total > 0
-    return mass / jnp.where(some, total, 1), some
-
-
-def listed_divergence(scores, mass, listed):
-    """Return the divergence of the softmax of scores [..., N], NOTHING where nothing is listed."""
-    p, some = listed_target(mass, listed, scores.dtype)
-    log_q = scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-    terms = jnp.where(p > 0, p * (jnp.log(jnp.where(p > 0, p, 1)) - log_q), 0)
-    return jnp.where(some[..., 0], terms.sum(-1), 0)
-
-
-def listed_slope(scores, mass, listed):
-    """Return the gradient of `listed_divergence` of the scores."""
-    p, some = listed_target(mass, listed, scores.dtype)
-    return jnp.where(listed & some, jax.nn.softmax(scores, axis=-1), 0) - p
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _listed(plan, C, q, k, w, at, mass):
-    return _listed_forward(plan, C, q, k, w, at, mass)[0]
-
-
-def _listed_forward(plan, C, q, k, w, at, mass):
-    B, L = q.shape[:2]
-    table, dtype = rows.laid(k), _wide(q.dtype)
-
-    def chunk(carry, x):
-        q, w, at, mass = x
-        _, _, scores, listed = _listed_scores(plan, table, q, w, at, dtype)
-        return carry, listed_divergence(scores, mass, listed)
-
-    xs = (rows.in_chunks(q, C), rows.in_chunks(w, C), rows.in_chunks(at, C, table.shape[0] - 1),
-          rows.in_chunks(mass, C))
-    loss = rows.out_of_chunks(lax.scan(chunk, None, xs)[1], B, L)
-    return loss, (q, k, w, at, mass)
-
-
-def _listed_backward(plan, C, kept, cotangent):
-    # Without the barrier XLA sees what was gathered before and keeps it alive.
-    (q, k, w, at, mass), cotangent = lax.optimization_barrier((kept, cotangent))
-    B, L = q.shape[:2]
-    table, dtype = rows.laid(k), _wide(q.dtype)
-
-    def chunk(dk, x):
-        q, w, at, mass, g = x
-        own, raw, scores, listed = _listed_scores(plan, table, q, w, at, dtype)
-        d_score = listed_slope(scores, mass, listed) * (g * plan.scale)[:, None]
-        dw = jnp.sum(jnp.maximum(raw, 0) * d_score[:, None], axis=-1)
-        d_raw = jnp.where(raw > 0, d_score[:, None] * w.astype(dtype)[..., None], 0)
-        d_raw = lax.optimization_barrier(narrow(d_raw, k.dtype))
-        dq = jnp.einsum("cjn,cnd->cjd", d_raw, own, preferred_element_type=dtype)
-        # The barrier keeps the small transpose out of the product, which is slower with it.
-        d_raw_T = lax.optimization_barrier(jnp.swapaxes(d_raw, 1, 2))
-        part = jnp.einsum("cnj,cjd->cnd", d_raw_T, q, preferred_element_type=dtype)
-        return rows.add(dk, at, part), (narrow(dq, q.dtype), dw.astype(w.dtype))
-
-    xs = (rows.in_chunks(q, C), rows.in_chunks(w, C), rows.in_chunks(at, C, table.shape[0] - 1),
-          rows.in_chunks(mass, C), rows.in_chunks(cotangent.astype(dtype), C))
-    dk, (dq, dw) = lax.scan(chunk, jnp.zeros(table.shape, dtype), xs)
-    dq, dw = rows.out_of_chunks(dq, B, L), rows.out_of_chunks(dw, B, L)
-    return dq, narrow(dk[:-1].reshape(k.shape), k.dtype), dw, None, None
-
-
-_listed.defvjp(_listed_forward, _listed_backward)
-
-
-def index_kl_listed(q_BxLxJxD, k_BxSxD, w_BxLxJ, chosen_BxLxN, mass_BxLxN, *, scale=1.0):
-    """Gather and compare chunk by chunk."""
-    q, (B, S), N = q_BxLxJxD, k_BxSxD.shape[:2], chosen_BxLxN.shape[2]
-    if 0 in (B, q.shape[1], S, N):
-        return jnp.zeros(q.shape[:2], _wide(q.dtype))
-    queries = B * q.shape[1]
-    chunks = -(-queries * N // GATHERED)
-    C = -(-queries // min(chunks, queries))
-    at, mass = rows.numbered(chosen_BxLxN, S), lax.stop_gradient(mass_BxLxN)
-    return _listed(Plan(float(scale), 1.0, 1, 1), C, q, k_BxSxD, w_BxLxJ, at, mass)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from kernels_pallas import hopper, rows
+from kernels_pallas import hopper
 from kernels_pallas.token_sparse.gpu_plan import HALF, Plan
 
 
@@ -51,19 +50,3 @@ def of_steps(plan: Plan, x):
     """Undo it: [chunk, N]."""
     x = x.reshape(plan.tiles, plan.steps, plan.pair, HALF).swapaxes(1, 2)
     return x.reshape(plan.pair * plan.tiles, -1)[:plan.chunk, :plan.N]
-
-
-def table(plan: Plan, kv):
-    """Return the tokens of the batch end to end and a row of zeros, as wide as in memory."""
-    return jnp.pad(rows.laid(kv), ((0, 0), (0, plan.D - plan.Dk)))
-
-
-def scan(plan: Plan, step, carry, xs):
-    """Go through the queries [B, L, ...] by chunks; results are [B, L, ...]."""
-    xs = [rows.in_chunks(x, plan.chunk, fill) for x, fill in xs]
-    if xs[0].shape[0] == 1:  # no loop to compile
-        carry, out = step(carry, [x[0] for x in xs])
-        out = jax.tree.map(lambda x: x[None], out)
-    else:
-        carry, out = lax.scan(step, carry, xs)
-    return carry, jax.tree.map(lambda x: rows.out_of_chunks(x, plan.B, plan.L), out)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper, rows
-from kernels_pallas.token_sparse import gpu_tiles, mosaic_gpu_bwd, mosaic_gpu_wide
+from kernels_pallas.token_sparse import chunks, gpu_tiles, mosaic_gpu_bwd, mosaic_gpu_wide
 from kernels_pallas.token_sparse.gpu_plan import EMPTY, HALF, LOG2E, NOTHING, Plan, plan_of
 from kernels_pallas.token_sparse.xla import distinct
 
@@ -177,8 +177,8 @@ def _backward_chunk(plan: Plan, table, d_table, chunk):
 
 
 def _forward(plan: Plan, q, kv, at):
-    step = functools.partial(_forward_chunk, plan, gpu_tiles.table(plan, kv))
-    return gpu_tiles.scan(plan, step, None, [(q, 0), (at, plan.B * plan.S)])[1]
+    step = functools.partial(_forward_chunk, plan, chunks.table(plan, kv))
+    return chunks.scan(plan, step, None, [(q, 0), (at, plan.B * plan.S)])[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -200,9 +200,9 @@ def _attend_backward(plan, kept, cotangents):
     q, kv, at, o, lse = kept
     do, d_lse = cotangents
     delta = (do.astype(_F32) * o.astype(_F32)).sum(-1) - d_lse
-    step = functools.partial(_backward_chunk, plan, gpu_tiles.table(plan, kv))
+    step = functools.partial(_backward_chunk, plan, chunks.table(plan, kv))
     d_table = jnp.zeros((mosaic_gpu_bwd.whole(plan.B * plan.S), plan.D), _F32)
-    d_table, dq = gpu_tiles.scan(plan, step, d_table, [
+    d_table, dq = chunks.scan(plan, step, d_table, [
         (q, 0), (do, 0), (_base2(lse), -NOTHING), (delta, 0), (at, plan.B * plan.S)])
     d_kv = d_table[:plan.B * plan.S, :plan.Dk].reshape(kv.shape)
     return dq, d_kv.astype(kv.dtype), None
@@ -233,7 +233,7 @@ def token_mass(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, lse_BxLxH, *, scale):
     if 0 in (B, L, S, N):
         return jnp.zeros((B, L, N), _F32)
     plan, at = plan_of(q, kv, chosen_BxLxN, v_dim=1, scale=scale), rows.numbered(chosen_BxLxN, S)
-    table = gpu_tiles.table(plan, kv)
+    table = chunks.table(plan, kv)
 
     def chunk(_, x):
         q, lse2, at = x
@@ -243,4 +243,4 @@ def token_mass(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, lse_BxLxH, *, scale):
         return None, jnp.where(at < plan.B * plan.S, gpu_tiles.of_steps(plan, found), 0)
 
     xs = [(q, 0), (_base2(lse.astype(_F32)), -NOTHING), (at, B * S)]
-    return gpu_tiles.scan(plan, chunk, None, xs)[1]
+    return chunks.scan(plan, chunk, None, xs)[1]

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas import rows
-from kernels_pallas.token_sparse import tpu_lists, xla
+from kernels_pallas.token_sparse import chunks, tpu_lists, xla
 from kernels_pallas.token_sparse.tpu_plan import EMPTY, NOTHING, Plan, plan_of
 from kernels_pallas.tpu import dot
 
@@ -85,7 +85,7 @@ def _mass_body(plan: Plan, query, q, lse, keys, at, mass):
 def _forward(plan: Plan, q, kv, at):
     """Return o [B, L, H, v_dim] and lse [B, L, H]."""
     plan = plan.sized("forward")
-    table, dtype = tpu_lists.table(plan, kv), kv.dtype
+    table, dtype = chunks.table(plan, kv), kv.dtype
 
     def chunk(_, x):
         q, at = x
@@ -98,7 +98,7 @@ def _forward(plan: Plan, q, kv, at):
             scratch=[(plan.R, 1), (plan.R, 1), (plan.R, plan.V)])
         return None, (o[:, :plan.H, :plan.v_dim], lse[:, :plan.H, 0])
 
-    return tpu_lists.scan(plan, chunk, None, [(q, 0), (at, plan.tokens)])[1]
+    return chunks.scan(plan, chunk, None, [(q, 0), (at, plan.tokens)])[1]
 
 
 def _unseen(lse):
@@ -108,7 +108,7 @@ def _unseen(lse):
 
 def _backward(plan: Plan, q, kv, at, lse, delta, do):
     plan = plan.sized("backward")
-    table, dtype = tpu_lists.table(plan, kv), kv.dtype
+    table, dtype = chunks.table(plan, kv), kv.dtype
 
     def chunk(d_kv, x):
         q, do, lse, delta, at = x
@@ -123,7 +123,7 @@ def _backward(plan: Plan, q, kv, at, lse, delta, do):
             scratch=[(plan.R, plan.D)])
         return d_kv + tpu_lists.add_up(plan, d_keys, at), dq[:, :plan.H, :plan.Dk]
 
-    d_kv, dq = tpu_lists.scan(plan, chunk, jnp.zeros((plan.tokens, plan.D), _F32), [
+    d_kv, dq = chunks.scan(plan, chunk, jnp.zeros((plan.tokens, plan.D), _F32), [
         (q, 0), (do, 0), (_unseen(lse), -NOTHING), (delta, 0), (at, plan.tokens)])
     return dq, d_kv[:, :plan.Dk].reshape(kv.shape).astype(dtype)
 
@@ -169,7 +169,7 @@ def token_mass(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, lse_BxLxH, *, scale):
     if 0 in (B, L, S, N):
         return jnp.zeros((B, L, N), _F32)
     plan = plan_of("token_mass", q, kv, chosen_BxLxN, v_dim=1, scale=scale).sized("numbers")
-    table = tpu_lists.table(plan, kv)
+    table = chunks.table(plan, kv)
 
     def chunk(_, x):
         q, lse, at = x
@@ -180,6 +180,6 @@ def token_mass(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, lse_BxLxH, *, scale):
             [rows.read(table, at)], [at], [tpu_lists.shape(plan, "number", 0, _F32)])
         return None, mass[:, :N]
 
-    return tpu_lists.scan(plan, chunk, None, [
+    return chunks.scan(plan, chunk, None, [
         (q, 0), (_unseen(lse.astype(_F32)), -NOTHING), (rows.numbered(chosen_BxLxN, S),
                                                        plan.tokens)])[1]

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import rows, tpu
+from kernels_pallas import tpu
 from kernels_pallas.grouped_matmul import Layout, mosaic_tpu
 from kernels_pallas.token_sparse.tpu_plan import QUERIES, Plan
 
@@ -72,22 +72,6 @@ def column(plan: Plan, x, fill=0):
 def listed(plan: Plan, at):
     """Return the lists [chunk, N] as they are in memory, [chunk, listed]."""
     return filled(at, plan.listed, fill=plan.tokens)
-
-
-def table(plan: Plan, kv):
-    """Return the tokens of the batch end to end and a row of zeros, as wide as in memory."""
-    return jnp.pad(rows.laid(kv), ((0, 0), (0, plan.D - plan.Dk)))
-
-
-def scan(plan: Plan, step, carry, xs):
-    """Go through the queries [B, L, ...] by chunks; results are [B, L, ...]."""
-    xs = [rows.in_chunks(x, plan.chunk, fill) for x, fill in xs]
-    if xs[0].shape[0] == 1:  # no loop to compile
-        carry, out = step(carry, [x[0] for x in xs])
-        out = jax.tree.map(lambda x: x[None], out)
-    else:
-        carry, out = lax.scan(step, carry, xs)
-    return carry, jax.tree.map(lambda x: rows.out_of_chunks(x, plan.B, plan.L), out)
 
 
 def add_up(plan: Plan, d, at):
