@@ -77,16 +77,18 @@ SHAPES = {
     "quickstart: 16 x 1536 rows, 256 wide": (16, 3, 8192, 256, 192),
     "bake-off: 64 x 256 rows, 128 wide": (64, 4, 4096, 128, 64),
 }
-LOADS = ("even", "zipf")
+# `near`: as routers with moving prices leave a batch's loads, 15 % apart in the mean; it has no bar
+LOADS = ("even", "near", "zipf")
 
 
 def assignment(shape, load, rng):
-    """Experts of every token [T, C]: each expert equally often, or by Zipf's law."""
+    """Experts of every token [T, C]: each expert equally often, nearly so, or by Zipf's law."""
     experts_, seats, tokens, _, _ = shape
     if load == "even":
         order = np.stack([rng.permutation(experts_) for _ in range(tokens * seats // experts_)])
         return order.reshape(tokens, seats)
-    weight = 1 / np.arange(1, experts_ + 1)
+    near = np.exp(0.15 * rng.standard_normal(experts_))
+    weight = near if load == "near" else 1 / np.arange(1, experts_ + 1)
     noise = rng.gumbel(size=(tokens, experts_)) + np.log(weight)[None, :]
     return np.argsort(-noise, axis=1)[:, :seats]
 
@@ -183,7 +185,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     options = parser.parse_args()
     use_threads(2)
-    found, missed = [], []
+    found = []
     cases = [(n, load, b) for n in SHAPES for load in LOADS for b in (False, True)]
     for name, load, backward in track(cases, "measuring"):
         E, C, T, D, F = shape = SHAPES[name]
@@ -198,10 +200,10 @@ def main() -> None:
         row["products_of_batched"] = seconds["batched"] / seconds["products"]
         row["temporary_mb"] = memory["whole"] / 1e6
         row["memory"] = memory["whole"] / (memory["batched"] + T * C * D * size)
-        row["bar"] = "0.6 of dense" if wide else "0.8 of batched"
-        row["met"] = row["of_dense"] >= 0.6 if wide else row["of_batched"] >= 0.8
+        if load != "near":
+            row["bar"] = "0.6 of dense" if wide else "0.8 of batched"
+            row["met"] = row["of_dense"] >= 0.6 if wide else row["of_batched"] >= 0.8
         found.append(row)
-        missed += [] if row["met"] else [row]
     head = "dense  batched  products  whole   of dense  of batched  memory  bar"
     print(f"{'GFLOP/s':38s} {'load':5s} {'pass':8s} {head}")
     for r in found:
@@ -210,11 +212,12 @@ def main() -> None:
             f"{r['shape']:38s} {r['load']:5s} {r['pass']:8s} "
             f"{rates[0]:5.0f}  {rates[1]:7.0f}  {rates[2]:8.0f}  {rates[3]:5.0f}   "
             f"{r['of_dense']:8.2f}  {r['of_batched']:10.2f}  {r['memory']:6.2f}  "
-            f"{r['bar']} {'met' if r['met'] else 'MISSED'}"
+            + (f"{r['bar']} {'met' if r['met'] else 'MISSED'}" if "bar" in r else "none")
         )
     result = {"dtype": options.dtype, "rows": found, "commit": commit(), **device()}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{len(found) - len(missed)} of {len(found)} at their bar")
+    barred = [r["met"] for r in found if "bar" in r]
+    print(f"{sum(barred)} of {len(barred)} at their bar")
 
 
 if __name__ == "__main__":

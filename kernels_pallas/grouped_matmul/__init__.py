@@ -1,7 +1,7 @@
 """grouped_matmul: rows sorted by expert times the expert's matrix, group sizes as data."""
 
 from kernels_pallas.grouped_matmul import reference, tiles, visits, xla
-from kernels_pallas.grouped_matmul.layout import Layout, aligned, rows_needed
+from kernels_pallas.grouped_matmul.layout import Layout, aligned, contiguous, rows_needed
 from kernels_pallas.op import Backend, Op
 
 
@@ -43,4 +43,4 @@ def grouped_matmul(x, w, layout, *, implementation=None):
 
 explain = op.explain
 
-__all__ = ["Layout", "aligned", "explain", "grouped_matmul", "op", "rows_needed"]
+__all__ = ["Layout", "aligned", "contiguous", "explain", "grouped_matmul", "op", "rows_needed"]

@@ -41,6 +41,8 @@ def supports(x, w, layout) -> str | None:
     """Return None, or why the Hopper kernels cannot run this call."""
     if lacks := device.lacks_hopper(x=x) or device.lacks_hopper("bfloat16", "float32", w=w):
         return lacks
+    if layout.split:
+        return "needs each expert's rows in one place, the layout was made with split=True"
     for name, width in (("D", w.shape[1]), ("F", w.shape[2])):
         if width % TILE_K:
             return f"needs widths in multiples of {TILE_K}, {name} is {width}"

@@ -53,6 +53,8 @@ def supports(x, w, layout) -> str | None:
     """Return None, or why the TPU kernels cannot run this call."""
     if lacks := device.lacks_tpu(x=x):
         return lacks
+    if layout.split:
+        return "needs each expert's rows in one place, the layout was made with split=True"
     if layout.rows == 0 or w.shape[0] == 0:
         return f"needs rows and experts, there are {layout.rows} and {w.shape[0]}"
     for name, width, columns in (("D", w.shape[1], w.shape[2]), ("F", w.shape[2], w.shape[1])):

@@ -1,8 +1,8 @@
 """grouped_matmul for XLA without `jax.lax.ragged_dot`, which does E times the work on CPU.
 
-Even loads run as one batched matmul over [E, seats, D]; uneven ones as a loop over the blocks in
-use, each with one expert, wide blocks where they fit. No gather of all weights, no temporary larger
-than the result.
+What experts have at home runs as one batched matmul over [E, home, D]; what lies beyond, as a loop
+over the blocks in use, each with one expert. No gather of all weights, no temporary larger than the
+result.
 """
 
 import functools
@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.grouped_matmul.layout import power_of_two
 from kernels_pallas.linear.xla import contract_rows, split_rows
 
 _f32 = jnp.float32
@@ -21,14 +22,10 @@ _COPIED = 1 << 22
 _CHUNK = 512
 
 
-def _power_of_two(n: int) -> int:
-    """The largest power of two that is not above n."""
-    return 1 << (max(n, 1).bit_length() - 1)
-
-
-def _blocks(layout, block):
-    """(number of blocks in use, blocks -> their experts), for groups end to end in whole blocks."""
-    ends = jnp.cumsum((layout.sizes + (block - 1)) // block)
+def _blocks(layout, home, block):
+    """(number of blocks in use, blocks -> their experts), of what lies beyond the homes."""
+    beyond = jnp.maximum(layout.sizes - home, 0)
+    ends = jnp.cumsum((beyond + (block - 1)) // block)
 
     def experts(i):
         expert = jnp.searchsorted(ends, i, side="right").astype(jnp.int32)
@@ -54,69 +51,62 @@ def rows_times(x, w, layout, *, transposed=False, dtype=None):
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     asked = None if dtype == x.dtype else dtype
     out_width = w.shape[1] if transposed else w.shape[2]
-    experts = w.shape[0]
 
-    def even(x, w):
-        spec = "ecf,edf->ecd" if transposed else "ecd,edf->ecf"
-        y = jnp.einsum(spec, x.reshape(experts, layout.seats, -1), w, preferred_element_type=asked)
-        return y.reshape(-1, out_width)
+    def times(rows, w):  # [n, rows, :] times n matrices
+        spec = "ncf,ndf->ncd" if transposed else "ncd,ndf->ncf"
+        return jnp.einsum(spec, rows, w, preferred_element_type=asked).reshape(-1, out_width)
 
-    def ragged(block, x, w):
-        # groups lie end to end in whole blocks, so block i starts at row i * block
-        count, experts_of = _blocks(layout, block)
-        total = layout.rows // block
+    def run(home, block, x, w):
+        first = w.shape[0] * home
+        near = times(x[:first].reshape(w.shape[0], home, -1), w) if home else None
+        if first == layout.rows:
+            return near
+        out = jnp.zeros((layout.rows - first, out_width), dtype)
+        out = out if near is None else jnp.concatenate([near, out])
+        count, experts_of = _blocks(layout, home, block)
+        total = (layout.rows - first) // block
         at_once = _at_once(w[0].size, w.dtype.itemsize, total)
 
         def body(i, out):
-            first = jnp.minimum(i * at_once, total - at_once)
-            expert = experts_of(first + jnp.arange(at_once, dtype=jnp.int32))
-            rows = jax.lax.dynamic_slice_in_dim(x, first * block, at_once * block)
-            spec = "bcf,bdf->bcd" if transposed else "bcd,bdf->bcf"
-            y = jnp.einsum(
-                spec, rows.reshape(at_once, block, -1), w[expert], preferred_element_type=asked
-            )
-            y = y.reshape(at_once * block, out_width)
-            return jax.lax.dynamic_update_slice_in_dim(out, y, first * block, 0)
+            number = jnp.minimum(i * at_once, total - at_once)
+            expert = experts_of(number + jnp.arange(at_once, dtype=jnp.int32))
+            start = first + number * block
+            rows = jax.lax.dynamic_slice_in_dim(x, start, at_once * block)
+            y = times(rows.reshape(at_once, block, -1), w[expert])
+            return jax.lax.dynamic_update_slice_in_dim(out, y, start, 0)
 
-        zeros = jnp.zeros((layout.rows, out_width), dtype)
-        return jax.lax.fori_loop(0, (count + at_once - 1) // at_once, body, zeros)
+        return jax.lax.fori_loop(0, (count + at_once - 1) // at_once, body, out)
 
-    return _by_load(layout, even, ragged, x, w)
+    return _by_load(layout, run, x, w)
 
 
-def _by_load(layout, even, ragged, *args):
-    """`even` of even loads, `ragged` with the rows of a block of others."""
-
-    def uneven(*args):
-        narrow = functools.partial(ragged, layout.block)
-        if not layout.wide:
-            return narrow(*args)
-        return jax.lax.cond(layout.broad, functools.partial(ragged, layout.wide), narrow, *args)
-
-    return jax.lax.cond(layout.uniform, even, uneven, *args)
+def _by_load(layout, run, *args):
+    """`run` with the home and block of the path that the loads have taken."""
+    branches = [functools.partial(run, *path) for path in layout.paths]
+    if len(branches) == 1:
+        return branches[0](*args)
+    return jax.lax.switch(layout.path, branches, *args)
 
 
 def _weight_gradient(x, dy, layout, experts, dtype):
-    """sum over each expert's rows of x^T dy, float32."""
+    """sum over each expert's rows of x^T dy, in float32 until the end."""
 
-    def even(x, dy):
-        chunks = split_rows(layout.seats)
-        x = x.reshape(experts, chunks, -1, x.shape[1])
-        dy = dy.reshape(experts, chunks, -1, dy.shape[1])
-        return jnp.einsum("ebcd,ebcf->edf", x, dy, preferred_element_type=_f32).astype(dtype)
+    def run(home, block, x, dy):
+        if not home:
+            return _of_chunks(x, dy, layout, experts).astype(dtype)
+        first, chunks = experts * home, split_rows(home)
+        rows = (a[:first].reshape(experts, chunks, -1, a.shape[1]) for a in (x, dy))
+        dw = jnp.einsum("nbcd,nbcf->ndf", *rows, preferred_element_type=_f32)
+        return (_of_blocks(x, dy, dw, layout, home, block) if block else dw).astype(dtype)
 
-    def ragged(block, x, dy):
-        of_blocks = _of_wide_blocks if block == layout.wide else _of_chunks
-        return of_blocks(x, dy, layout, experts).astype(dtype)
-
-    return _by_load(layout, even, ragged, x, dy)
+    return _by_load(layout, run, x, dy)
 
 
-def _of_wide_blocks(x, dy, layout, experts):
-    """The gradient from wide blocks, each of one expert; rows of no group have dy zero."""
-    block = layout.wide
-    count, experts_of = _blocks(layout, block)
-    total = layout.rows // block
+def _of_blocks(x, dy, dw, layout, home, block):
+    """dw with the blocks beyond the homes, each of one expert; rows of no group have dy zero."""
+    count, experts_of = _blocks(layout, home, block)
+    start = dw.shape[0] * home
+    total = (layout.rows - start) // block
     at_once = _at_once(x.shape[1] * dy.shape[1], 4, total)
 
     def body(i, dw):
@@ -124,7 +114,7 @@ def _of_wide_blocks(x, dy, layout, experts):
         number = first + jnp.arange(at_once, dtype=jnp.int32)
 
         def blocks(rows):
-            rows = jax.lax.dynamic_slice_in_dim(rows, first * block, at_once * block)
+            rows = jax.lax.dynamic_slice_in_dim(rows, start + first * block, at_once * block)
             # contracted over two dims, as in `contract_rows`
             return rows.reshape(at_once, 2, block // 2, -1)
 
@@ -134,13 +124,12 @@ def _of_wide_blocks(x, dy, layout, experts):
         part = jnp.where(new[:, None, None], part, 0)
         return dw.at[experts_of(number)].add(part, indices_are_sorted=True)
 
-    zeros = jnp.zeros((experts, x.shape[1], dy.shape[1]), _f32)
-    return jax.lax.fori_loop(0, (count + at_once - 1) // at_once, body, zeros)
+    return jax.lax.fori_loop(0, (count + at_once - 1) // at_once, body, dw)
 
 
 def _of_chunks(x, dy, layout, experts):
     """The gradient from chunks of rows, every group in its own, the last padded with zeros."""
-    chunk = min(max(_power_of_two(layout.rows // experts), layout.block), _CHUNK, layout.rows)
+    chunk = min(max(power_of_two(layout.rows // experts), layout.block), _CHUNK, layout.rows)
     per_group = (layout.sizes + (chunk - 1)) // chunk
     ends = jnp.cumsum(per_group)
     offset = jnp.arange(chunk, dtype=jnp.int32)

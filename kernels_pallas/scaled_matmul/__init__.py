@@ -47,6 +47,9 @@ def scaled_matmul(x, w, layout=None, *, power_of_two=False, implementation=None)
     if x.ndim < 1 or w.ndim != dims or x.shape[-1] != w.shape[-2]:
         raise ValueError(f"scaled_matmul: x {x.shape} does not fit w {w.shape}"
                          f"{'' if layout is None else ' of experts'}")
+    if layout is not None and layout.split:
+        raise ValueError("scaled_matmul: needs each expert's rows in one place, the layout was "
+                         "made with split=True")
     if layout is not None and (x.shape[0], w.shape[0]) != (layout.rows, layout.sizes.shape[0]):
         raise ValueError(f"scaled_matmul: x {x.shape} and w {w.shape} do not fit a layout of "
                          f"{layout.rows} rows and {layout.sizes.shape[0]} experts")

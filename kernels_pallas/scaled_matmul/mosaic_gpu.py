@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import device, hopper, products
 from kernels_pallas.grouped_matmul import tiles as grouped
-from kernels_pallas.grouped_matmul.layout import Layout
+from kernels_pallas.grouped_matmul.layout import contiguous
 from kernels_pallas.hopper import HALF
 from kernels_pallas.scaled_matmul import gpu_plan
 from kernels_pallas.scaled_matmul.gpu_plan import whole
@@ -239,8 +239,6 @@ def scaled_matmul(x, w, layout=None, *, power_of_two=False):
     R = rows.shape[0]
     # whole tiles: the last rows of a tile that reach beyond an array would be read as they are
     rows = jnp.pad(rows, ((0, -R % TILE), (0, 0)))
-    layout = Layout(sizes=jnp.full(1, R, jnp.int32), starts=jnp.zeros(1, jnp.int32),
-                    uniform=jnp.asarray(True), broad=jnp.asarray(False), rows=rows.shape[0],
-                    block=TILE, wide=0)
+    layout = contiguous(jnp.full(1, R, jnp.int32), jnp.zeros(1, jnp.int32), rows.shape[0], TILE)
     y = _grouped(rows, w[None], layout, power_of_two)[:R]
     return y.reshape(*x.shape[:-1], w.shape[-1])

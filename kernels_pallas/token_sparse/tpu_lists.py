@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import tpu
-from kernels_pallas.grouped_matmul import Layout, mosaic_tpu
+from kernels_pallas.grouped_matmul import contiguous, mosaic_tpu
 from kernels_pallas.token_sparse.tpu_plan import QUERIES, Plan
 
 _F32 = jnp.float32
@@ -88,7 +88,6 @@ def add_up(plan: Plan, d, at):
     groups = -(-plan.tokens // _OWNED)
     edges = jnp.minimum(jnp.arange(groups + 1, dtype=jnp.int32) * _OWNED, plan.tokens)
     edges = jnp.searchsorted(at, edges).astype(jnp.int32)
-    layout = Layout(jnp.diff(edges), edges[:-1], jnp.zeros((), bool), jnp.zeros((), bool),
-                    at.shape[0], 1, 0)
+    layout = contiguous(jnp.diff(edges), edges[:-1], at.shape[0], 1)
     own = (at[:, None] % _OWNED == jnp.arange(_OWNED, dtype=jnp.int32)[None]).astype(d.dtype)
     return mosaic_tpu.weight_gradient(own, d, layout, _F32).reshape(-1, plan.D)[:plan.tokens]

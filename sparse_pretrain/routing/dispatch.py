@@ -37,15 +37,17 @@ def plan(expert_TxC: Int[Array, "T C"], experts: int) -> Plan:
     layout = ops.group_layout(sizes, pairs=pairs)
 
     group = jnp.minimum(sorted_expert, experts - 1)
-    row_sorted = layout.starts[group] + jnp.arange(pairs, dtype=jnp.int32) - first[group]
+    row_sorted = layout.place(group, jnp.arange(pairs, dtype=jnp.int32) - first[group])
     row_sorted = jnp.where(sorted_expert < experts, row_sorted, layout.rows)
     row = jnp.zeros((pairs,), jnp.int32).at[order].set(row_sorted, unique_indices=True)
 
+    starts, held = layout.runs()
     r = jnp.arange(layout.rows, dtype=jnp.int32)
-    owner = jnp.searchsorted(layout.starts, r, side="right").astype(jnp.int32) - 1
-    offset = r - layout.starts[owner]
-    used = offset < sizes[owner]
-    pair = order[jnp.where(used, first[owner] + offset, 0)]
+    run = jnp.searchsorted(starts, r, side="right").astype(jnp.int32) - 1
+    offset = r - starts[run]
+    used = offset < held[run]
+    before = jnp.concatenate([first, first + held[:experts]])
+    pair = order[jnp.where(used, before[run] + offset, 0)]
     return Plan(layout, row.reshape(T, C), pair, used)
 
 

@@ -22,7 +22,6 @@ from kernels_pallas.flash import flash as _flash
 from kernels_pallas.flash.own import keys_per_query as own_block_keys_per_query
 from kernels_pallas.flash.xla import keys_per_query as flash_keys_per_query
 from kernels_pallas.grouped_matmul import Layout as GroupLayout
-from kernels_pallas.grouped_matmul import aligned as group_layout
 from kernels_pallas.grouped_matmul import rows_needed as group_rows
 from kernels_pallas.indexer import index_kl_dense as _index_kl_dense
 from kernels_pallas.indexer import index_kl_listed as _index_kl_listed
@@ -37,6 +36,7 @@ from sparse_pretrain.sharding.gather import gathered, kept_apart
 from sparse_pretrain.sharding.joined import Part
 from sparse_pretrain.sharding.products import (
     eight_bits,
+    group_layout,
     grouped_linear,
     grouped_swiglu,
     linear,

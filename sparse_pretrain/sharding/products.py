@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import device
+from kernels_pallas.grouped_matmul import Layout, aligned
 from kernels_pallas.grouped_matmul import grouped_matmul as _grouped_linear
 from kernels_pallas.grouped_swiglu import op as _grouped_swiglu
 from kernels_pallas.linear import linear as _linear
@@ -34,6 +36,16 @@ def eight_bits(on: bool, *, power_of_two: bool = False) -> Iterator[None]:
         yield
     finally:
         _EIGHT_BITS.reset(token)
+
+
+def group_layout(sizes, *, pairs: int) -> Layout:
+    """Where rows of groups of these sizes lie. Shapes: sizes [E], which sum to at most `pairs`.
+
+    An expert's rows lie in two places on CPU, whose products are fastest so; kernels, and scales of
+    8 bits for tiles of an expert's rows, want them in one.
+    """
+    split = device.platform() == "cpu" and _EIGHT_BITS.get() is None
+    return aligned(sizes, pairs=pairs, split=split)
 
 
 def grouped_linear(x, w, layout):

@@ -25,8 +25,10 @@ def _numpy(x, w, dy, layout):
     """Loop over experts and their rows in float64."""
     x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
     y, dx, dw = np.zeros(dy.shape), np.zeros(x.shape), np.zeros(w.shape)
-    for e, (start, size) in enumerate(zip(layout.starts, layout.sizes, strict=True)):
-        rows = slice(int(start), int(start) + int(size))
+    for e, size in enumerate(np.asarray(layout.sizes)):
+        home = min(int(size), int(layout.home))
+        near, far = int(layout.starts[e]), int(layout.beyond[e])
+        rows = [*range(near, near + home), *range(far, far + int(size) - home)]
         y[rows] = x[rows] @ w[e]
         dx[rows] = dy[rows] @ w[e].T
         dw[e] = x[rows].T @ dy[rows]
@@ -62,20 +64,29 @@ def test_grouped_matmul(load, dtype, implementation, rng):
     assert (y.dtype, dx.dtype, dw.dtype) == (x.dtype, x.dtype, w.dtype)
 
 
-@pytest.mark.parametrize("turns", ["one turn", "several, the last reaches back"])
-def test_wide_blocks(turns, rng, monkeypatch):
-    if turns != "one turn":
-        monkeypatch.setattr(xla, "_COPIED", 1)  # four blocks a turn, of the 15 that there are
+# loads of 12 experts with 32 rows in the mean, and the (home, block) that they are given
+PATHS = {
+    "even": ([32] * 12, (32, 8)),
+    "nearly even": ([40, 29, 35, 24] * 3, (32, 8)),
+    "uneven": ([60, 20, 56, 8, 70, 4, 70, 10, 40, 16, 25, 5], (16, 16)),
+    "one expert": ([0, 384] + [0] * 10, (0, 8)),
+}
+
+
+@pytest.mark.parametrize("copied", ["one turn", "several, the last reaches back"])
+@pytest.mark.parametrize("load", PATHS)
+def test_homes_and_what_lies_beyond(load, copied, rng, monkeypatch):
+    if copied != "one turn":
+        monkeypatch.setattr(xla, "_COPIED", 1)  # four blocks a turn
     D, F = 24, 40
-    sizes = [1000, 900, 700, 472]  # 4 + 4 + 3 + 2 blocks of 256; an even share is 768
-    layout = aligned(jnp.asarray(sizes, jnp.int32), pairs=3072)
-    assert (layout.wide, bool(layout.broad), bool(layout.uniform)) == (256, True, False)
-    assert layout.starts.tolist() == [0, 1024, 2048, 2816]
+    sizes, path = PATHS[load]
+    layout = aligned(jnp.asarray(sizes, jnp.int32), pairs=384, split=True)
+    assert layout.paths[int(layout.path)] == path, layout.paths
     keep = np.asarray(row_expert(layout)[1])[:, None]
     assert keep.sum() == sum(sizes)
     x = rng.normal(size=(layout.rows, D)).astype(np.float32)
     dy = (rng.normal(size=(layout.rows, F)) * keep).astype(np.float32)
-    w = rng.normal(size=(4, D, F)).astype(np.float32)
+    w = rng.normal(size=(12, D, F)).astype(np.float32)
     y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, layout, implementation="xla"), x, w)
     results = (np.asarray(y) * keep, *pull(jnp.asarray(dy)))
     for ours, oracle in zip(results, _numpy(x, w, dy, layout), strict=True):
@@ -83,19 +94,29 @@ def test_wide_blocks(turns, rng, monkeypatch):
         np.testing.assert_allclose(np.asarray(ours) / scale, oracle / scale, atol=1e-5)
 
 
-def test_any_split_fits_in_one_buffer(rng):
+@pytest.mark.parametrize("split", [False, True])
+def test_any_split_fits_in_one_buffer(split, rng):
+    taken = set()
     for experts, pairs in ((4, 64), (16, 6144), (16, 24576), (64, 1000), (256, 2048), (3, 7)):
-        rows, block = rows_needed(pairs, experts, 128, 1.25)
-        for _ in range(50):
-            sizes = rng.multinomial(pairs, rng.dirichlet(np.full(experts, 0.1)))
-            assert (-(-sizes // block) * block).sum() <= rows
-            layout = aligned(jnp.asarray(sizes, jnp.int32), pairs=pairs)
-            ends = np.asarray(layout.starts) + sizes
-            assert (ends[:-1] <= np.asarray(layout.starts)[1:]).all()
-            assert ends[-1] <= layout.rows
-            if not layout.uniform:
-                unit = layout.wide if layout.broad else layout.block
-                assert (np.asarray(layout.starts) % unit == 0).all()
+        rows, _ = rows_needed(pairs, experts, 128, 1.25)
+        for spread in np.tile([0.1, 1, 10, 1000], 12):
+            sizes = rng.multinomial(pairs, rng.dirichlet(np.full(experts, spread)))
+            layout = aligned(jnp.asarray(sizes, jnp.int32), pairs=pairs, split=split)
+            taken.add(int(layout.path))
+            assert layout.rows == rows
+            pair = np.concatenate([np.arange(n) for n in sizes])
+            row = np.asarray(layout.place(np.repeat(np.arange(experts), sizes), pair))
+            assert row.max() < rows
+            assert len(set(row.tolist())) == pairs
+            # the other way around: every row in use knows its expert
+            expert, used = row_expert(layout)
+            assert np.flatnonzero(used).tolist() == sorted(row.tolist())
+            assert (np.asarray(expert)[row] == np.repeat(np.arange(experts), sizes)).all()
+            # what kernels and the loop need: nothing of an expert's but from whole blocks on
+            home, block = layout.paths[int(layout.path)]
+            assert not block or ((np.asarray(layout.beyond if home else layout.starts)
+                                  - experts * home) % block == 0).all()
+    assert taken == set(range(3 if split else 2))
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 33), (4, 256), (1, 1)])

@@ -13,7 +13,7 @@ import pytest
 
 from kernels_pallas import device, numerics
 from kernels_pallas.chips import CHIPS
-from kernels_pallas.grouped_matmul import Layout, aligned, explain, grouped_matmul, specs, tiles
+from kernels_pallas.grouped_matmul import aligned, contiguous, explain, grouped_matmul, specs, tiles
 from kernels_pallas.grouped_matmul.layout import row_expert
 
 runs = pytest.mark.skipif(
@@ -184,7 +184,7 @@ def test_tiles_fit_in_shared_memory():
 def _arguments(dtype="bfloat16", w_dtype="float32", D=64, F=128, block=128):
     shape = jax.ShapeDtypeStruct
     whole = shape((4,), jnp.int32)
-    layout = Layout(whole, whole, *[shape((), bool)] * 2, 4 * block, block, 0)
+    layout = contiguous(whole, whole, 4 * block, block)
     return shape((4 * block, D), dtype), shape((4, D, F), w_dtype), layout
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from kernels_pallas import device, numerics
 from kernels_pallas.chips import CHIPS
-from kernels_pallas.grouped_matmul import Layout, aligned
+from kernels_pallas.grouped_matmul import aligned, contiguous
 from kernels_pallas.grouped_matmul.layout import row_expert
 from kernels_pallas.scaled_matmul import explain, gpu_plan, scaled_matmul, specs
 from tests.kernels.test_mosaic_gpu import hopper, recent, runs
@@ -90,7 +90,7 @@ def test_stages_fit_in_shared_memory(itemsize, vectors):
 def _arguments(dtype="bfloat16", D=200, block=128):
     shape = jax.ShapeDtypeStruct
     whole = shape((4,), jnp.int32)
-    layout = Layout(whole, whole, *[shape((), bool)] * 2, 4 * block, block, 0)
+    layout = contiguous(whole, whole, 4 * block, block)
     return shape((4 * block, D), dtype), shape((4, D, 100), "float32"), layout
 
 

@@ -13,7 +13,14 @@ import pytest
 
 from kernels_pallas import blocks, device
 from kernels_pallas.chips import CHIPS
-from kernels_pallas.grouped_matmul import Layout, aligned, explain, grouped_matmul, specs, visits
+from kernels_pallas.grouped_matmul import (
+    aligned,
+    contiguous,
+    explain,
+    grouped_matmul,
+    specs,
+    visits,
+)
 from tests.kernels.test_mosaic_gpu import LOADS, arrays, verify
 
 SMALL = visits.Tiles(64, 128, 128)  # of 480 rows and 256 columns, so that there are several
@@ -148,7 +155,7 @@ def test_tiles_fit_in_fast_memory():
 def _arguments(dtype="bfloat16", D=64, F=128):
     shape = jax.ShapeDtypeStruct
     whole = shape((4,), jnp.int32)
-    layout = Layout(whole, whole, *[shape((), bool)] * 2, 512, 128, 0)
+    layout = contiguous(whole, whole, 512, 128)
     return shape((512, D), dtype), shape((4, D, F), jnp.float32), layout
 
 

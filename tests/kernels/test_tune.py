@@ -11,7 +11,7 @@ import pytest
 from kernels_pallas import bench, blocks, device, tune
 from kernels_pallas.chips import CHIPS
 from kernels_pallas.cross_entropy import cross_entropy, specs
-from kernels_pallas.grouped_matmul import Layout, tiles
+from kernels_pallas.grouped_matmul import contiguous, tiles
 from kernels_pallas.op import Backend, Op
 
 GUESS, OTHERS = {"m": 64, "n": 128}, ({"m": 128, "n": 256}, {"m": 32, "n": 32})
@@ -102,7 +102,7 @@ def test_cross_entropy_takes_its_chunk_from_the_file(folder):
 def test_hopper_tiles_come_from_the_file(folder):
     shape = jax.ShapeDtypeStruct
     whole = shape((4,), jnp.int32)
-    layout = Layout(whole, whole, *[shape((), bool)] * 2, 512, 128, 0)
+    layout = contiguous(whole, whole, 512, 128)
     with device.assume(CHIPS["h200"].target):
         assert tiles.choose(layout, 512, 2, contracted=64).n == 256
         workload = {"product": "rows", "rows": 512, "experts": 4, "contracted": 64, "columns": 512}
