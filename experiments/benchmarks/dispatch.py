@@ -9,42 +9,56 @@ Method:   float32 or bfloat16 arrays throughout, weights included; all arms inte
           Bars: where experts see 64 rows or more and the width is 512 or more, the whole at 0.6 of
           dense; elsewhere at 0.8 of the batched einsum. Memory: temporaries of the compiled program
           per byte of the rows that the einsum's program must hold (1.5).
-Measured: last (results/dispatch.json, since uneven loads go in wide blocks) on two Intel cores
-          without AMX, jax 0.12.0.1: again 10 of 24 at their bar. Of dense, forward and both: 16 x
-          512 rows 0.95 and 0.83 even, 0.69 and 0.70 zipf; 32 x 256 rows 0.83, 0.85, 0.72, 0.56; 64
-          x 128 rows 0.80, 0.67, 0.48, 0.33; 64 x 64 rows 0.64, 0.52, 0.30, 0.24. Of batched: the
-          quickstart's shape 0.69 and 0.69 even, 0.49 and 0.60 zipf, the bake-off's 0.68, 0.67,
-          0.35, 0.38. The table is of the code before, on two Zen 5 cores, no AMX: 10 of 24
-          GFLOP/s, bfloat16                     load  pass     dense  batched  whole  bar
-          16 x 512 rows, 512 wide               even  forward    587      697    461  met
-          16 x 512 rows, 512 wide               even  both       512      556    420  met
-          16 x 512 rows, 512 wide               zipf  forward    637      737    504  met
-          16 x 512 rows, 512 wide               zipf  both       428      563    340  met
-          32 x 256 rows, 1024 wide              even  forward    562      755    513  met
-          32 x 256 rows, 1024 wide              even  both       477      488    439  met
-          32 x 256 rows, 1024 wide              zipf  forward    719      756    461  met
-          32 x 256 rows, 1024 wide              zipf  both       475      480    302  met
-          64 x 128 rows, 512 wide               even  forward    603      425    393  met
-          64 x 128 rows, 512 wide               even  both       478      342    298  met
-          64 x 128 rows, 512 wide               zipf  forward    585      520    297  MISSED
-          64 x 128 rows, 512 wide               zipf  both       552      344    158  MISSED
-          64 x 64 rows, 512 wide                even  forward    599      305    307  MISSED
-          64 x 64 rows, 512 wide                even  both       556      250    230  MISSED
-          64 x 64 rows, 512 wide                zipf  forward    654      345    222  MISSED
-          64 x 64 rows, 512 wide                zipf  both       565      250    144  MISSED
-          quickstart: 16 x 1536 rows, 256 wide  even  forward    569      554    412  MISSED
-          quickstart: 16 x 1536 rows, 256 wide  even  both       544      521    288  MISSED
-          quickstart: 16 x 1536 rows, 256 wide  zipf  forward    575      555    352  MISSED
-          quickstart: 16 x 1536 rows, 256 wide  zipf  both       386      398    219  MISSED
-          bake-off: 64 x 256 rows, 128 wide     even  forward    430      388    245  MISSED
-          bake-off: 64 x 256 rows, 128 wide     even  both       441      383    252  MISSED
-          bake-off: 64 x 256 rows, 128 wide     zipf  forward    420      380    160  MISSED
-          bake-off: 64 x 256 rows, 128 wide     zipf  both       427      369    121  MISSED
-Learned:  even loads pay the quarter of the rows that the static buffer holds above the pairs.
-          Uneven ones are near the batched rate in the products themselves; what costs is the
-          weights' gradient, a loop over chunks of one expert (half the even form's rate), and at
-          few rows an expert the copies of its matrices. Next: chunks of two sizes per expert in
-          that loop; a smaller buffer does not pay while it is slow.
+Measured: results/dispatch.json, two Intel cores without AMX (180 GFLOP/s), jax 0.12.0.1, at first
+          priority beside other work: 13 of 24 at their bar (one, the quickstart's forward pass with
+          even loads, only because the einsum was disturbed)
+          GFLOP/s, bfloat16, width        load  pass   dense batched whole /dense /batched memory
+          16 x 512 rows, 512               even  forw.   148     165   119   0.81     0.72  2.13 met
+          16 x 512 rows, 512               even  both    129     146   112   0.87     0.77  2.00 met
+          16 x 512 rows, 512               near  forw.   156     132   119   0.76     0.90  2.13
+          16 x 512 rows, 512               near  both    132     147   112   0.85     0.76  2.00
+          16 x 512 rows, 512               zipf  forw.   131     158   100   0.76     0.63  2.13 met
+          16 x 512 rows, 512               zipf  both    148     152    94   0.64     0.62  2.00 met
+          32 x 256 rows, 1024              even  forw.   149     169   141   0.95     0.84  2.33 met
+          32 x 256 rows, 1024              even  both    144     148   135   0.94     0.91  0.93 met
+          32 x 256 rows, 1024              near  forw.   166     130   122   0.73     0.94  2.33
+          32 x 256 rows, 1024              near  both    149     152   109   0.73     0.72  0.93
+          32 x 256 rows, 1024              zipf  forw.   153     167   103   0.67     0.62  2.33 met
+          32 x 256 rows, 1024              zipf  both    142     139    89   0.63     0.64  0.93 met
+          64 x 128 rows, 512               even  forw.   144     155   137   0.95     0.88  2.34 met
+          64 x 128 rows, 512               even  both    138     113    94   0.68     0.83  0.93 met
+          64 x 128 rows, 512               near  forw.   143     141    88   0.62     0.62  2.34
+          64 x 128 rows, 512               near  both    141     115    81   0.57     0.70  0.93
+          64 x 128 rows, 512               zipf  forw.   166     141    99   0.60     0.70  2.34 no
+          64 x 128 rows, 512               zipf  both    144     123    72   0.50     0.59  0.93 no
+          64 x 64 rows, 512                even  forw.   132     103   101   0.76     0.98  2.67 met
+          64 x 64 rows, 512                even  both    144      88    87   0.60     0.99  0.80 met
+          64 x 64 rows, 512                near  forw.   145     123    79   0.54     0.64  2.67
+          64 x 64 rows, 512                near  both    146      88    65   0.44     0.73  0.80
+          64 x 64 rows, 512                zipf  forw.   136     109    53   0.39     0.49  2.67 no
+          64 x 64 rows, 512                zipf  both    144      91    50   0.35     0.55  0.80 no
+          quickstart, 16 x 1536 rows, 256  even  forw.   127      79    66   0.52     0.83  2.08 met
+          quickstart, 16 x 1536 rows, 256  even  both    139     145    97   0.69     0.67  1.63 no
+          quickstart, 16 x 1536 rows, 256  near  forw.   155     150    90   0.58     0.60  2.08
+          quickstart, 16 x 1536 rows, 256  near  both    140     146    81   0.58     0.56  1.63
+          quickstart, 16 x 1536 rows, 256  zipf  forw.   139     141    91   0.65     0.64  2.08 no
+          quickstart, 16 x 1536 rows, 256  zipf  both    136     128    67   0.49     0.52  1.63 no
+          bake-off, 64 x 256 rows, 128     even  forw.    84      77    51   0.61     0.67  2.34 no
+          bake-off, 64 x 256 rows, 128     even  both     96     111    53   0.55     0.48  1.84 no
+          bake-off, 64 x 256 rows, 128     near  forw.    84      80    41   0.49     0.51  2.34
+          bake-off, 64 x 256 rows, 128     near  both    108     115    41   0.38     0.36  1.84
+          bake-off, 64 x 256 rows, 128     zipf  forw.    83      96    44   0.53     0.45  2.34 no
+          bake-off, 64 x 256 rows, 128     zipf  both     74      78    34   0.46     0.44  1.84 no
+          With Zipf loads, forward and both, before and after over dense: 64 x 128 rows 0.48 to 0.60
+          and 0.33 to 0.50, 64 x 64 rows 0.30 to 0.39 and 0.24 to 0.35.
+Learned:  a loop over blocks copies an expert's matrix for each and, for the weights' gradient,
+          reads and writes a matrix of float32; one product over all experts does neither. So what
+          all experts have goes in that product, and only what some have beyond it in the loop.
+          With Zipf loads half of the rows still go through the loop, and most experts have far
+          fewer rows than the mean, for which a product of all experts is slow itself: bars of
+          uneven loads stay missed below 256 rows. At widths of 256 and less what is lost is copies
+          of the rows (gather, homes, sum), which a fused kernel would not make. Memory stays above
+          1.5 in forward passes: rows, gate and up alone are 1.6 times what the bar counts.
 """
 
 import argparse
