@@ -33,6 +33,21 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser):
+    """--smoke, for the oldest Python and JAX."""
+    parser.addoption("--smoke", action="store_true", help="one case of every test, the first")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Drop all but the first case of each test under --smoke."""
+    if not config.getoption("smoke"):
+        return
+    first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
+    kept = [item for item in items if first[item.nodeid.partition("[")[0]] is item]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
 @pytest.fixture
 def rng():
     """A seeded numpy generator."""
