@@ -5,7 +5,9 @@ new run can take the weights alone.
 """
 
 import contextlib
+import inspect
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -95,18 +97,25 @@ def _hushed() -> Iterator[None]:
     """Keeps a failed restore to its one error.
 
     When an array cannot be read, orbax closes its event loop while others are being read, and each
-    of those would print a traceback later, from a thread nobody can catch it in. So the hook is
-    put back only after a success.
+    of those would print a traceback later, from a thread nobody can catch it in, or log one as a
+    task that nobody asked for its result. So hook and filter are taken away only after a success.
     """
-    before = sys.unraisablehook
+    before, log = sys.unraisablehook, logging.getLogger("asyncio")
 
     def hook(unraisable):
-        if "Event loop is closed" not in str(unraisable.exc_value):
+        closed = "Event loop is closed" in str(unraisable.exc_value)
+        if not closed and not inspect.iscoroutine(unraisable.object):
             before(unraisable)
 
     sys.unraisablehook = hook
+    log.addFilter(_asked_for)
     yield
+    log.removeFilter(_asked_for)
     sys.unraisablehook = before
+
+
+def _asked_for(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def load(path: Path, meta: Mapping[str, Any], template: Any, *, partial: bool) -> Any:

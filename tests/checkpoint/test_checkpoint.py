@@ -1,11 +1,15 @@
 """Checkpoints: exact round trips, what is kept, and what a crash or a full disk leaves."""
 
+import asyncio
+import contextlib
+import gc
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +19,7 @@ import optax
 import pytest
 
 from sparse_pretrain import checkpoint, optim
+from sparse_pretrain.checkpoint import state as state_files
 
 CONFIG = {"name": "a", "seed": 1, "model": {"width": 8, "pattern": [1, 2]}}
 
@@ -291,6 +296,32 @@ def test_damaged(tmp_path, rng, damage):
         checkpoint.Checkpointer(tmp_path).restore(state)
     assert "\n" not in str(e.value)
     same(checkpoint.Checkpointer(tmp_path).restore(state, step=1)[0], state)
+
+
+def test_what_a_failed_restore_leaves_behind_prints_nothing(monkeypatch, caplog):
+    """Orbax's other reads end after the error was told: as coroutines, and as tasks in a log."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+
+    async def read():
+        raise OSError("another array of the same checkpoint")
+
+    async def reads():
+        task = asyncio.ensure_future(read())
+        task.add_done_callback(lambda _: None)
+        await asyncio.sleep(0)
+
+    with contextlib.suppress(OSError), state_files._hushed():
+        raise OSError("the first array")
+    left = read()
+    sys.unraisablehook(types.SimpleNamespace(object=left, exc_value=OSError("late")))
+    left.close()
+    asyncio.run(reads())
+    gc.collect()
+    assert (told, caplog.records) == ([], [])
+    other = types.SimpleNamespace(object=None, exc_value=OSError("of something else"))
+    sys.unraisablehook(other)
+    assert told == [other]
 
 
 def test_init_from_takes_weights_only(tmp_path, rng):
