@@ -164,8 +164,10 @@ class Placed:
     def share(self, rows: int) -> tuple[int, int]:
         """(index, count): of `count` equal runs of a batch's rows this process reads run `index`.
 
-        Errors: ValueError when the mesh gives this process rows that are not one run.
+        Errors: ValueError when the rows do not divide over the mesh, or when it gives this process
+        rows that are not one run.
         """
+        self._check_rows(rows)
         index = self.named(PartitionSpec(self.rows[0])).addressable_devices_indices_map((rows,))
         runs = sorted({s[0].indices(rows)[:2] for s in index.values() if s is not None})
         first, last = runs[0][0], runs[-1][1]
@@ -241,14 +243,17 @@ class Placed:
                     for axis in (a for a in cut if a not in taken):
                         _fits(name, axis, n[axis], size, f"width of {path}")
         _fits(name, "context", n.get("context", 1), length, "tokens of a row")
-        batch = math.prod(n.get(a, 1) for a in self.plan.batch)
-        if rows % (batch * self.microbatches):
+        self._check_rows(rows, self.microbatches)
+
+    def _check_rows(self, rows: int, parts: int = 1) -> None:
+        n = self.sizes
+        step = math.prod(n.get(a, 1) for a in self.plan.batch) * parts
+        if rows % step:
             shown = ", ".join(f"{a}={n[a]}" for a in self.plan.batch if n.get(a, 1) > 1)
-            times = f" x {self.microbatches} micro-batches" if self.microbatches > 1 else ""
-            step = batch * self.microbatches
+            times = f" x {parts} micro-batches" if parts > 1 else ""
             raise ValueError(
-                f"mesh: plan {name} deals {rows} rows of a batch over {shown or 'one'}{times}, "
-                f"which is {step}; a batch of {max(rows // step, 1) * step} rows fits"
+                f"mesh: plan {self.plan.name} deals {rows} rows of a batch over {shown or 'one'}"
+                f"{times}, which is {step}; a batch of {max(rows // step, 1) * step} rows fits"
             )
 
 

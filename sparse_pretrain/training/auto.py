@@ -82,7 +82,7 @@ def check(experiment: configs.Experiment) -> None:
     """Errors: ValueError naming the field of what the plan cannot do with this run."""
     placed = run.place(experiment)
     if placed is not None:
-        placed.share(experiment.data.batch)
+        run.share(placed, experiment)
         for stage in experiment.stages(experiment.steps_of(0) or 1):
             run.check_plan(placed, experiment, lm.define(stage.model), stage.seq)
 

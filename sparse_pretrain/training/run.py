@@ -47,7 +47,7 @@ def prepare(experiment: configs.Experiment, workdir: Path | None = None) -> Prep
     if experiment.init_from and fresh:
         start_from(experiment)  # looked at before the data, whose preparation can take minutes
     placed = place(experiment)
-    index, count = (0, 1) if placed is None else placed.share(experiment.data.batch)
+    index, count = share(placed, experiment)
     dataset = data.load(
         experiment.data, seed=experiment.seed, process_index=index, process_count=count
     )
@@ -93,6 +93,17 @@ def place(experiment: configs.Experiment) -> apply.Placed | None:
     where = experiment.plan, experiment.mesh
     asked = {field: getattr(experiment, field) for field in apply.CHOICES}
     return processes.place(*where, experiment.accumulate, **asked)
+
+
+def share(placed: apply.Placed | None, experiment: configs.Experiment) -> tuple[int, int]:
+    """(index, count) of this process among those that read a batch's rows.
+
+    Errors: ValueError naming the field as of `Placed.share`.
+    """
+    try:
+        return (0, 1) if placed is None else placed.share(experiment.data.batch)
+    except ValueError as e:
+        raise ValueError(f"config.{e}") from None
 
 
 def check_plan(

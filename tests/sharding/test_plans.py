@@ -116,6 +116,10 @@ def test_each_process_reads_one_run_of_rows():
     assert laid.tokens.sharding.spec == P(("fsdp", "expert"), "context")
     np.testing.assert_array_equal(laid.tokens, batch.tokens)
     assert placed("fsdp_ep", "expert=4").shares == 1
+    # said before any data is read, and not by jax's own error about shardings
+    says = "^mesh: plan fsdp_ep deals 12 rows .* expert=8, which is 8; a batch of 8 rows fits$"
+    with pytest.raises(ValueError, match=says):
+        placed("fsdp_ep", "expert=8").share(12)
 
 
 @pytest.fixture(scope="module")
