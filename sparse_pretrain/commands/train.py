@@ -18,7 +18,7 @@ EXAMPLES = """examples:
       --config.data.tokenizer=file:runs/quickstart/tokenizer.json --workdir=runs/notes
   sparse-pretrain train --init-from=runs/quickstart@best --workdir=runs/again
   sparse-pretrain train --plan=fsdp_ep --mesh=fsdp=2,expert=4 --cpu-devices=8
-  sparse-pretrain train --plan=fsdp_pp --mesh=pipe=4 --pipeline=zero_bubble \
+  sparse-pretrain train --plan=fsdp_pp --mesh=pipe=4 --pipeline=zero_bubble \\
       --config.accumulate=8 --cpu-devices=4
 
 The same command again resumes an interrupted run. `sparse-pretrain config` lists every key.
