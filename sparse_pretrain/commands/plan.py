@@ -191,15 +191,13 @@ def _experiment(args: argparse.Namespace) -> Any:
 
 
 def _show(ranked: Any, told: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from sparse_pretrain.planning import forecast, summary
+    from sparse_pretrain.training import progress
 
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width to cut columns to
-        console = Console(width=120)
+    console = progress.console()
     console.print(summary.headline(told), soft_wrap=True, highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("plan", "mesh", "remat"):
@@ -210,7 +208,7 @@ def _show(ranked: Any, told: dict[str, Any]) -> None:
         style = "bold" if i == 0 else ""
         cells = (row["plan"], row["mesh"], row["remat"], row["micro_batches"])
         gigabytes, seconds = row["memory_per_chip_bytes"] / 1e9, row["step_seconds"]
-        numbers = (f"{gigabytes:.1f}", f"{seconds:.3g}", f"{row['chip_hours']:,.0f}")
+        numbers = (f"{gigabytes:.1f}", f"{seconds:.3g}", summary.amount(row["chip_hours"]))
         table.add_row(*(Text(str(c)) for c in (*cells, *numbers)), style=style)
     console.print(table)
     console.print()

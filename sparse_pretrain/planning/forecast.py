@@ -189,7 +189,7 @@ def said(row: Mapping[str, Any], law: str) -> list[str]:
 def sentences(told: dict[str, Any]) -> str:
     """What to train, and how sure that is."""
     t = told
-    money = f", ${t['dollars']:,.0f}" if t["dollars"] else ""
+    money = f", ${summary.amount(t['dollars'])}" if t["dollars"] else ""
     mesh = f" --mesh={t['mesh']}" if t["mesh"] else ""
     low, high = (t["tokens"] / cost.SPREAD, t["tokens"] * cost.SPREAD)
     flags = "".join(f" --config.{key}={value}" for key, value in t["overrides"].items())

@@ -118,18 +118,35 @@ def _short(n: float) -> str:
     return f"{n:.4g}"
 
 
+def _time(days: float) -> str:
+    for unit, each in (("days", 1.0), ("hours", DAY), ("minutes", DAY * 60)):
+        if days * each >= 1:
+            return f"{days * each:.3g} {unit}"
+    return f"{days * DAY * HOUR:.3g} seconds"
+
+
+def amount(n: float) -> str:
+    """A whole number with commas from 100 on, three digits below: a small run's cost is not 0."""
+    return f"{n:,.0f}" if n >= 100 else f"{n:.3g}"
+
+
+def energy(kwh: float) -> str:
+    """In the unit that leaves a number one can read."""
+    return f"{amount(kwh / 1e3)} MWh" if kwh >= 1e4 else f"{amount(kwh)} kWh"
+
+
 def sentences(told: dict[str, Any]) -> list[str]:
     """Why this plan, what it costs, what bounds it, how to start it."""
     t = told
     out = []
     if t["chip_hours"]:
-        days = f"{t['days']:.3g} days" if t["days"] >= 1 else f"{t['days'] * DAY:.3g} hours"
-        money = f", ${t['dollars']:,.0f} at ${t['price']:g} an hour" if t["dollars"] else ""
-        power = f", {t['energy_kwh'] / 1e3:,.0f} MWh at the chips" if t["energy_kwh"] else ""
-        low, high = t["chip_hours_low"], t["chip_hours_high"]
+        days = _time(t["days"])
+        money = f", ${amount(t['dollars'])} at ${t['price']:g} an hour" if t["dollars"] else ""
+        power = f", {energy(t['energy_kwh'])} at the chips" if t["energy_kwh"] else ""
+        low, high = amount(t["chip_hours_low"]), amount(t["chip_hours_high"])
         out.append(
-            f"{t['plan']} takes {days}: {t['chip_hours']:,.0f} chip-hours ({low:,.0f} to "
-            f"{high:,.0f} for four of five runs){money}{power}."
+            f"{t['plan']} takes {days}: {amount(t['chip_hours'])} chip-hours ({low} to {high} for "
+            f"four of five runs){money}{power}."
         )
     parts = {k: v for k, v in t["seconds"].items() if k != "hidden" and v > 0}
     shares = ", ".join(
@@ -179,8 +196,10 @@ def _why(t: dict[str, Any]) -> list[str]:
         return []
     first, second = t["ranked"][:2]
     slower = second["step_seconds"] / first["step_seconds"] - 1
+    pace = f"{slower:.1%} slower" if slower >= 5e-4 else "as fast"
+    mesh = f" ({second['mesh']})" if second["mesh"] else ""
     return [
-        f"The next, {second['plan']} ({second['mesh']}), is {slower:.1%} slower: it is bound by "
+        f"The next, {second['plan']}{mesh}, is {pace}: it is bound by "
         f"{second['bound_by']} and holds {second['memory_per_chip_bytes'] / GIGA:.1f} GB."
     ]
 

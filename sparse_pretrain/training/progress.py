@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,7 +10,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
+WIDE = 160  # characters of a line where nothing says how many there are
 _SI = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def console() -> Console:
+    """Standard output; a file or a pipe has no width to fold a table's columns to."""
+    found = Console()
+    return found if found.is_terminal or "COLUMNS" in os.environ else Console(width=WIDE)
 
 
 def si(value: float | None, digits: int = 3) -> str:

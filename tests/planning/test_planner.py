@@ -11,7 +11,17 @@ from jax.sharding import Mesh, NamedSharding
 
 from sparse_pretrain import cli, config
 from sparse_pretrain.model import lm
-from sparse_pretrain.planning import chips, cost, flops, forecast, layout, network, planner, work
+from sparse_pretrain.planning import (
+    chips,
+    cost,
+    flops,
+    forecast,
+    layout,
+    network,
+    planner,
+    summary,
+    work,
+)
 from sparse_pretrain.scaling import forecast as loss_of
 from sparse_pretrain.scaling import planted
 from sparse_pretrain.scaling.fit import fitting
@@ -225,6 +235,28 @@ def test_v3_costs_what_it_did(capsys):
     assert told["memory_per_chip_bytes"] < 80e9
     assert told["bound_by"]
     assert told["total_params"] > 671e9
+
+
+@pytest.mark.parametrize(
+    ("hours", "says"),
+    [
+        (2.0**-12, "takes 0.879 seconds: 0.000244 chip-hours (0.000183 to 0.000326 for"),
+        (20.0, "takes 20 hours: 20 chip-hours (15 to 26.7 for"),
+        (240_000.0, "takes 1e+04 days: 240,000 chip-hours (179,641 to 320,640 for"),
+    ],
+)
+def test_a_small_run_does_not_cost_nothing(hours, says):
+    told = {
+        "plan": "single", "mesh": "", "config": "", "accumulate": 1, "remat": "none",
+        "pipeline": None, "chip_hours": hours, "chip_hours_low": hours / 1.336,
+        "chip_hours_high": hours * 1.336, "days": hours / 24, "dollars": 2 * hours, "price": 2.0,
+        "energy_kwh": hours, "step_seconds": 1.0, "bound_by": "products", "seconds": {},
+        "memory_per_chip_bytes": 1e9, "memory_bytes": {}, "host_bytes_per_chip": 0,
+        "communication": [], "ranked": [],
+    }  # fmt: skip
+    line = summary.sentences(told)[0]
+    assert says in line
+    assert "$0 " not in line and " 0 " not in line
 
 
 @pytest.mark.parametrize(
