@@ -147,7 +147,15 @@ def _heldout(run: workdir.Run) -> str:
     chart = Chart(x=unit, panels=["held-out bits/byte"], height=2.8)
     chart.points(x, bits, colour=1)
     mark_phases(chart, run, unit)
-    return html.section("Held-out text", chart.svg("Held-out bits per byte"), id="heldout")
+    body = chart.svg("Held-out bits per byte")
+    last = run.eval[-1]
+    if workdir.section(last, "between"):
+        some, every = (html.count(row.get("heldout_tokens")) for row in (run.curve[-1], last))
+        body += (
+            f'<p class="soft">Every point is scored on the same {some} tokens; the results above '
+            f"and below on all {every} that are held out.</p>"
+        )
+    return html.section("Held-out text", body, id="heldout")
 
 
 def _accuracy(run: workdir.Run) -> str:

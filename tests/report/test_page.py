@@ -157,7 +157,9 @@ def test_the_heldout_curve_is_of_one_set(tmp_path, fake_run, report):
     assert [r["bits_per_byte"] for r in run.curve[:-1]] == [r["bits_per_byte"] for r in rows[:-1]]
     assert run.curve[-1]["bits_per_byte"] == 1.25
     assert "heldout" in report(tmp_path / "a").ids
-    assert report(tmp_path / "a").keyed["bits_per_byte"] == rows[-1]["bits_per_byte"] != 1.25
+    page = report(tmp_path / "a")
+    assert page.keyed["bits_per_byte"] == rows[-1]["bits_per_byte"] != 1.25
+    assert "scored on the same 64 tokens" in page.text["heldout"]  # why curve and result differ
 
 
 def test_same_files_same_page(tmp_path, fake_run):
