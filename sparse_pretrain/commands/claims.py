@@ -61,14 +61,14 @@ def run(args: argparse.Namespace) -> int:
 
 def show(table) -> None:
     """The ledger for people."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from sparse_pretrain.claims import ledger
+    from sparse_pretrain.training import progress
 
     colours = {"PASS": "green", "FAIL": "red", "REPORTED": "cyan", "NOT RUN": "yellow"}
-    console = Console()
+    console = progress.console()
     found = Table(box=None, pad_edge=False, header_style="bold", show_lines=False)
     for name in ("", "claim", "published", "measured", "criterion"):
         found.add_column(name, overflow="fold", no_wrap=name == "")

@@ -133,13 +133,13 @@ def _trace(name: str) -> Path:
 
 
 def _show(record: Mapping[str, Any], out: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from sparse_pretrain.report import placement
+    from sparse_pretrain.training import progress
 
-    console = Console()
+    console = progress.console()
     head = (
         f"{record['name']}: {record['experts']} experts in {record['slots']} slots on "
         f"{record['devices']} devices"

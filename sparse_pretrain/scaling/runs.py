@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparse_pretrain.report import workdir
+from sparse_pretrain.training import progress
 from sparse_pretrain.training.progress import clock, si
 
 RESULTS = (
@@ -70,7 +71,7 @@ def list_runs(
     """
     root = Path(root)
     if not root.is_dir():
-        raise ValueError(f"root: {root} is not a folder")
+        raise ValueError(f"runs: {root} is not a folder")
     columns = describe(workdir.read(root, rows=False))
     if sort not in columns:
         raise ValueError(f"sort: {sort!r} is not one of {', '.join(columns)}")
@@ -119,7 +120,7 @@ def print_runs(
     rows: Sequence[dict[str, Any]], *, as_json: bool = False, console: Console | None = None
 ) -> None:
     """The rows of `list_runs` as a table for people, or as one JSON list for programs."""
-    console = console or Console()
+    console = console or progress.console()
     if as_json:
         text = json.dumps(rows, indent=1, ensure_ascii=False, default=str)
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -183,9 +184,9 @@ def diff(a: Path | str, b: Path | str) -> dict[str, Any]:
     Errors: ValueError when a folder holds no run.
     """
     runs = []
-    for name, path in (("a", Path(a)), ("b", Path(b))):
+    for path in (Path(a), Path(b)):
         if not workdir.is_workdir(path):
-            raise ValueError(f"{name}: {path} holds no run")
+            raise ValueError(f"runs diff: {path} holds no run")
         runs.append(workdir.read(path, rows=False))
     configs = [workdir.dotted(run.config) for run in runs]
     results = [describe(run) for run in runs]
@@ -210,7 +211,7 @@ def print_diff(
     found: dict[str, Any], *, as_json: bool = False, console: Console | None = None
 ) -> None:
     """The answer of `diff` for people, or as one JSON object for programs."""
-    console = console or Console()
+    console = console or progress.console()
     if as_json:
         text = json.dumps(found, indent=1, ensure_ascii=False, default=str)
         console.print(text, markup=False, highlight=False, soft_wrap=True)

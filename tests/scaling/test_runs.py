@@ -96,6 +96,17 @@ def test_table_and_json(root):
     assert out.file.getvalue() == "no runs here\n"
 
 
+def test_a_pipe_folds_no_column(tmp_path, fake_run, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    for lr in (1, 2):
+        name = f"a_rather_long_name_of_a_sweep_s_run_{lr}"
+        fake_run.write(tmp_path / name, config={"optim": {"kind": "muon", "learning_rate": lr}})
+    runs.print_runs(runs.list_runs(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3  # heads and a line a run
+    assert all("optim.learning_rate=" in line for line in lines[1:])
+
+
 def test_files_have_a_row_a_run_and_a_column_a_difference(tmp_path, fake_run):
     for name, lr in (("a", 0.002), ("b", 0.004)):
         config = {"optim": fake_run.CONFIG["optim"] | {"lr": lr}}
@@ -210,5 +221,5 @@ def test_diff_of_equal_and_of_incomparable_runs(tmp_path, fake_run):
     out = console()
     runs.print_diff(other, as_json=True, console=out)
     assert json.loads(out.file.getvalue())["results"][0][0] == "manifest_hash"
-    with pytest.raises(ValueError, match=r"b: .*absent holds no run"):
+    with pytest.raises(ValueError, match=r"^runs diff: .*absent holds no run"):
         runs.diff(tmp_path / "a", tmp_path / "absent")
