@@ -256,7 +256,8 @@ def test_a_small_run_does_not_cost_nothing(hours, says):
     }  # fmt: skip
     line = summary.sentences(told)[0]
     assert says in line
-    assert "$0 " not in line and " 0 " not in line
+    assert "$0 " not in line
+    assert " 0 " not in line
 
 
 @pytest.mark.parametrize(
