@@ -116,14 +116,13 @@ class MoBA(grouped.Grouped):
         q, k, v = self._step(x_Bx1xD, position)
         B, K, G, D = q.shape
         now = position // c.block
-        sums = jax.lax.dynamic_slice_in_dim(cache["sums"], now, 1, 1) + k.astype(
-            cache["sums"].dtype
-        )
-        cache = {
-            "k": grouped.append(cache["k"], k, position),
-            "v": grouped.append(cache["v"], v, position),
-            "sums": grouped.append(cache["sums"], sums, now),
-        }
+        cache = cache | {n: grouped.append(cache[n], t, position) for n, t in (("k", k), ("v", v))}
+        # of its keys and not on top of the sum before: rounded to the cache's dtype once
+        rows = now * c.block + jnp.arange(c.block)
+        own = cache["k"][:, jnp.minimum(rows, cache["k"].shape[1] - 1)].astype(jnp.float32)
+        own = jnp.where((rows <= position)[None, :, None, None], own, 0.0)
+        sums = jnp.sum(own, axis=1, keepdims=True)
+        cache["sums"] = grouped.append(cache["sums"], sums, now)
         M = cache["sums"].shape[1]
         means = cache["sums"].astype(jnp.float32) / c.block
         score = jnp.einsum("bkgd,bmkd->bkgm", q.astype(jnp.float32), means)
