@@ -212,7 +212,7 @@ def test_its_prices_move_against_the_load(kind, changes):
     router, config, _, _, prices = router_of(kind, changes)
     load = jnp.asarray([9.0, 1.0, 4.0, 4.0, 4.0, 4.0, 4.0, 2.0])
     if not jax.tree.leaves(prices):
-        assert kind in ("topk", "hash")  # balance by a loss, or not at all
+        assert not hasattr(router, "move")  # balance by a loss, or not at all
         return
     proposal = jnp.asarray([3.0, -1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 2.0])
     moved = router.move(config, prices, load, proposal)
