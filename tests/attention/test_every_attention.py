@@ -306,7 +306,7 @@ def test_decoding_equals_the_parallel_forward(kind, changes, rng):
 
 
 def test_moba_decodes_with_sums_of_blocks_that_are_rounded_once(rng):
-    """What chooses blocks: added up token by token in a bfloat16 cache they were up to a tenth off."""
+    """What chooses blocks: added up in a bfloat16 cache they were up to a tenth off."""
     block, length = 64, 70  # the last block is cut short by the cache's end
     variant, config, definition, params = made("moba", {"block": block, "top_k": 2})
     sizes = variant.cache_shapes(config, WIDTH, 1, length)
