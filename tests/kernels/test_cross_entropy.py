@@ -96,6 +96,23 @@ def test_gradients_against_finite_differences():
                                        rtol=1e-6)
 
 
+def test_a_factor_of_the_loss_scales_the_gradient_by_itself(rng):
+    """As MTP's 0.3 and one over the targets do, which bfloat16 does not hold."""
+    x = jnp.asarray(rng.normal(size=(64, 32)), jnp.bfloat16)
+    head = jnp.asarray(rng.normal(size=(32, 48)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 48, 64), jnp.int32)
+
+    def gradient(factor):
+        def loss(x):
+            return factor * cross_entropy(x, head, targets, jnp.ones(64, jnp.float32))[0]
+
+        return np.asarray(jax.grad(loss)(x), np.float64)
+
+    one, part = gradient(1.0), gradient(0.3)
+    length = (part * one).sum() / (one * one).sum()
+    assert abs(length / 0.3 - 1) < 5e-4  # 2.6e-3 with the factor rounded to bfloat16
+
+
 def test_weight_zero_means_absent():
     """Tokens of weight 0 change nothing, even when their logits overflow."""
     (x, head, targets, weights), keywords = specs.PARITY["padding"].arguments(dtype="float32")
