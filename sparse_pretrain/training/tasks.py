@@ -40,7 +40,8 @@ def read(path: Path) -> list[Task]:
     Errors: ValueError naming the file, the line and the field.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # not splitlines, which also cuts at separators that a JSON string may hold, such as U+2028
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as e:
         raise ValueError(f"--tasks: cannot read {path}: {(e.strerror or str(e)).lower()}") from None
     except UnicodeDecodeError:

@@ -98,6 +98,14 @@ def test_reading(tmp_path):
     ]
 
 
+def test_a_line_of_tasks_ends_at_its_newline_only(tmp_path):
+    file = tmp_path / "tasks.jsonl"
+    record = {"prompt": "a\u2028b\x85c", "choices": ["x", "y"], "answer": 1}
+    line = json.dumps(record, ensure_ascii=False)
+    file.write_bytes((line + "\r\n" + line).encode())
+    assert [task.prompt for task in tasks.read(file)] == [record["prompt"]] * 2
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
