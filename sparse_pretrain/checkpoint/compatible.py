@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+SHOWN = 6  # differing keys of a refusal: another experiment differs in dozens
 # Sections that change neither the arrays nor what they are trained on.
 FREE = ("checkpoint", "log", "eval", "sample", "name", "workdir")
 FREE_KEYS = ("data.cache",)  # where prepared text is kept
@@ -29,7 +30,8 @@ def check_compatible(
 
     Keys of FREE sections may change silently and those in NOTED with a note; everything else
     shapes the state or what it is fed.
-    Errors: ValueError naming the workdir and every other differing key with both values.
+    Errors: ValueError naming the workdir and the other differing keys, the first SHOWN with both
+    values.
     """
     notes, refused = [], []
     for key, (old, now) in differing(saved, new).items():
@@ -38,10 +40,9 @@ def check_compatible(
         elif key.split(".", 1)[0] not in FREE and key not in FREE_KEYS:
             refused.append(f"{key}: {old!r} there, {now!r} here")
     if refused:
-        where = str(workdir) or "the workdir"
-        raise ValueError(
-            f"{where} holds a run of another config: " + "; ".join(refused) + "; use a new workdir"
-        )
+        where, more = str(workdir) or "the workdir", len(refused) - SHOWN
+        shown = "; ".join(refused[:SHOWN]) + (f"; and {more} keys more" if more > 0 else "")
+        raise ValueError(f"{where} holds a run of another config: {shown}; use a new workdir")
     return notes
 
 

@@ -71,6 +71,12 @@ def test_every_differing_key_is_named():
         checkpoint.check_compatible(CONFIG, new)
 
 
+def test_another_experiment_is_refused_with_what_one_can_read():
+    new = CONFIG | {f"key{i}": i for i in range(40)}
+    with pytest.raises(ValueError, match=r"key13: .*; and 34 keys more; use a new workdir$"):
+        checkpoint.check_compatible(CONFIG, new)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
