@@ -99,7 +99,10 @@ def unread(opened: Trained, tokens: int) -> tuple[Any, Iterator[Batch]]:
     found = dataset(opened)
     total, batch = found.total_rows(), opened.experiment.data.batch
     if total is None:
-        raise ValueError("--unread: data.repeat leaves no text that the run has not read")
+        raise ValueError(
+            "--unread: the run's data has no end (data.repeat, random_crop or a synthetic task): "
+            "nothing is known to be unread"
+        )
     batches = found.train()
     saved = checkpoint.folder(opened.workdir) / f"{opened.step:08d}"
     batches.set_state(checkpoint.read_meta(saved)["cursor"])
