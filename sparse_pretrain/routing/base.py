@@ -134,6 +134,16 @@ def duality_gap(
     return dual_of_choice(score_TxE, price_E, expert_TxC, valid_T) - primal
 
 
+def of_tokens(
+    proposal_E: Float[Array, " E"], price_E: Float[Array, " E"], valid_T: Bool[Array, " T"]
+) -> Float[Array, " E"]:
+    """The proposed prices; those in force where there is no token to read any from.
+
+    Such is a micro-batch of padding at the end of the data, and its proposal goes into a mean.
+    """
+    return jnp.where(jnp.any(valid_T), proposal_E, price_E)
+
+
 def buy_above(
     score_TxE: Float[Array, "T E"], price_E: Float[Array, " E"], seats: int
 ) -> Int[Array, "T C"]:

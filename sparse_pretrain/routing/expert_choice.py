@@ -39,8 +39,12 @@ class Config(spec.Config):
         spec.require(0 <= self.memory < 1, f"memory: must be in [0, 1), got {self.memory}")
 
     def check(self, experts: int, top_k: int) -> None:
-        """Errors: ValueError when seats do not lie between top_k and the experts."""
+        """Errors: ValueError when seats do not lie between top_k, below the experts, and those."""
         spec.require(top_k <= experts, f"top_k: {top_k} exceeds experts {experts}")
+        spec.require(
+            top_k < experts,
+            f"top_k: {top_k} of {experts} experts leave expert_choice nothing to choose",
+        )
         spec.require(
             top_k <= self.most_seats(experts, top_k) <= experts,
             f"router.seats: {self.seats} is not between top_k {top_k} and experts {experts}",
@@ -81,10 +85,10 @@ class ExpertChoice(nn.Module):
         score = base.score(c.score, base.logits(x_BxLxD, nn.read(self.w)))
         experts = score.shape[1]
         valid = jnp.reshape(jnp.asarray(valid_BxL), (-1,))
-        fixed, cut = jax.lax.stop_gradient(score), nn.read(self.price)
-        proposal = jnp.zeros_like(cut)
+        fixed, stored = jax.lax.stop_gradient(score), nn.read(self.price)
+        cut, proposal = stored, jnp.zeros_like(stored)
         if train:
-            proposal = cut = prices.threshold(fixed, k, valid)
+            proposal = cut = base.of_tokens(prices.threshold(fixed, k, valid), stored, valid)
         expert = base.buy_above(fixed, cut, c.most_seats(experts, k))
         return base.assign(expert, score, valid_BxL, c, k, proposal=proposal, price=cut)
 

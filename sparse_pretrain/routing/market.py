@@ -133,7 +133,10 @@ class Market(nn.Module):
                 worth = jnp.where(held, most * 3 + 1 + worth, worth)
             best = functools.partial(base.top_k, k=k)
             expert = base.per_token(best, valid_BxL.shape, worth)
-        told = {"proposal": proposal, "price": price}
+        told = {
+            name: base.of_tokens(found, stored, valid)
+            for name, found in (("proposal", proposal), ("price", price))
+        }
         told["objective"] = prices.dual(fixed, price, k, valid)
         if c.exact and not train:  # a sort, which a training step is spared
             told["gap"] = base.duality_gap(fixed, price, expert, valid)
