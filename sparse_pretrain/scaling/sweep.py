@@ -20,6 +20,7 @@ from sparse_pretrain.scaling.engines.local import Local
 from sparse_pretrain.scaling.journal import Journal
 from sparse_pretrain.scaling.record import State, gather
 from sparse_pretrain.scaling.sources import Source, sources
+from sparse_pretrain.training import progress
 
 RETRIES = 1
 LOOK = 0.5  # seconds between two looks at what the running children have written
@@ -310,7 +311,7 @@ def run_sweep(
     `cause`, `attempts` and the `causes` of those that did not finish.
     Errors: ValueError as `children.sources`, and when another process drives this sweep.
     """
-    root, console = Path(root), console or Console()
+    root, console = Path(root), console or progress.console()
     found = sources(file, root)
     root.mkdir(parents=True, exist_ok=True)
     with process.driving(root):
