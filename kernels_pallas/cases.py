@@ -67,6 +67,7 @@ class Case:
     forward: float
     gradient: float
     hopper: bool = False  # made for the kernels of Hopper's tensor cores
+    main: bool = False  # what training runs, and not made to be awkward
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -212,7 +213,7 @@ def _dense_arguments(spec):
 def _listed_arguments(spec):
     arguments, _ = spec.arguments()
     shape = (spec.B, spec.L, spec.top)
-    chosen = jnp.asarray(np.broadcast_to(np.arange(spec.top) - 1, shape), jnp.int32)
+    chosen = numerics.integers(lambda: np.broadcast_to(np.arange(spec.top) - 1, shape), shape)
     return (*arguments, chosen, jnp.ones(shape, jnp.float32)), {}
 
 
@@ -269,4 +270,5 @@ def cases(ops: tuple[str, ...] = (), specs: tuple[str, ...] = (), *, abstract: b
             if abstract and hasattr(spec, "choice"):  # choosing takes long at training lengths
                 spec = dataclasses.replace(spec, choice="none")
             yield Case(op, name, call, functools.partial(arguments, spec), wrt, float(forward),
-                       float(forward * factor), name in getattr(module, "HOPPER", {}))
+                       float(forward * factor), name in getattr(module, "HOPPER", {}),
+                       name not in module.PARITY and not name.startswith("tile_"))

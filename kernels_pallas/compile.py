@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 import re
@@ -30,6 +32,13 @@ EXAMPLES = """examples:
   python -m kernels_pallas.compile --target h100 v5p --op flash --spec mla_256 long_4k
   python -m kernels_pallas.compile --target all --json > compiled.json
   python -m kernels_pallas.compile --keep rows.jsonl --markdown > kernels_pallas/COMPILED.md
+
+Each distinct program is compiled once: it is lowered first, and where the compiler of the same
+chip was given the same text before, by another spec or before a change of the source that changes
+nothing in it, its row says of which row it is a copy. Sister chips share nothing: an H100 and an
+H200 are given the same text, but XLA fuses it by their bandwidths.
+
+What training runs comes first, on every chip, and of that the programs with kernels.
 
 columns: seconds to compile; temp, what a call takes beside arguments and results; how many Mosaic
 kernels are in it, and on a GPU the most registers of a thread at entry and shared memory of a block
@@ -99,16 +108,22 @@ def _fill_in(row: Row, report: _Report) -> None:
         row.spilled_bytes = sum(spilled for _, _, spilled in report)
 
 
+def _with_roofline(row: Row, chip: Chip) -> Row:
+    assert row.io_bytes is not None
+    row.roofline_seconds = max(row.flops / chip.peak, row.io_bytes / chip.bandwidth)
+    return row
+
+
 def _placed(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def compile_case(case: Case, direction: str, chip: Chip, sharding: Any,
-                 backend: str | None = None) -> Row:
+                 backend: str | None = None, kept: Kept | None = None) -> Row:
     """Compile one direction of one workload for one chip and say what became of it.
 
     `backend` None takes the one that `explain` would. Its refusals are in the row; what fails
-    after it was chosen is the row's error.
+    after it was chosen is the row's error. A program that `kept` has a row of is not compiled.
     """
     row = Row(chip.name, case.op.name, case.spec, direction, flops=case.flops(direction))
     for spec in (case.spec, None):
@@ -134,8 +149,15 @@ def compile_case(case: Case, direction: str, chip: Chip, sharding: Any,
                 cotangent = jax.eval_shape(forward, arguments, arrays, None)
             function = case.function(direction, options, row.backend)
             start = time.perf_counter()
-            compiled = jax.jit(function, keep_unused=True).lower(
-                *_placed((arguments, arrays, cotangent), sharding)).compile()
+            lowered = jax.jit(function, keep_unused=True).lower(
+                *_placed((arguments, arrays, cotangent), sharding))
+            # The chip with all that its compiler is told of it, and the program: the same text for
+            # the same chip is the same result.
+            row.program = hashlib.sha256(f"{chip}\n{lowered.as_text()}".encode()).hexdigest()
+            same = kept and kept.same(row)
+            if same:
+                return _with_roofline(same, chip)
+            compiled = lowered.compile()
             row.seconds = time.perf_counter() - start
             memory: Any = compiled.memory_analysis()
             program = compiled.as_text() or ""
@@ -146,12 +168,12 @@ def compile_case(case: Case, direction: str, chip: Chip, sharding: Any,
             return row
         finally:
             said = output()
-            _fill_in(row, _assembler_report(said))
+            if row.seconds is not None or row.error:
+                _fill_in(row, _assembler_report(said))
             row.serialized = "wgmma.mma_async instructions are serialized" in said  # ptxas
     row.temp_bytes = int(memory.temp_size_in_bytes)
     row.io_bytes = int(memory.argument_size_in_bytes + memory.output_size_in_bytes)
-    row.roofline_seconds = max(row.flops / chip.peak, row.io_bytes / chip.bandwidth)
-    return row
+    return _with_roofline(row, chip)
 
 
 def backends_for(case: Case, chip: Chip, *, named: bool = False) -> Sequence[str | None]:
@@ -168,13 +190,27 @@ def backends_for(case: Case, chip: Chip, *, named: bool = False) -> Sequence[str
     return names or [None]
 
 
+@functools.cache
+def _one(chip: Chip) -> Any:
+    """Return the sharding of what is on one device of a chip."""
+    with _captured():  # compilers speak of the accelerators they look for
+        devices = chip.devices()
+    mesh = jax.sharding.Mesh(devices[:1], ("one",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def _turn(chip: Chip, case: Case, backend: str | None) -> tuple[bool, bool]:
+    """Order compilations: what training runs first, and of that what has kernels of ours."""
+    del chip
+    return not case.main, backend in (None, "xla")
+
+
 def compile_for(chip: Chip, jobs: Sequence[tuple[Case, str | None]], kept: Kept, *,
                 known_only: bool = False) -> Iterator[Row]:
     """Compile these cases with these backends for a chip, one row for each direction.
 
     `known_only` skips what `kept` does not hold.
     """
-    sharding = None
     for case, backend in jobs:
         for direction in case.directions:
             key = kept.key(case, direction, chip, backend)
@@ -182,12 +218,7 @@ def compile_for(chip: Chip, jobs: Sequence[tuple[Case, str | None]], kept: Kept,
             if row is None and known_only:
                 continue
             if row is None:
-                if sharding is None:
-                    with _captured():  # compilers speak of the accelerators they look for
-                        devices = chip.devices()
-                    mesh = jax.sharding.Mesh(devices[:1], ("one",))
-                    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-                row = compile_case(case, direction, chip, sharding, backend)
+                row = compile_case(case, direction, chip, _one(chip), backend, kept)
                 kept.add(key, row)
             yield row
 
@@ -244,18 +275,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     # libtpu takes a lock as if it used a chip; several of these commands may run beside each other.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     jax.config.update("jax_platforms", "cpu")  # the plugins look for devices otherwise
-    rows: list[Row] = []
     named = bool(options.spec)
-    jobs = {chip.name: [(case, name) for case in chosen for name in
-                        ([options.backend] if options.backend
-                         else backends_for(case, chip, named=named))]
-            for chip in chips}
-    total = sum(len(case.directions) for each in jobs.values() for case, _ in each)
-    for chip in chips:
-        for row in compile_for(chip, jobs[chip.name], kept, known_only=options.kept_only):
-            rows.append(row)
-            print(f"{len(rows)}/{total} {row.target} {row.op} {row.spec} {row.direction}: "
-                  f"{row.state}", file=sys.stderr, flush=True)
+    jobs = [(chip, case, name) for chip in chips for case in chosen for name in
+            ([options.backend] if options.backend else backends_for(case, chip, named=named))]
+    total = sum(len(case.directions) for _, case, _ in jobs)
+    done: dict[int, list[Row]] = {}
+    for n in sorted(range(len(jobs)), key=lambda n: _turn(*jobs[n])):  # in order where they tie
+        chip, case, name = jobs[n]
+        done[n] = []
+        for row in compile_for(chip, [(case, name)], kept, known_only=options.kept_only):
+            done[n].append(row)
+            print(f"{sum(map(len, done.values()))}/{total} {row.target} {row.op} {row.spec} "
+                  f"{row.direction}: {row.state}", file=sys.stderr, flush=True)
+    rows = [row for n in sorted(done) for row in done[n]]
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:

@@ -46,6 +46,13 @@ class Row:
     roofline_seconds: float | None = None
     declared: str | None = None
     error: str | None = None
+    program: str | None = None  # digest of what the compiler was given
+    same_as: str | None = None  # the row this program was compiled for
+
+    @property
+    def name(self) -> str:
+        """Return the workload, direction and backend, which a chip has one row of."""
+        return f"{self.op} {self.spec} {self.direction} {self.backend}"
 
     @property
     def failed(self) -> bool:
@@ -115,17 +122,18 @@ class Kept:
     def __init__(self, path: str | None) -> None:
         self._file = Path(path) if path else None
         self._rows: dict[str, Row] = {}
+        self._programs: dict[str, Row] = {}
         root = Path(__file__).parent
         sources = _sources(root)
         self._digests = {folder: hashlib.sha256(sources[""] + text).hexdigest()
                          for folder, text in sources.items()}
-        self._versions = json.dumps(versions())
+        self._versions = versions()
         if self._file is not None:
             self._file.touch()
             for number, line in enumerate(self._file.read_text().splitlines(), 1):
                 try:
                     entry = json.loads(line)
-                    self._rows[entry["key"]] = Row(**entry["row"])
+                    self._remember(entry["key"], Row(**entry["row"]), entry.get("versions"))
                 except (ValueError, TypeError, KeyError):
                     raise ValueError(f"--keep {path}: line {number} is not a row") from None
 
@@ -135,8 +143,8 @@ class Kept:
             return ""
         folder = case.call.__module__.split(".")[1]
         arguments: Any = case.shapes()
-        parts = (chip, case.op.name, case.spec, direction, backend, arguments, self._versions,
-                 self._digests.get(folder),
+        parts = (chip, case.op.name, case.spec, direction, backend, arguments,
+                 json.dumps(self._versions), self._digests.get(folder),
                  self._digests[backend or ""] if backend in _SHARED.values() else "")
         return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:20]
 
@@ -145,11 +153,34 @@ class Kept:
         row = self._rows.get(key)
         return None if row is None or row.failed else row
 
+    def same(self, row: Row) -> Row | None:
+        """Return the row that this one's program gives, of the program as it was compiled before.
+
+        Its own row of an earlier source comes back as it was; another's with the seconds at 0.
+        """
+        found = self._programs.get(row.program or "")
+        if found is None:
+            return None
+        own = {n: getattr(row, n) for n in ("spec", "direction", "op", "refused", "flops")}
+        if found.name == row.name:
+            return dataclasses.replace(found, **own)
+        assert found.target == row.target, f"{found.target} is not {row.target}"
+        return dataclasses.replace(found, **own, backend=row.backend, seconds=0.0,
+                                   same_as=found.name)
+
+    def _remember(self, key: str, row: Row, compiled_by: Any) -> None:
+        if key:
+            self._rows[key] = row
+        if row.program and not row.failed and not row.same_as and compiled_by == self._versions:
+            self._programs.setdefault(row.program, row)
+
     def add(self, key: str, row: Row) -> None:
         """Keep a row at once, so that it is there when this process ends."""
+        self._remember(key, row, self._versions)
         if self._file is not None:
+            entry = {"key": key, "versions": self._versions, "row": dataclasses.asdict(row)}
             with self._file.open("a") as file:
-                file.write(json.dumps({"key": key, "row": dataclasses.asdict(row)}) + "\n")
+                file.write(json.dumps(entry) + "\n")
 
 
 def amount(n: float | None, unit: str = "") -> str:
@@ -169,7 +200,8 @@ NAMES = ("target", "op", "spec", "direction", "backend", "seconds", "temp", "ker
 def _cells(row: Row) -> tuple[str, ...]:
     kernel = ["-" if n is None else str(n) for n in
               (row.kernels or None, row.registers, row.shared_bytes, row.spilled_bytes)]
-    state = "FAILED" if row.error else "refused" if row.seconds is None else ""
+    state = ("FAILED" if row.error else "refused" if row.seconds is None else
+             f"as {row.same_as}" if row.same_as else "")
     return (row.target, row.op, row.spec, row.direction, row.backend or "-",
             state or f"{row.seconds:.2f}", amount(row.temp_bytes, "B"), *kernel,
             amount(row.roofline_seconds, "s"), amount(row.flops))
@@ -202,19 +234,20 @@ def markdown(rows: Sequence[Row], asked: int | None = None) -> str:
     counts: dict[tuple[str, str], collections.Counter[str]] = {}
     for row in rows:
         count = counts.setdefault((row.target, row.backend or "none"), collections.Counter())
-        count.update([row.state, row.op])
+        count.update([row.state, "same" if row.same_as else ""])
         count["seconds"] += round(row.seconds or 0)
         count["spilled"] += row.spilled_bytes or 0
-    lines += _grid(("target", "backend", "compiled", "refused", "failed", "spilled bytes",
-                    "seconds of compilation"),
-                   [(*key, *(str(c[n]) for n in ("compiled", "refused", "failed", "spilled",
-                                                 "seconds"))) for key, c in counts.items()])
+    columns = {"compiled": "compiled", "same": "of them as another", "refused": "refused",
+               "failed": "failed", "spilled": "spilled bytes", "seconds": "seconds of compilation"}
+    lines += _grid(("target", "backend", *columns.values()),
+                   [(*key, *(str(c[n]) for n in columns)) for key, c in counts.items()])
     troubles = [line for row in rows for line in row.troubles]
     if troubles:
         lines += ["", "## Not compiled", "", *(f"- {line}" for line in troubles)]
     held = [_cells(row) for row in rows if row.kernels]
     lines += ["", "## Programs with kernels", "",
               "temp: bytes beside arguments and results; registers: the most of a thread at entry; "
-              "shared: the most bytes of a block; roofline: the time no call can beat.", "",
+              "shared: the most bytes of a block; roofline: the time no call can beat; 'as ...' in "
+              "place of seconds: the compiler was given the same program for another row.", "",
               *_grid(NAMES, held)]
     return "\n".join(lines)

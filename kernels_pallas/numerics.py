@@ -36,6 +36,11 @@ def normal(shape, dtype=jnp.float32, *, seed, std=1.0):
     return _rounded(values, dtype)
 
 
+def integers(make, shape):
+    """Return make() as int32; zeros of this shape where only shapes are wanted."""
+    return jnp.zeros(shape, jnp.int32) if _shapes_only.get() else jnp.asarray(make(), jnp.int32)
+
+
 def _rounded(values, dtype):
     # by numpy: one program for every shape and dtype would be compiled otherwise
     return jnp.asarray(values.astype(np.float32).astype(jnp.dtype(dtype)))

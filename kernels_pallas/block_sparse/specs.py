@@ -38,8 +38,10 @@ class Spec:
         k = numerics.normal((self.B, S, self.K, self.Dk), dtype, seed=seed + 1)
         v = numerics.normal((self.B, S, self.K, self.Dv), dtype, seed=seed + 2)
         starts, used = self._starts(S, np.random.default_rng(seed + 3))
-        blocks = self._blocks(S, starts, used, np.random.default_rng(seed + 4))
-        return ((q, k, v, jnp.asarray(blocks, jnp.int32), jnp.asarray(starts, jnp.int32)),
+        blocks = numerics.integers(
+            lambda: self._blocks(S, starts, used, np.random.default_rng(seed + 4)),
+            (self.B, self.L, self.G, self.N))
+        return ((q, k, v, blocks, jnp.asarray(starts, jnp.int32)),
                 {"block": self.block, "scale": self.Dk**-0.5})
 
     def _starts(self, S, rng):

@@ -32,8 +32,9 @@ class Spec:
         S = self.L if self.S is None else self.S
         q = numerics.normal((self.B, self.L, self.H, self.Dk), dtype, seed=seed)
         kv = numerics.normal((self.B, S, self.Dk), dtype, seed=seed + 1)
-        chosen = self._chosen(S, np.random.default_rng(seed + 2))
-        return ((q, kv, jnp.asarray(chosen, jnp.int32)),
+        chosen = numerics.integers(lambda: self._chosen(S, np.random.default_rng(seed + 2)),
+                                   (self.B, self.L, self.N))
+        return ((q, kv, chosen),
                 {"v_dim": self.v_dim, "scale": self.Dk**-0.5, "unique": self.unique,
                  "return_lse": self.lse})
 

@@ -113,6 +113,58 @@ def test_rows_are_kept_and_found_again(here, capfd, tmp_path, monkeypatch):
     monkeypatch.undo()
 
 
+def test_a_program_is_compiled_once(here, capfd, tmp_path, monkeypatch):
+    first, second = cases(("linear",), ("one_row", "prime"), abstract=True)
+    assert first.shapes() != second.shapes()
+    twin = dataclasses.replace(first, spec="twin", forward=2.0, gradient=3.0)
+    monkeypatch.setattr(command, "cases", lambda *chosen, abstract: [first, second, twin])
+    lower, compilations = jax.stages.Lowered.compile, []
+    monkeypatch.setattr(jax.stages.Lowered, "compile",
+                        lambda self: compilations.append(self) or lower(self))
+    file = tmp_path / "rows.jsonl"
+    assert here(["--json", "--keep", str(file)]) == 0
+    rows = json.loads(capfd.readouterr().out)
+    assert len(compilations) == 4  # forward and gradient of two
+    one, _, other, _, copy, back = rows
+    assert (copy["spec"], copy["same_as"]) == ("twin", "linear one_row forward xla")
+    assert back["same_as"] == "linear one_row gradient xla"
+    assert (one["same_as"], other["same_as"]) == (None, None)
+    assert (copy["flops"], copy["roofline_seconds"]) == (2.0, one["roofline_seconds"])  # by bytes
+    assert copy["temp_bytes"] == one["temp_bytes"]
+    assert one["program"] == copy["program"] != other["program"]
+    page = compiled.markdown([compiled.Row(**row) for row in rows])
+    assert "| here | xla | 6 | 2 | 0 | 0 | 0 | " in page
+
+    # Another source that changes no program: rows are found by it, each as its own.
+    monkeypatch.setattr(compiled, "_sources", lambda root: dict.fromkeys(
+        ("", "linear", "mosaic_gpu", "mosaic_tpu"), b"other"))
+    assert here(["--json", "--keep", str(file)]) == 0
+    assert json.loads(capfd.readouterr().out) == rows
+    # Another chip's compiler is told something else, another version is another compiler.
+    for what in ("chip", "version"):
+        compilations.clear()
+        with monkeypatch.context() as at:
+            if what == "chip":
+                wide = dataclasses.replace(HERE, bandwidth=2 * HERE.bandwidth)
+                at.setattr(command, "CHIPS", {"here": wide})
+            else:
+                at.setattr(compiled, "versions", lambda: {"jax": "0"})
+            assert here(["--json", "--keep", str(file)]) == 0
+        capfd.readouterr()
+        assert len(compilations) == 4
+
+
+def test_what_training_runs_is_compiled_first(here, capfd):
+    assert here(["--op", "linear", "--json"]) == 0
+    out, err = capfd.readouterr()
+    specs = [line.split()[3] for line in err.splitlines()]
+    assert set(specs[:4]) == {"quickstart", "wide"}
+    rows = json.loads(out)  # told in the table's order
+    assert rows[0]["spec"] == "plain"
+    assert {c.spec for c in cases(("flash",), abstract=True) if c.main} >= {"mla_v3_4k", "long_4k"}
+    assert not any(c.main for c in cases(("flash",), ("tile_mla", "plain"), abstract=True))
+
+
 def test_what_failed_is_tried_again():
     kept = compiled.Kept(None)
     kept._rows = {"a": compiled.Row("here", "linear", "one_row", "forward", error="broke"),
@@ -163,8 +215,8 @@ def test_a_page_counts_and_tells_what_did_not_compile():
     assert "programs; the others" not in compiled.markdown(rows, 4)
     page = compiled.markdown(rows, 9)
     assert "4 of 9 programs; the others were not tried." in page
-    assert "| h200 | xla | 1 | 0 | 1 | 0 | 1 |" in page
-    assert "| h200 | mosaic_gpu | 1 | 0 | 0 | 0 | 2 |" in page
+    assert "| h200 | xla | 1 | 0 | 0 | 1 | 0 | 1 |" in page
+    assert "| h200 | mosaic_gpu | 1 | 0 | 0 | 0 | 0 | 2 |" in page
     assert "- FAILED h200 an_op wrong forward: E: no\n" in page
     assert "- refused v5p an_op small forward: xla: too odd" in page
     assert page.count("| 168 |") == 1
