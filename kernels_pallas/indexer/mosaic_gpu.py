@@ -211,19 +211,4 @@ def scores(plan: Plan, marks: Marks, first, q_BxCxJxD, k_BxSxD, w_BxCxJ, segment
     return found.reshape(B, L, keys)[:, :C, :S]
 
 
-def index_select(q_BxLxJxD, k_BxSxD, w_BxLxJ, *, top, segments_q=None, segments_k=None,
-                 ends_BxS=None, stride=1, span=1, scale=1.0, first=0):
-    """Score a part of the queries and take their best."""
-    q, k, w = lax.stop_gradient((q_BxLxJxD, k_BxSxD, w_BxLxJ))
-    (B, L), S = q.shape[:2], k.shape[1]
-    if 0 in (B, L, S):
-        return jnp.full((B, L, top), -1, jnp.int32)
-    marks = xla.marks_of(segments_q, segments_k, ends_BxS, first)
-
-    plan = Plan(float(scale), 1.0, stride, span)
-
-    def score(first, q, k, w, segments):
-        first = first if marks.first is None else first + marks.first
-        return scores(plan, marks, first, q, k, w, segments)
-
-    return xla.best(plan, marks, q, k, w, top, score, 1, gpu_plan.SCORES)
+index_select = xla.selecting(scores, gpu_plan.SCORES)

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas import rows
@@ -74,17 +72,7 @@ def _forward(plan: Plan, q, k, w, at, mass):
     return chunks.scan(plan, chunk, None, xs)[1]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _listed(plan, q, k, w, at, mass):
-    return _forward(plan, q, k, w, at, mass)[0]
-
-
-def _listed_forward(plan, q, k, w, at, mass):
-    loss, scores = _forward(plan, q, k, w, at, mass)
-    return loss, (q, k, w, at, mass, scores)
-
-
-def _listed_backward(plan: Plan, kept, cotangent):
+def _backward(plan: Plan, kept, cotangent):
     q, k, w, at, mass, scores = kept
     plan, dtype = plan.sized("slopes"), k.dtype
     table = chunks.table(plan, k)
@@ -111,14 +99,5 @@ def _listed_backward(plan: Plan, kept, cotangent):
     return dq, d_table[:, :plan.Dk].reshape(k.shape).astype(dtype), dw, None, None
 
 
-_listed.defvjp(_listed_forward, _listed_backward)
-
-
-def index_kl_listed(q_BxLxJxD, k_BxSxD, w_BxLxJ, chosen_BxLxN, mass_BxLxN, *, scale=1.0):
-    """Compare query by query."""
-    q, (B, S), N = q_BxLxJxD, k_BxSxD.shape[:2], chosen_BxLxN.shape[2]
-    if 0 in (B, q.shape[1], S, N):
-        return jnp.zeros(q.shape[:2], _F32)
-    plan = plan_of("index_kl_listed", q, k_BxSxD, chosen_BxLxN, v_dim=1, scale=scale)
-    at, mass = rows.numbered(chosen_BxLxN, S), lax.stop_gradient(mass_BxLxN).astype(_F32)
-    return _listed(plan, q, k_BxSxD, w_BxLxJ, at, mass)
+index_kl_listed = xla_listed.diverging(_forward, _backward, functools.partial(
+    plan_of, "index_kl_listed"))

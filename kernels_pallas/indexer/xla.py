@@ -224,6 +224,30 @@ def best(plan, marks, q_BxLxJxD, k_BxSxD, w_BxLxJ, top, score, width, held=SCORE
     return _sweep(plan, k_BxSxD.shape[1], width, xs, chunk, None, marks, held)[1]
 
 
+def selecting(scores, held):
+    """Return index_select of a chip's kernel, which scores so many pairs at once.
+
+    scores(plan, marks, first row, q, k, w, segments) returns a chunk's, as `best` wants them.
+    """
+    def index_select(q_BxLxJxD, k_BxSxD, w_BxLxJ, *, top, segments_q=None, segments_k=None,
+                     ends_BxS=None, stride=1, span=1, scale=1.0, first=0):
+        """Score a part of the queries and take their best."""
+        q, k, w = lax.stop_gradient((q_BxLxJxD, k_BxSxD, w_BxLxJ))
+        (B, L), S = q.shape[:2], k.shape[1]
+        if 0 in (B, L, S):
+            return jnp.full((B, L, top), -1, jnp.int32)
+        marks = marks_of(segments_q, segments_k, ends_BxS, first)
+        plan = Plan(float(scale), 1.0, stride, span)
+
+        def score(first, q, k, w, segments):
+            first = first if marks.first is None else first + marks.first
+            return scores(plan, marks, first, q, k, w, segments)
+
+        return best(plan, marks, q, k, w, top, score, 1, held)
+
+    return index_select
+
+
 # The divergence over all visible keys.
 
 

@@ -106,3 +106,32 @@ def index_kl_listed(q_BxLxJxD, k_BxSxD, w_BxLxJ, chosen_BxLxN, mass_BxLxN, *, sc
     C = -(-queries // min(chunks, queries))
     at, mass = rows.numbered(chosen_BxLxN, S), lax.stop_gradient(mass_BxLxN)
     return _listed(xla.Plan(float(scale), 1.0, 1, 1), C, q, k_BxSxD, w_BxLxJ, at, mass)
+
+
+def diverging(forward, backward, plan_of):
+    """Return index_kl_listed of a chip's kernels.
+
+    forward(plan, q, k, w, at, mass) returns divergences and scores of keys by number in the batch,
+    and backward(plan, kept, cotangent) the gradients of all of forward's, None for the last two.
+    """
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def diverge(plan, q, k, w, at, mass):
+        return forward(plan, q, k, w, at, mass)[0]
+
+    def diverge_forward(plan, q, k, w, at, mass):
+        loss, scores = forward(plan, q, k, w, at, mass)
+        return loss, (q, k, w, at, mass, scores)
+
+    diverge.defvjp(diverge_forward, backward)
+
+    def index_kl_listed(q_BxLxJxD, k_BxSxD, w_BxLxJ, chosen_BxLxN, mass_BxLxN, *, scale=1.0):
+        """Compare query by query."""
+        q, (B, S), N = q_BxLxJxD, k_BxSxD.shape[:2], chosen_BxLxN.shape[2]
+        if 0 in (B, q.shape[1], S, N):
+            return jnp.zeros(q.shape[:2], jnp.float32)
+        plan = plan_of(q, k_BxSxD, chosen_BxLxN, v_dim=1, scale=scale)
+        at = rows.numbered(chosen_BxLxN, S)
+        mass = lax.stop_gradient(mass_BxLxN).astype(jnp.float32)
+        return diverge(plan, q, k_BxSxD, w_BxLxJ, at, mass)
+
+    return index_kl_listed

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -20,7 +19,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas import hopper, rows
 from kernels_pallas.token_sparse import chunks, gpu_tiles, mosaic_gpu_bwd, mosaic_gpu_wide
 from kernels_pallas.token_sparse.gpu_plan import EMPTY, HALF, LOG2E, NOTHING, Plan, plan_of
-from kernels_pallas.token_sparse.xla import distinct
 
 _F32, _BF16 = jnp.float32, jnp.bfloat16
 _ROW, _COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -181,49 +179,21 @@ def _forward(plan: Plan, q, kv, at):
     return chunks.scan(plan, step, None, [(q, 0), (at, plan.B * plan.S)])[1]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q, kv, at):
-    return _forward(plan, q, kv, at)
-
-
-def _attend_forward(plan, q, kv, at):
-    o, lse = _forward(plan, q, kv, at)
-    return (o, lse), (q, kv, at, o, lse)
-
-
 def _base2(lse):
     """To base 2, and 1e30 for a row that sees nothing, whose weights are then 0."""
     return jnp.where(lse < EMPTY, -NOTHING, lse * LOG2E)
 
 
-def _attend_backward(plan, kept, cotangents):
-    q, kv, at, o, lse = kept
-    do, d_lse = cotangents
-    delta = (do.astype(_F32) * o.astype(_F32)).sum(-1) - d_lse
+def _backward(plan: Plan, q, kv, at, lse, delta, do):
     step = functools.partial(_backward_chunk, plan, chunks.table(plan, kv))
     d_table = jnp.zeros((mosaic_gpu_bwd.whole(plan.B * plan.S), plan.D), _F32)
     d_table, dq = chunks.scan(plan, step, d_table, [
         (q, 0), (do, 0), (_base2(lse), -NOTHING), (delta, 0), (at, plan.B * plan.S)])
     d_kv = d_table[:plan.B * plan.S, :plan.Dk].reshape(kv.shape)
-    return dq, d_kv.astype(kv.dtype), None
+    return dq, d_kv.astype(kv.dtype)
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-def token_sparse(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, *, v_dim, scale, unique=False,
-                 return_lse=False):
-    """Attend query by query."""
-    (B, L, H), S, N = q_BxLxHxDk.shape[:3], kv_BxSxDk.shape[1], chosen_BxLxN.shape[2]
-    if 0 in (B, L, S, N):
-        o = jnp.zeros((B, L, H, v_dim), kv_BxSxDk.dtype)
-        lse = jnp.full((B, L, H), NOTHING, _F32)
-    else:
-        at = rows.numbered(chosen_BxLxN, S)
-        at = at if unique else distinct(at, B * S)
-        plan = plan_of(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, v_dim=v_dim, scale=scale)
-        o, lse = _attend(plan, q_BxLxHxDk, kv_BxSxDk, at)
-    return (o, lse) if return_lse else o
+token_sparse = chunks.attention(_forward, _backward, plan_of)
 
 
 def token_mass(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, lse_BxLxH, *, scale):

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas import rows
-from kernels_pallas.token_sparse import chunks, tpu_lists, xla
+from kernels_pallas.token_sparse import chunks, tpu_lists
 from kernels_pallas.token_sparse.tpu_plan import EMPTY, NOTHING, Plan, plan_of
 from kernels_pallas.tpu import dot
 
@@ -128,38 +127,7 @@ def _backward(plan: Plan, q, kv, at, lse, delta, do):
     return dq, d_kv[:, :plan.Dk].reshape(kv.shape).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q, kv, at):
-    return _forward(plan, q, kv, at)
-
-
-def _attend_forward(plan, q, kv, at):
-    o, lse = _forward(plan, q, kv, at)
-    return (o, lse), (q, kv, at, o, lse)
-
-
-def _attend_backward(plan, kept, cotangents):
-    (q, kv, at, o, lse), (do, d_lse) = kept, cotangents
-    delta = (do.astype(_F32) * o.astype(_F32)).sum(-1) - d_lse
-    return *_backward(plan, q, kv, at, lse, delta, do), None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-def token_sparse(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, *, v_dim, scale, unique=False,
-                 return_lse=False):
-    """Attend query by query."""
-    (B, L, H), S, N = q_BxLxHxDk.shape[:3], kv_BxSxDk.shape[1], chosen_BxLxN.shape[2]
-    if 0 in (B, L, S, N):
-        o = jnp.zeros((B, L, H, v_dim), kv_BxSxDk.dtype)
-        lse = jnp.full((B, L, H), NOTHING, _F32)
-    else:
-        at = rows.numbered(chosen_BxLxN, S)
-        at = at if unique else xla.distinct(at, B * S)
-        plan = plan_of("token_sparse", q_BxLxHxDk, kv_BxSxDk, at, v_dim=v_dim, scale=scale)
-        o, lse = _attend(plan, q_BxLxHxDk, kv_BxSxDk, at)
-    return (o, lse) if return_lse else o
+token_sparse = chunks.attention(_forward, _backward, functools.partial(plan_of, "token_sparse"))
 
 
 def token_mass(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, lse_BxLxH, *, scale):
