@@ -158,3 +158,30 @@ def attend(q_BxLxHxD, parts: Sequence[Part]):
     return _attend(ways, q_BxLxHxD, tuple(part.arrays for part in parts))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recall(ways, q, arrays, o, lse):
+    del ways, q, arrays
+    return o, lse
+
+
+def _recall_forward(ways, q, arrays, o, lse):
+    del ways
+    return (o, lse), (q, arrays, o, lse)
+
+
+def _recall_backward(ways, kept, cotangents):
+    return *_attend_backward(ways, kept, cotangents), None, None
+
+
+_recall.defvjp(_recall_forward, _recall_backward)
+
+
+def recall(q_BxLxHxD, parts: Sequence[Part], o_BxLxHxD, lse_BxLxH):
+    """Return (o, lse) as `attend` gave them before; gradients are those of `attend`, by XLA.
+
+    So that a backward pass that makes the queries again need not attend again.
+
+    Shapes: as of `attend`.
+    """
+    ways = tuple((part.way, tuple(sorted(part.options.items()))) for part in parts)
+    return _recall(ways, q_BxLxHxD, tuple(part.arrays for part in parts), o_BxLxHxD, lse_BxLxH)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kernels_pallas import rows
 from kernels_pallas.block_sparse import tiles
 from kernels_pallas.rounding import narrow
 
@@ -121,10 +122,30 @@ def _out_of_chunks(plan, x):
 
 
 def _rows(plan, x_BxLxHxD):
-    """[batches, chunks, rows + 1, heads * D]: the last row is 0, for slots without a pair."""
+    """[batches, chunks, rows, heads * D]."""
     x = _in_chunks(plan, x_BxLxHxD)
-    x = x.reshape(*x.shape[:2], plan.rows, -1)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0)))
+    return x.reshape(*x.shape[:2], plan.rows, -1)
+
+
+def _with_spare(x, fill=0):
+    """A chunk's rows and one more, for slots without a pair."""
+    return jnp.pad(x, ((0, 1), (0, 0)), constant_values=fill)
+
+
+def _batches(body, xs):
+    """`lax.map` of `body`, without a loop of one step: XLA copies what goes into such."""
+    if len(jax.tree.leaves(xs)[0]) > 1:
+        return lax.map(body, xs)
+    return jax.tree.map(lambda x: x[None], body(jax.tree.map(lambda x: x[0], xs)))
+
+
+def _filled(shape, value, dtype, found):
+    """A constant that XLA cannot know for one.
+
+    A known one is made once for both passes, kept all the while and copied for every use.
+    """
+    value = jnp.where(found.used < 0, jnp.ones((), dtype), jnp.full((), value, dtype))
+    return jnp.broadcast_to(value, shape)
 
 
 def _groups(plan, blocks_BxLxGxN):
@@ -209,6 +230,9 @@ def _forward_chunk(plan, k, v, carry, x):
     q, group = x
     R, dtype = plan.H // plan.G, _wide(q.dtype)
     found = tiles.cut(group, plan.groups, plan.size, plan.at_once)
+    q, slots = _with_spare(q), plan.tiles * plan.size + 1  # the last one stands for no choice
+    parts = (_filled((slots, R * v.shape[-1]), 0, v.dtype, found),
+             _filled((slots, R), NOTHING, dtype, found))
 
     def body(i, parts):
         first, group_Z, row_ZxT = _step(found, plan, i)
@@ -224,7 +248,7 @@ def _forward_chunk(plan, k, v, carry, x):
         return (lax.dynamic_update_slice_in_dim(parts[0], o, first, 0),
                 lax.dynamic_update_slice_in_dim(parts[1], lse, first, 0))
 
-    parts = o_parts, lse_parts = lax.fori_loop(0, _steps(found, plan), body, carry)
+    parts = o_parts, lse_parts = lax.fori_loop(0, _steps(found, plan), body, parts)
     lse_RowsxNxR = _read(lse_parts, found.slot)
     top = jnp.maximum(lse_RowsxNxR.max(1), np.asarray(EMPTY, dtype))
     weights = jnp.exp(lse_RowsxNxR - top[:, None])
@@ -237,20 +261,17 @@ def _forward_chunk(plan, k, v, carry, x):
         part = _read(o_parts, slot).reshape(plan.rows, R, -1).astype(dtype)
         return part * weights[:, n, :, None]
 
-    return parts, (narrow(_each_choice(found, weighed), v.dtype), lse)
+    return carry, (narrow(_each_choice(found, weighed), v.dtype), lse)
 
 
 def _forward(plan, q, k, v, blocks, starts):
-    dtype, R = _wide(q.dtype), plan.H // plan.G
-    slots = plan.tiles * plan.size + 1  # the last one stands for no choice
-    parts = (jnp.zeros((slots, R * v.shape[-1]), v.dtype), jnp.full((slots, R), NOTHING, dtype))
     k, v = _by_block(plan, k, starts), _by_block(plan, v, starts)
 
-    def batch(parts, x):
+    def batch(x):
         q, k, v, group = x
-        return lax.scan(functools.partial(_forward_chunk, plan, k, v), parts, (q, group))
+        return lax.scan(functools.partial(_forward_chunk, plan, k, v), None, (q, group))[1]
 
-    _, (o, lse) = lax.scan(batch, parts, (_rows(plan, q), k, v, _groups(plan, blocks)))
+    o, lse = _batches(batch, (_rows(plan, q), k, v, _groups(plan, blocks)))
     return _out_of_chunks(plan, o), _out_of_chunks(plan, lse)
 
 
@@ -258,10 +279,12 @@ def _backward_chunk(plan, k, v, carry, x):
     q, do, lse, delta, group = x
     dtype = _wide(q.dtype)
     found = tiles.cut(group, plan.groups, plan.size, plan.at_once)
+    q, do, delta = (_with_spare(x) for x in (q, do, delta))
+    lse = _with_spare(lse, -NOTHING)  # a slot without a pair weighs exp(0 - 1e30) = 0
 
     def body(i, state):
         dq, dk, dv = state
-        first, group_Z, row_ZxT = _step(found, plan, i)
+        _, group_Z, row_ZxT = _step(found, plan, i)
         q_Z, do_Z = (lax.optimization_barrier(_tile_rows(plan, x, row_ZxT)) for x in (q, do))
         lse_Z, delta_Z = (_read(x, row_ZxT).reshape(plan.at_once, -1) for x in (lse, delta))
         k_Z, v_Z = _read(k, group_Z), _read(v, group_Z)
@@ -271,9 +294,8 @@ def _backward_chunk(plan, k, v, carry, x):
         d_scores = _rows_by_keys(do_Z, v_Z, dtype) - delta_Z[..., None]
         d_scores = narrow(weights.astype(dtype) * d_scores, k.dtype)
         d_scores = lax.optimization_barrier(d_scores)
-        part = narrow(_weigh_keys(d_scores, k_Z, dtype), q.dtype)
-        dq = lax.dynamic_update_slice_in_dim(
-            dq, part.reshape(plan.at_once * plan.size, -1), first, 0)
+        part = _weigh_keys(d_scores, k_Z, dtype).reshape(*row_ZxT.shape, -1)
+        dq = rows.add(dq, row_ZxT, part)
         # Barriers keep the transposes out of the products: XLA:CPU (jax 0.12) has no fast one that
         # contracts the first dim of the left side, and takes one core for it.
         q_T, do_T = (lax.optimization_barrier(jnp.swapaxes(x, 1, 2)) for x in (q_Z, do_Z))
@@ -286,28 +308,24 @@ def _backward_chunk(plan, k, v, carry, x):
 
         return dq, *lax.fori_loop(0, plan.at_once, add, (dk, dv))
 
-    dq_parts, dk, dv = lax.fori_loop(0, _steps(found, plan), body, carry)
-    dq = _each_choice(found, lambda n, slot: _read(dq_parts, slot).astype(dtype))
-    dq = narrow(dq * np.asarray(plan.scale, dtype), q.dtype)
-    return (dq_parts, dk, dv), dq.reshape(plan.rows, plan.H // plan.G, -1)
+    dq = _filled(q.shape, 0, dtype, found)
+    dq, dk, dv = lax.fori_loop(0, _steps(found, plan), body, (dq, *carry))
+    dq = narrow(dq[:-1] * np.asarray(plan.scale, dtype), q.dtype)
+    return (dk, dv), dq.reshape(plan.rows, plan.H // plan.G, -1)
 
 
 def _backward(plan, q, k, v, blocks, starts, lse, delta, do):
-    dtype, R, S = lse.dtype, plan.H // plan.G, k.shape[1]
-    dq = jnp.zeros((plan.tiles * plan.size + 1, R * q.shape[-1]), q.dtype)
-    # A slot without a pair weighs exp(0 - 1e30) = 0.
-    lse = _rows(plan, lse).at[:, :, -1].set(-NOTHING)
-    xs = (_rows(plan, q), _rows(plan, do), lse, _rows(plan, delta), _groups(plan, blocks))
+    dtype, S = lse.dtype, k.shape[1]
+    xs = (*(_rows(plan, x) for x in (q, do, lse, delta)), _groups(plan, blocks))
 
-    def batch(dq, x):
+    def batch(x):
         k, v, xs = x
-        zeros = [jnp.zeros((plan.groups, a.shape[-1], plan.block), dtype) for a in (k, v)]
-        (dq_parts, dk, dv), dq = lax.scan(
-            functools.partial(_backward_chunk, plan, k, v), (dq, *zeros), xs)
-        return dq_parts, (dq, dk, dv)
+        zeros = tuple(jnp.zeros((plan.groups, a.shape[-1], plan.block), dtype) for a in (k, v))
+        (dk, dv), dq = lax.scan(functools.partial(_backward_chunk, plan, k, v), zeros, xs)
+        return dq, dk, dv
 
     keys = (_by_block(plan, k, starts), _by_block(plan, v, starts))
-    _, (dq, dk, dv) = lax.scan(batch, dq, (*keys, xs))
+    dq, dk, dv = _batches(batch, (*keys, xs))
     dk = _from_blocks(plan, dk, starts, S) * np.asarray(plan.scale, dtype)
     return (_out_of_chunks(plan, dq), narrow(dk, k.dtype),
             narrow(_from_blocks(plan, dv, starts, S), v.dtype))

@@ -31,6 +31,16 @@ def levels(keys, top):
     return 2 if keys >= LONG * top else 1
 
 
+def flops(keys, top):
+    """Return what the products of `_sums` cost for a query with so many keys. Units: FLOPs."""
+    size = SLAB ** levels(keys, top)
+    words = [-(-keys // size) * size // SLAB]
+    if levels(keys, top) == 2:
+        words = [words[0] // SLAB, top]
+    rows = [-(-w // SLAB) for w in words]
+    return sum(2 * 2 * (r * SLAB * SLAB + r * r) for r in rows)  # two of them for each choice
+
+
 def spread(x, dim, levels, fill=0):
     """Return x with the keys along dim padded to whole words and laid in slabs."""
     size = SLAB**levels

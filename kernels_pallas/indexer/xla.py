@@ -88,6 +88,15 @@ def keys_per_query(length, *, keys=None, stride=1, span=1):
     return sum((b - a) * seen for a, b, seen in parts) / length
 
 
+def choice_per_query(length, top, *, keys=None, stride=1, span=1):
+    """Return the FLOPs of a query's choice, on average, its scores aside: as executed."""
+    S = length if keys is None else keys
+    if not S:
+        return 0.0
+    parts = _parts(length, S, stride, span)
+    return sum((b - a) * select.flops(seen, min(top, seen)) for a, b, seen in parts) / length
+
+
 def _sweep(plan, S, width, xs, call, carry, marks, held=SCORES):
     """Run `call(carry, chunk of xs, its first row, keys)` over all queries; join what it returns.
 

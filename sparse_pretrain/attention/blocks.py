@@ -86,5 +86,8 @@ def in_chunks(call: Callable, parts: tuple[Any, ...], size: int) -> Any:
         x = jnp.pad(x, ((0, 0), (0, chunks * size - L), *((0, 0) for _ in x.shape[2:])))
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, size, *x.shape[2:]), 1, 0)
 
-    out = jnp.moveaxis(jax.lax.map(call, tuple(cut(x) for x in parts)), 0, 1)
-    return out.reshape(out.shape[0], chunks * size, *out.shape[3:])[:, :L]
+    def join(x):
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], chunks * size, *x.shape[3:])[:, :L]
+
+    return jax.tree.map(join, jax.lax.map(call, tuple(cut(x) for x in parts)))

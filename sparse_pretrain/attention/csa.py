@@ -93,6 +93,15 @@ class CSA(hca.HCA):
         options = {"v_dim": c.dim, "scale": self._scale, "unique": True}
         return ops.Part("token_sparse", arrays, options), choice._replace(chosen=chosen)
 
+    def _listed(self, choice: Choice | None):
+        return None if choice is None or choice.chosen is None else (choice.k, choice.chosen)
+
+    def _listed_loss(self, x, latent, index_k, positions, chosen, mass):
+        latent, x = jax.lax.stop_gradient((latent, x))
+        q, w = self._index_queries(latent, x, positions)
+        scale = self.config.index_scale
+        return ops.index_kl_listed(q, index_k, w, chosen, mass, scale=scale)
+
     def _loss(
         self, choice: Choice, q, keys_BxMx1xD, lse, layout: blocks.Layout, context: base.Context
     ) -> Float[Array, "B L"]:
@@ -137,7 +146,9 @@ class CSA(hca.HCA):
             own = 0.0 if c.mode == "dense" else everything * (each + 3 * score)
             return dense._replace(linear=linear, core_backward=dense.core_backward + own)
         top = min(c.top, M)
-        indexed = score * ops.index_keys_per_query(length, keys=M, stride=m, span=m)
+        far = {"keys": M, "stride": m, "span": m}
+        indexed = score * ops.index_keys_per_query(length, **far)
+        indexed += ops.index_choice_per_query(length, top, **far)
         core = 2 * each * (near + top) + indexed
         own = top * (each + 4 * score)  # mass, scores, and their products with both gradients
         model = 2 * each * (seen_near + hca.mean_seen(length, top, m))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparse_pretrain import nn, spec
-from sparse_pretrain.attention import base, indexed, mla
+from sparse_pretrain.attention import base, blocks, indexed, mla, queries
 from sparse_pretrain.model import layers
 from sparse_pretrain.sharding import ops
 
@@ -64,11 +64,19 @@ class Indexer(nn.Module):
         return jnp.concatenate([layers.rope(turned, positions, halves), rest], axis=-1)
 
     def __call__(self, x, latent, positions) -> Index:
+        q, w = self.of_queries(x, latent, positions)
+        return Index(q, self.of_keys(x, positions), w)
+
+    def of_queries(self, x, latent, positions):
+        """(q, w) of an Index."""
         q = self._turn(ops.linear(latent, nn.read(self.w_q, latent.dtype)), positions)
+        return q, ops.linear(x, nn.read(self.w_w, x.dtype))
+
+    def of_keys(self, x, positions):
+        """The k of an Index."""
         k = ops.linear(x, nn.read(self.w_k, x.dtype))
         k = _layer_norm(k, nn.read(self.k_scale), nn.read(self.k_bias), self.config.norm_eps)
-        k = self._turn(k[:, :, None], positions)[:, :, 0]
-        return Index(q, k, ops.linear(x, nn.read(self.w_w, x.dtype)))
+        return self._turn(k[:, :, None], positions)[:, :, 0]
 
 
 class DSA(mla.MLA):
@@ -112,22 +120,59 @@ class DSA(mla.MLA):
         index = self.index(x, context.positions)
         if self.config.mode == "warmup":
             return self._warmup(x, index, context)
-        q_nope, q_rope = jnp.split(
-            self.queries(x, context.positions), [self.config.nope_dim], axis=-1
-        )
         latent, k_rope = self.latents(x, context.positions)
-        absorbed = _per_head(q_nope, jnp.transpose(nn.read(self.w_uk, q_nope.dtype), (1, 2, 0)))
-        q = jnp.concatenate([absorbed, q_rope], axis=-1)
         keys = jnp.concatenate([latent, k_rope], axis=-1)
         chosen = self.choose(index, context)
+        size = ops.queries_at_once(x.shape[1])
+        if size is not None:
+            return self._by_chunks(x, index.k, keys, chosen, context, size)
+        q = self._absorbed(x, context.positions)
         o, lse = ops.token_sparse(
             q, keys, chosen, v_dim=latent.shape[-1], scale=self._scale, unique=True,
             return_lse=True,
         )
         mass = ops.token_mass(q, keys, chosen, lse, scale=self._scale)
         loss = ops.index_kl_listed(*index, chosen, mass, scale=self.config.index_scale)
-        o = _per_head(o, jnp.transpose(nn.read(self.w_uv, o.dtype), (1, 0, 2)))
-        return ops.linear(o, nn.read(self.w_o, o.dtype), contract=2), loss
+        return self._projected(o), loss
+
+    def _absorbed(self, x, positions):
+        """Queries of the latents, [B, L, H, Dc + rope]."""
+        q = self.queries(x, positions)
+        q_nope, q_rope = jnp.split(q, [self.config.nope_dim], axis=-1)
+        absorbed = _per_head(q_nope, jnp.transpose(nn.read(self.w_uk, q_nope.dtype), (1, 2, 0)))
+        return jnp.concatenate([absorbed, q_rope], axis=-1)
+
+    def _projected(self, o_BxLxHxDc):
+        o = _per_head(o_BxLxHxDc, jnp.transpose(nn.read(self.w_uv, o_BxLxHxDc.dtype), (1, 0, 2)))
+        return ops.linear(o, nn.read(self.w_o, o.dtype), contract=2)
+
+    def _by_chunks(self, x, index_k, keys, chosen, context: base.Context, size: int):
+        """The end of `attend`, by chunks of queries. The mass is kept in x's dtype."""
+        c, v_dim = self.config, self.config.kv_rank
+        options = {"v_dim": v_dim, "scale": self._scale, "unique": True}
+
+        def read(part):
+            x, positions, chosen = part
+            q = self._absorbed(x, positions)
+            o, lse = ops.token_sparse(q, keys, chosen, **options, return_lse=True)
+            mass = ops.token_mass(q, keys, chosen, lse, scale=self._scale)
+            return o, lse, mass.astype(x.dtype)
+
+        found = blocks.in_chunks(read, (x, context.positions, chosen), size)
+        o, lse, mass = jax.lax.stop_gradient(found)
+        part = ops.Part("token_sparse", {"kv": keys, "chosen_BxLxN": chosen}, options)
+
+        def call(x, rows, index_k, recall):
+            positions, chosen, mass = rows
+            o, _ = recall(0, self._absorbed(x, positions))
+            x = jax.lax.stop_gradient(x)
+            latent = jax.lax.stop_gradient(self._latent_queries(x))
+            q, w = self.indexer.of_queries(x, latent, positions)
+            loss = ops.index_kl_listed(q, index_k, w, chosen, mass, scale=c.index_scale)
+            return self._projected(o), loss
+
+        rows = context.positions, chosen, mass
+        return queries.by_chunks(call, x, rows, index_k, [([part], o, lse)], size)
 
     def _warmup(self, x, index: Index, context: base.Context):
         q, k, v = self.expanded(x, context)
@@ -176,9 +221,10 @@ class DSA(mla.MLA):
         qk, v = c.kv_rank + c.rope_dim, c.kv_rank
         own = top * (2 * c.heads * qk + 4 * score)  # the target, scores, and their gradients
         each = 2 * c.heads * top
-        core = each * (qk + v) + score * scored
+        # XLA weighs all dims of a token, whose first ones are its value
+        core = each * 2 * qk + score * scored + ops.index_choice_per_query(length, top)
         model = 2 * c.heads * (qk + v) * base.mean_least(length, top) + score * (length + 1) / 2
-        return base.Work(linear, core, each * (3 * qk + 2 * v) + own, min(model, core))
+        return base.Work(linear, core, each * 5 * qk + own, min(model, core))
 
     @staticmethod
     def cache_shapes(config: Config, width: int, batch: int, length: int) -> dict[str, tuple]:

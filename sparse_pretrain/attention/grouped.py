@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparse_pretrain import nn, spec
-from sparse_pretrain.attention import base
+from sparse_pretrain.attention import base, queries
 from sparse_pretrain.model import layers
 from sparse_pretrain.sharding import ops
 
@@ -74,13 +74,21 @@ class Grouped(base.Attention):
             self.k_norm = layers.RMSNorm(Dh * K if joint else Dh, keys, dim="Dh")
 
     def _project(self, x, positions):
+        return self._queries(x, positions), *self._keys(x, positions)
+
+    def _queries(self, x, positions):
         q = ops.linear(x, nn.read(self.w_q, x.dtype))
-        k = ops.linear(x, nn.read(self.w_k, x.dtype))
-        v = ops.linear(x, nn.read(self.w_v, x.dtype))
-        if self.config.qk_norm:
-            q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
-        rope = self.config.rope
-        return layers.rope(q, positions, rope), layers.rope(k, positions, rope), v
+        q = self._normed(self.q_norm, q) if self.config.qk_norm else q
+        return layers.rope(q, positions, self.config.rope)
+
+    def _keys(self, x, positions):
+        raw = [ops.linear(x, nn.read(w, x.dtype)) for w in (self.w_k, self.w_v)]
+        return self._turned(raw, positions)
+
+    def _turned(self, raw, positions):
+        k, v = raw
+        k = self._normed(self.k_norm, k) if self.config.qk_norm else k
+        return layers.rope(k, positions, self.config.rope), v
 
     def _normed(self, norm, x_BxLxHxD):
         if not self.config.qk_norm_joint:
@@ -98,6 +106,26 @@ class Grouped(base.Attention):
     def __call__(self, x: Float[Array, "B L D"], context: base.Context) -> Float[Array, "B L D"]:
         q, k, v = self._project(x, context.positions)
         return ops.linear(self.core(q, k, v, context), nn.read(self.w_o, x.dtype), contract=2)
+
+    def _by_chunks(self, x, context: base.Context, size: int) -> jax.Array:
+        """`__call__` of one softmax over `parts`, its backward pass by chunks of queries."""
+        # one product, whose gradient is one
+        w = jnp.concatenate([nn.read(w, x.dtype) for w in (self.w_k, self.w_v)], axis=1)
+        k, v = self._turned(jnp.split(ops.linear(x, w), 2, axis=2), context.positions)
+        q = jax.lax.stop_gradient(self._queries(x, context.positions))
+        parts = self.parts(q, k, v, context)
+        o, lse = jax.lax.stop_gradient(ops.one_softmax(q, *parts))
+
+        def call(x, positions, shared, recall):
+            del shared
+            o, _ = recall(0, self._queries(x, positions))
+            return ops.linear(o, nn.read(self.w_o, x.dtype), contract=2)
+
+        return queries.by_chunks(call, x, context.positions, (), [(parts, o, lse)], size)
+
+    def parts(self, q_BxLxHxD, k_BxLxKxD, v_BxLxKxD, context: base.Context) -> list[ops.Part]:
+        """The keys that `core` reads, of one softmax."""
+        raise NotImplementedError
 
     def _read(self, q_BxKxGxD, k_BxSxKxD, v_BxSxKxD, seen, sinks_KxG=None) -> jax.Array:
         """[B, K, G, D] float32: one query against cached keys where `seen` [B|1, K|1, G|1, S]."""

@@ -1,7 +1,7 @@
 """Attention to all compressed keys and a window: DeepSeek-V4's HCA."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparse_pretrain import nn, spec
-from sparse_pretrain.attention import base, blocks, indexed
+from sparse_pretrain.attention import base, blocks, indexed, queries
 from sparse_pretrain.attention.compressor import Compressor, halves, turn
 from sparse_pretrain.model import layers
 from sparse_pretrain.sharding import ops
@@ -159,9 +159,36 @@ class HCA(base.Attention):
         layout = blocks.layout(context.segments, positions, span=c.ratio, stride=c.ratio)
         keys = self.compressor(x, layout, positions)[:, :, None]
         far, choice = self._far(keys, latent, x, layout, context)
+        size = ops.queries_at_once(x.shape[1])
+        listed = self._listed(choice)
+        if size is not None and (choice is None or listed is not None):
+            return self._by_chunks(x, q, [near, far], keys, listed, context, size)
         o, lse = ops.one_softmax(q, near, far)
         loss = None if choice is None else self._loss(choice, q, keys, lse, layout, context)
         return self._output(o, positions), loss
+
+    def _listed(self, choice):
+        """(keys of the index, what it chose) where the indexer learns from that, else None."""
+        del choice
+
+    def _by_chunks(self, x, q, parts, keys, listed, context: base.Context, size: int):
+        """The end of `attend`, its backward pass by chunks. The mass is kept in x's dtype."""
+        q = jax.lax.stop_gradient(q)
+        o, lse = jax.lax.stop_gradient(ops.one_softmax(q, *parts))
+        index_k, chosen = listed or (None, None)
+        rows: list[Any] = [context.positions]
+        if listed:
+            mass = ops.token_mass(q, keys[:, :, 0], chosen, lse, scale=self._scale)
+            rows += [chosen, jax.lax.stop_gradient(mass).astype(x.dtype)]
+
+        def call(x, rows, index_k, recall):
+            positions, *rows = rows
+            latent = self._latent(x)
+            o, _ = recall(0, self._queries(latent, positions))
+            loss = self._listed_loss(x, latent, index_k, positions, *rows) if rows else None
+            return self._output(o, positions), loss
+
+        return queries.by_chunks(call, x, rows, index_k, [(parts, o, lse)], size)
 
     def __call__(self, x: Float[Array, "B L D"], context: base.Context) -> Float[Array, "B L D"]:
         return self.attend(x, context)[0]

@@ -45,23 +45,37 @@ class MoBA(grouped.Grouped):
 
     Config = Config
 
+    def __call__(self, x: Float[Array, "B L D"], context: base.Context) -> Float[Array, "B L D"]:
+        size = ops.queries_at_once(x.shape[1])
+        if size is None or self._reads_all(x.shape[1]):
+            return super().__call__(x, context)
+        return self._by_chunks(x, context, size)
+
+    def _reads_all(self, length: int) -> bool:
+        """Whether every earlier block is among the best."""
+        return length <= self.config.top_k * self.config.block
+
     def core(self, q, k, v, context: base.Context) -> jax.Array:
         """One softmax over the own block, causal inside, and the chosen whole blocks."""
-        c = self.config
-        if q.shape[1] <= c.top_k * c.block:  # every earlier block is among the best
+        if self._reads_all(q.shape[1]):
             return ops.flash(q, k, v, segments_q=context.segments, scale=self._scale)
+        return ops.one_softmax(q, *self.parts(q, k, v, context))[0]
+
+    def parts(self, q, k, v, context: base.Context) -> list[ops.Part]:
+        """The own block, causal inside, and the chosen whole ones."""
+        c = self.config
         ids = blocks.block_ids(context.segments, context.positions, c.block)
         options = {"scale": self._scale, "window": c.block}
         near = ops.Part("flash", {"k": k, "v": v, "segments_q": ids}, options)
         if c.top_k == 1:
-            return ops.one_softmax(q, near)[0]
+            return [near]
         layout = blocks.layout(context.segments, context.positions, span=c.block, stride=c.block)
         chosen = {
             "k": k, "v": v, "blocks_BxLxGxN": self.choose(q, k, layout, context),
             "starts_BxM": layout.starts,
         }
         options = {"scale": self._scale, "block": c.block}
-        return ops.one_softmax(q, near, ops.Part("block_sparse", chosen, options))[0]
+        return [near, ops.Part("block_sparse", chosen, options)]
 
     def choose(
         self, q_BxLxHxD, k_BxLxKxD, layout: blocks.Layout, context: base.Context

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from sparse_pretrain import nn, spec
-from sparse_pretrain.attention import base, blocks, grouped, selection
-from sparse_pretrain.attention.compressor import in_blocks
+from sparse_pretrain.attention import base, blocks, grouped, queries, selection
+from sparse_pretrain.attention.phi import Compressor
 from sparse_pretrain.model import layers
 from sparse_pretrain.sharding import ops
 
@@ -61,56 +61,6 @@ class Config(grouped.Config):
         return selection.Sizes(self.span, self.stride, self.block, self.top_k, self.local)
 
 
-class Compressor(nn.Module):
-    """One vector for `span` tokens: an MLP of them side by side, each with what marks its place.
-
-    Heads share it. The first product is written stride by stride, so that overlapping entries
-    read no token twice.
-
-    Source: NSA (2502.11089), equation 7.
-    """
-
-    def __init__(self, span: int, stride: int, dim: int, hidden: int, keys: nn.Keys):
-        self.span, self.stride = span, stride
-        self.w_in = nn.param(
-            keys, (span * dim, hidden), ("Dc", "F"), std=(span * dim) ** -0.5
-        )
-        self.w_out = nn.param(keys, (hidden, dim), ("F", "Dh"), std=hidden**-0.5)
-        # [span, dim] in one dim: to an optimizer it is a bias and no matrix
-        self.place = nn.param(keys, (span * dim,), ("Dc",), value=0.0)
-
-    def _bias(self, dtype):
-        place = nn.read(self.place).astype(dtype)[None]
-        return ops.linear(place, nn.read(self.w_in, place.dtype))[0]
-
-    def _out(self, hidden):
-        return ops.linear(jax.nn.silu(hidden), nn.read(self.w_out, hidden.dtype))
-
-    def __call__(
-        self, x: Float[Array, "B L K D"], chunks: blocks.Layout
-    ) -> Float[Array, "B M K D"]:
-        """Entries in the slots of whole strides; those of unused slots mean nothing."""
-        B, L, K, D = x.shape
-        d, R = self.stride, self.span // self.stride
-        x = in_blocks(x.reshape(B, L, K * D), chunks, d)
-        M = x.shape[1]
-        x = x.reshape(B, M, d, K, D).transpose(0, 1, 3, 2, 4).reshape(B, M, K, d * D)
-        w = nn.read(self.w_in, x.dtype).reshape(R, d * D, -1).transpose(1, 0, 2)
-        parts = ops.linear(x, w)
-        total = jnp.reshape(self._bias(x.dtype), (1, 1, 1, -1))
-        for r in range(R):
-            later = jnp.pad(parts[:, r:, :, r], ((0, 0), (0, min(r, M)), (0, 0), (0, 0)))
-            total = total + later
-        return self._out(total)
-
-    def one(self, x_BxlxKxD) -> Float[Array, "B K D"]:
-        """The entry of these tokens."""
-        B, S, K, D = x_BxlxKxD.shape
-        x = x_BxlxKxD.transpose(0, 2, 1, 3).reshape(B, K, S * D)
-        hidden = ops.linear(x, nn.read(self.w_in, x.dtype))
-        return self._out(hidden + self._bias(x.dtype).reshape(1, 1, -1))
-
-
 class NSA(grouped.Grouped):
     """Three ways to attend, each with keys and values of its own, weighed by a gate per head.
 
@@ -146,8 +96,21 @@ class NSA(grouped.Grouped):
             self.k_norm_window = layers.RMSNorm(Dh, keys, dim="Dh")
             self.k_norm_compress = layers.RMSNorm(Dh, keys, dim="Dh")
 
-    def _window_keys(self, x, positions):
-        k, v = (ops.linear(x, nn.read(w, x.dtype)) for w in (self.w_k_window, self.w_v_window))
+    def _raw(self, x, of: str):
+        """The products with the weights of keys and values of a branch."""
+        weights = getattr(self, f"w_k_{of}"), getattr(self, f"w_v_{of}")
+        return tuple(ops.linear(x, nn.read(w, x.dtype)) for w in weights)
+
+    def _raw_at_once(self, x):
+        """(keys, values) of select, window and compress, of one product, whose gradient is one."""
+        of = (self.w_k, self.w_v, self.w_k_window, self.w_v_window)
+        of += (self.w_k_compress, self.w_v_compress)
+        w = jnp.concatenate([nn.read(w, x.dtype) for w in of], axis=1)
+        raw = jnp.split(ops.linear(x, w), len(of), axis=2)
+        return [(raw[i], raw[i + 1]) for i in range(0, len(of), 2)]
+
+    def _window_keys(self, raw, positions):
+        k, v = raw
         if self.config.qk_norm:
             k = self.k_norm_window(k)
         return layers.rope(k, positions, self.config.rope), v
@@ -165,21 +128,52 @@ class NSA(grouped.Grouped):
         o = sum(o.astype(gates.dtype) * gates[:, :, i] for i, o in enumerate(outputs))
         return o.astype(x.dtype)
 
+    def _entries(self, raw, positions, chunks: blocks.Layout):
+        k, v = (phi(t, chunks) for phi, t in zip((self.phi_k, self.phi_v), raw, strict=True))
+        return self._entry_keys(k, jnp.take_along_axis(positions, chunks.starts, axis=1)), v
+
     def __call__(self, x: Float[Array, "B L D"], context: base.Context) -> Float[Array, "B L D"]:
         c, positions = self.config, context.positions
-        q, k, v = self._project(x, positions)
-        k_window, v_window = self._window_keys(x, positions)
-        window = self.window(q, k_window, v_window, context)
         chunks = blocks.layout(context.segments, positions, span=c.stride, stride=c.stride)
-        raw = (ops.linear(x, nn.read(w, x.dtype)) for w in (self.w_k_compress, self.w_v_compress))
-        k_entry, v_entry = (
-            phi(t, chunks) for phi, t in zip((self.phi_k, self.phi_v), raw, strict=True)
-        )
-        k_entry = self._entry_keys(k_entry, jnp.take_along_axis(positions, chunks.starts, axis=1))
+        size = ops.queries_at_once(x.shape[1])
+        if size is not None and chunks.starts.shape[1]:
+            return self._by_branches(x, context, chunks, size)
+        q, k, v = self._project(x, positions)
+        k_window, v_window = self._window_keys(self._raw(x, "window"), positions)
+        k_entry, v_entry = self._entries(self._raw(x, "compress"), positions, chunks)
+        window = self.window(q, k_window, v_window, context)
         compress, lse = self.compress(q, k_entry, v_entry, context, chunks, return_lse=True)
         select = self.select(q, k, v, context, chunks, k_entry, lse)
         o = self._gated(x, (compress, select, window))
         return ops.linear(o, nn.read(self.w_o, o.dtype), contract=2)
+
+    def _by_branches(self, x, context: base.Context, chunks: blocks.Layout, size: int):
+        """As `__call__`, its backward pass by chunks of queries."""
+        c, positions = self.config, context.positions
+        own, last, whole = self._raw_at_once(x)
+        k_entry, v_entry = self._entries(whole, positions, chunks)
+        q = jax.lax.stop_gradient(self._queries(x, positions))
+        entries = selection.entries_of(chunks, c.selected, x.shape[1])
+        far = {"k": k_entry, "v": v_entry, "segments_q": context.segments}
+        far |= {"segments_k": entries.segments, "ends_BxS": entries.ends}
+        options = {"stride": c.stride, "span": c.span, "scale": self._scale}
+        compress = [ops.Part("flash", far, options)]
+        k, v = self._window_keys(last, positions)
+        near = {"k": k, "v": v, "segments_q": context.segments}
+        window = [ops.Part("flash", near, {"scale": self._scale, "window": c.window})]
+        found = [(compress, *jax.lax.stop_gradient(ops.one_softmax(q, *compress)))]
+        k, v = self._turned(own, positions)
+        select = self._selected(q, k, v, context, chunks, k_entry, found[0][2])
+        for parts in (select, window):
+            found.append((parts, *jax.lax.stop_gradient(ops.one_softmax(q, *parts))))
+
+        def call(x, positions, shared, recall):
+            del shared
+            q = self._queries(x, positions)
+            o = self._gated(x, [recall(i, q)[0] for i in range(len(BRANCHES))])
+            return ops.linear(o, nn.read(self.w_o, o.dtype), contract=2)
+
+        return queries.by_chunks(call, x, positions, (), found, size)
 
     def window(self, q, k, v, context: base.Context) -> jax.Array:
         """The last tokens."""
@@ -222,17 +216,22 @@ class NSA(grouped.Grouped):
         self, q, k, v, context: base.Context, chunks: blocks.Layout, k_entry, lse
     ) -> jax.Array:
         """One softmax over the query's own block, causal inside, and the chosen whole ones."""
+        return ops.one_softmax(q, *self._selected(q, k, v, context, chunks, k_entry, lse))[0]
+
+    def _selected(
+        self, q, k, v, context: base.Context, chunks: blocks.Layout, k_entry, lse
+    ) -> list[ops.Part]:
         c = self.config
         ids = blocks.block_ids(context.segments, context.positions, c.block)
         own = {"k": k, "v": v, "ids_q": ids, "ids_k": ids}
         near = ops.Part("own_block", own, {"size": c.block, "scale": self._scale})
         if q.shape[1] <= c.block:
-            return ops.one_softmax(q, near)[0]
+            return [near]
         past = selection.past_of(context, c.block)
         chosen = selection.choose(q, k_entry, lse, chunks, past, c.selected, self._scale)
         far = {"k": k, "v": v, "blocks_BxLxGxN": chosen, "starts_BxM": past.layout.starts}
         options = {"block": c.block, "scale": self._scale}
-        return ops.one_softmax(q, near, ops.Part("block_sparse", far, options))[0]
+        return [near, ops.Part("block_sparse", far, options)]
 
     def seen_select(
         self, q, k, context: base.Context, chunks: blocks.Layout, k_entry, lse
@@ -280,7 +279,7 @@ class NSA(grouped.Grouped):
         # the window's keys lie in a ring
         ring = cache["k_window"].shape[1]
         place = jnp.mod(position, ring)
-        k, v = self._window_keys(x_Bx1xD, positions)
+        k, v = self._window_keys(self._raw(x_Bx1xD, "window"), positions)
         for name, new in (("k_window", k), ("v_window", v)):
             cache[name] = grouped.append(cache[name], new, place)
         near = jnp.mod(place - jnp.arange(ring), ring) <= position

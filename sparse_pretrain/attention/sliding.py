@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from sparse_pretrain import nn, spec
 from sparse_pretrain.attention import base, grouped
@@ -44,6 +45,20 @@ class Sliding(grouped.Grouped):
         super().__init__(config, width, keys, out_gain=out_gain)
         if config.sinks:
             self.sinks = nn.param(keys, (config.heads,), ("H",), value=0.0)
+
+    def __call__(self, x: Float[Array, "B L D"], context: base.Context) -> Float[Array, "B L D"]:
+        size = ops.queries_at_once(x.shape[1])
+        if size is None or self.config.softcap:
+            return super().__call__(x, context)
+        return self._by_chunks(x, context, size)
+
+    def parts(self, q, k, v, context: base.Context) -> list[ops.Part]:
+        """As `core`, without a cap."""
+        del q
+        arrays = {"k": k, "v": v, "segments_q": context.segments}
+        if self.config.sinks:
+            arrays["sinks_H"] = nn.read(self.sinks)
+        return [ops.Part("flash", arrays, {"scale": self._scale, "window": self.config.window})]
 
     def core(self, q, k, v, context: base.Context) -> jax.Array:
         """The window's tokens of the document."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from kernels_pallas import device
+from kernels_pallas import joined as _joined
 from kernels_pallas.block_sparse import block_sparse as _block_sparse
 from kernels_pallas.block_sparse.xla import keys_per_query as block_sparse_keys_per_query
 from kernels_pallas.compress import op as _compress
@@ -26,6 +27,7 @@ from kernels_pallas.grouped_matmul import rows_needed as group_rows
 from kernels_pallas.indexer import index_kl_dense as _index_kl_dense
 from kernels_pallas.indexer import index_kl_listed as _index_kl_listed
 from kernels_pallas.indexer import index_select as _index_select
+from kernels_pallas.indexer.xla import choice_per_query as index_choice_per_query
 from kernels_pallas.indexer.xla import keys_per_query as index_keys_per_query
 from kernels_pallas.sinkhorn import op as _sinkhorn
 from kernels_pallas.token_sparse import token_mass as _token_mass
@@ -60,6 +62,7 @@ __all__ = [
     "group_rows",
     "grouped_linear",
     "grouped_swiglu",
+    "index_choice_per_query",
     "index_keys_per_query",
     "index_kl_dense",
     "index_kl_listed",
@@ -72,11 +75,17 @@ __all__ = [
     "own_block_keys_per_query",
     "pool",
     "products_on_host",
+    "queries_at_once",
+    "recall",
     "rows_are_cut",
     "sinkhorn",
     "token_mass",
     "token_sparse",
 ]
+
+
+# Rows longer than this go by parts, so many of them.
+LONG_ROW, QUARTERS = 1024, 4
 
 
 # --- layouts ---
@@ -111,6 +120,16 @@ def rows_are_cut() -> bool:
     """Whether the tokens of one row lie on several devices."""
     placed = apply.current()
     return placed is not None and bool(placed.axes("L"))
+
+
+def queries_at_once(length: int) -> int | None:
+    """Of how many queries a layer's backward pass holds what belongs to them; None for all.
+
+    A quarter of a row, on one device and where XLA runs attention: kernels hold less by themselves.
+    """
+    if apply.current() is not None or device.platform() != "cpu" or length <= LONG_ROW:
+        return None
+    return -(-length // QUARTERS)
 
 
 # --- products ---
@@ -295,6 +314,11 @@ def one_softmax(q, *parts: Part):
     alone: dict[str, Callable] = {"flash": flash, "block_sparse": block_sparse}
     alone["token_sparse"] = token_sparse
     return joined.attend(q, parts, alone, _ring)
+
+
+def recall(q, parts, o, lse):
+    """What `one_softmax` gave before, with its gradients: `kernels_pallas.joined.recall`."""
+    return _joined.recall(q, parts, o, lse)
 
 
 def token_mass(q, kv, chosen, lse, **options):

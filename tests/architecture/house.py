@@ -81,7 +81,9 @@ HOMES = {
 
 # Modules beside the variants that are not variants themselves.
 SHARED = {
-    "attention": {"base", "blocks", "compressor", "grouped", "indexed", "selection"},
+    "attention": {
+        "base", "blocks", "compressor", "grouped", "indexed", "phi", "queries", "selection",
+    },
     "routing": {"base", "copies", "dispatch", "experts", "moe", "expert_parallel"},
 }
 MAY_BUILD_ON = {("attention.dsa", "attention.mla"), ("attention.csa", "attention.hca")}

@@ -7,6 +7,8 @@ import pytest
 
 from kernels_pallas import joined
 from kernels_pallas.flash import own
+from sparse_pretrain.sharding import joined as spread
+from sparse_pretrain.sharding import ops
 
 B, L, H, K, D, SIZE = 2, 24, 4, 2, 6, 4
 
@@ -71,8 +73,10 @@ def _dense(arrays, ids, chosen, listed):
     return o.reshape(B, L, H, D), lse.reshape(B, L, H)
 
 
-def test_four_ways_are_one_softmax_with_its_gradients(rng, monkeypatch):
-    monkeypatch.setattr(own, "QUERIES", 2 * SIZE)  # tiles, and several steps of them
+@pytest.fixture(scope="module")
+def four_ways():
+    """Where the parts are, the dense results in float64, and what gets results of an `attend`."""
+    rng = np.random.default_rng(11)
     where = _where(rng)
     with jax.enable_x64(True):
         arrays = _arrays(rng)
@@ -86,8 +90,29 @@ def test_four_ways_are_one_softmax_with_its_gradients(rng, monkeypatch):
             return jax.jit(jax.grad(loss, has_aux=True))(arrays)
 
         given = [jnp.asarray(x) for x in where]
-        got = results(lambda a: joined.attend(a["q"], _parts(a, *given)))
         want = results(lambda a: _dense(a, *where))
+    return given, want, results
+
+
+@pytest.mark.parametrize("way", ["joined", "recalled", "separate ops"])
+def test_four_ways_are_one_softmax_with_its_gradients(way, four_ways, monkeypatch):
+    """All parts as one; from what they gave before; and merged where one is another op's."""
+    monkeypatch.setattr(own, "QUERIES", 2 * SIZE)  # tiles, and several steps of them
+    given, want, results = four_ways
+    if way == "separate ops":
+        monkeypatch.setattr(spread, "_by_xla", lambda *_: False)
+        monkeypatch.setattr(joined, "attend", None)  # and is not
+
+    def attend(arrays):
+        parts = _parts(arrays, *given)
+        if way == "separate ops":
+            return ops.one_softmax(arrays["q"], *parts)
+        if way == "joined":
+            return joined.attend(arrays["q"], parts)
+        return joined.recall(arrays["q"], parts, *want[1])
+
+    with jax.enable_x64(True):
+        got = results(attend)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), got, want)
     assert all(np.abs(g).max() > 0.1 for g in jax.tree.leaves(got[0]))
 
