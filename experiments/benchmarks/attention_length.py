@@ -21,27 +21,35 @@ Method:   one layer of width 256 with 4 heads of 64 (one key head where heads sh
           FLOPs are those of products. XLA's count takes a loop's body once, so the core's are
           counted by executed_flops.py, which walks the program with values, up to --count-to.
 Measured: two cores without AMX (Intel Xeon, AVX-512 with bf16), jax 0.12.0.1, at raised priority
-          beside a load of about 12; rows in results/attention_length_no_amx.json, medians of 5
-          rounds at 4k and of 2 at 32k, one call at 64k. Core, forward and backward, over full's:
-          tokens        4k    32k    64k   before, 32k   break-even by 4k, 5x at 32k
-          moba        1.34   6.91  15.32   6.41          met, met
-          nsa         1.08   4.12   7.16   3.76          met, MISSED
-          csa         1.23   5.54   7.48   3.57          met, met
-          dsa         0.66   2.36   3.04   1.37          MISSED, MISSED
-          `before` is commit 64a104e in the same hour, over its own full attention, which took
-          25.1 s where it now takes 23.2; rows in results/attention_length_before.json. Since then
-          indexers choose by counting and not by a sort, heads are added up one by one (XLA:CPU
+          beside a load of 7 to 9; rows in results/attention_length_no_amx.json, medians of 4
+          rounds at 4k; at 32k one round (full: 18.9 s) and of commit dca8ce2, whose rows over 1,024
+          tokens went by parts, as now those over 4,096 do. 64k is older: one call, at 82b542c.
+          Core, forward and backward, over full's; `before` is 82b542c, in another hour:
+          tokens        4k    32k    64k   before, 4k, 32k   break-even by 4k, 5x at 32k
+          sliding            16.23                           not measured at 4k, met
+          hca                14.12                           not measured at 4k, met
+          moba        1.39   8.58  15.32   1.34, 6.91        met, met
+          nsa         1.09   4.73   7.16   1.08, 4.12        met, MISSED
+          csa         1.28   5.46   7.48   1.23, 5.54        met, met
+          dsa         0.56   2.12   3.04   0.66, 2.36        MISSED, MISSED
+          Indexers choose by counting and not by a sort, heads are added up one by one (XLA:CPU
           vectorises no sum along a dim that is not the last), tiles of blocks are transposed before
-          they are multiplied, and parts of one softmax share its denominator.
-          Peak memory, MB, at 4k, 32k and 64k: full 45, 300, 587; moba 59, 426, 856; nsa 119, 893,
-          1808; csa 85, 636, 1279; dsa 77, 605, 1176: MISSED. Before, at 32k: 362, 582, 1045, 755
-          and 639. nsa keeps three branches' keys, values and outputs.
-          Next: less kept by nsa, and dsa's scores of all pairs and gathers of one token at a time.
+          they are multiplied, parts of one softmax share its denominator, and the backward pass
+          holds the queries of a quarter of the row and makes them again (attention/queries.py).
+          By parts from 1,024 tokens on, medians of 3 rounds at 4k were moba 1.17, nsa 0.89, csa
+          0.93, dsa 0.49, sliding 2.06 and hca 1.79, and peaks 48, 81, 68, 65, 38 and 42 MB.
+          Peak memory, MB, at 4k: full 45, moba 53, nsa 102, csa 81, dsa 77: MISSED. At 32k: full
+          300, sliding 238 (met), hca 302, moba 313, nsa 516, csa 448, dsa 419: MISSED; before, moba
+          426, nsa 893, csa 636, dsa 605. What is left at 32k: XLA sets outputs of loops to 0 before
+          their turn (its scheduler for threads; without it nsa's peak is 409), block_sparse's 72 MB
+          of partial outputs, int32 lists of chosen tokens, and products' own scratch, 50 to 100 MB.
+          Full attention too would hold less by parts; it has none.
+          Next: that, and dsa's scores of all pairs: 1.2 s of its row of 16k, all else 1.5.
           On this machine the other lengths and kinds are not measured, so the growth bar is open;
-          from 32k to 64k alone time's exponent and its FLOPs' are moba 0.94 and 1.02, nsa 1.29 and
-          1.55, csa 1.66 and 1.48, dsa 1.73 and 1.73. Formula FLOPs against the count at 1k: moba 0,
-          nsa 3.1 %, csa 3.7 %, dsa -5.05 %, for the choice's small products are in no formula:
-          MISSED by a twentieth of a percent, where the table below has -4.9 %.
+          from 32k to 64k, at 82b542c, time's exponent and its FLOPs' are moba 0.94 and 1.02, nsa
+          1.29 and 1.55, csa 1.66 and 1.48, dsa 1.73 and 1.73. Formula FLOPs against the count at
+          1k: csa 0 and 3.7 %, dsa 0 and 3.3 %, forward and both (moba 0, nsa 3.1 % at 82b542c); not
+          counted above 1k since. The queries that are made again are in no formula.
           The table below is of the code before all that, on two cores with AMX, with torch 2.13;
           rows in results/attention_length.json, moba and nsa in a second run beside full, medians
           of 3 rounds:
