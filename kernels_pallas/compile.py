@@ -35,9 +35,9 @@ EXAMPLES = """examples:
 
 Each distinct program is compiled once: it is lowered first, and where the compiler of the same
 chip was given the same text before, by another spec or before a change of the source that changes
-nothing in it, its row says of which row it is a copy. A kernel's text names the lines it was written
-on, so one whose lines moved is compiled again. Sister chips share nothing: an H100 and an H200 are
-given the same text, but XLA fuses it by their bandwidths.
+nothing in it, its row says of which row it is a copy. A kernel's text names the lines it was
+written on, so one whose lines moved is compiled again. Sister chips share nothing: an H100 and an
+H200 are given the same text, but XLA fuses it by their bandwidths.
 
 What training runs comes first, on every chip, and of that the programs with kernels.
 
