@@ -42,9 +42,22 @@ def _train(run: Run, suffix: str, **overrides: Any) -> str:
     return shlex.join(["sparse-pretrain", "train", *kept, f"--workdir={workdir}"])
 
 
+def before_decay(run: Run) -> int:
+    """Steps until the rate leaves its peak for good; all of them for a rate that has no plateau.
+
+    While the rate falls the loss does so by itself, and says nothing of what more data would give.
+    """
+    rate = numbers(run.metrics, "lr")
+    if not len(rate) or not np.isfinite(rate).all():
+        return len(run.metrics)
+    plateau = int(np.flatnonzero(rate >= 0.99 * rate.max())[-1]) + 1
+    return plateau if plateau > 0.3 * len(rate) else len(rate)
+
+
 def still_falling(run: Run) -> float | None:
-    """Nats/token that the last tenth of the tokens gained per doubling; None for a short run."""
-    loss, tokens = numbers(run.metrics, "loss"), numbers(run.metrics, "tokens")
+    """Nats/token gained per doubling by the last tenth before the decay; None for a short run."""
+    steps = before_decay(run)
+    loss, tokens = (numbers(run.metrics, key)[:steps] for key in ("loss", "tokens"))
     if len(loss) < 50:
         return None
     curve = smooth(loss, max(5, len(loss) // 30))
@@ -70,9 +83,10 @@ def suggest(run: Run) -> list[Suggestion]:
     found += _balance(run, config)
     gain = still_falling(run)
     if gain is not None and gain > 0.02:
+        decays = before_decay(run) < len(run.metrics)
         why = (
             f"The loss was still falling by {gain:.2f} nats/token per doubling of the data at "
-            "the end: train longer"
+            f"the {'end of the peak rate' if decays else 'end'}: train longer"
         )
         found.append(_longer(run, config, why))
     tokens = run.result("tokens")

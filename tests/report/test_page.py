@@ -274,7 +274,18 @@ def test_still_falling_measures_gain_per_doubling(tmp_path, fake_run):
     for r in rows:
         r["loss"] = 5.0 - 0.3 * float(np.log2(r["tokens"]))
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert advice.still_falling(workdir.read(tmp_path / "a")) == pytest.approx(0.3, rel=0.05)
+    run = workdir.read(tmp_path / "a")
+    assert advice.still_falling(run) == pytest.approx(0.3, rel=0.05)
+    # a rate that decays makes the loss fall by itself: that part is not measured
+    for i, r in enumerate(rows):
+        r["lr"] = 0.01 * min(1.0, (i + 1) / 50, 2 * (1 - i / 1000))
+        r["loss"] -= 2.0 * max(0, i - 500) / 500
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run = workdir.read(tmp_path / "a")
+    assert 500 <= advice.before_decay(run) <= 506
+    assert advice.still_falling(run) == pytest.approx(0.3, rel=0.15)
+    why = next(s.why for s in advice.suggest(run) if "falling" in s.why)
+    assert "at the end of the peak rate" in why
 
 
 def falling(path, fake_run, **derived):
