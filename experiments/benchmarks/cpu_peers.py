@@ -35,8 +35,8 @@ NOISY = 0.4  # cores others may use before a comparison means nothing
 # latter itself, with `device.keep_memory`).
 TUNED = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16384",
-    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_MMAP_THRESHOLD_": str(2**31 - 1),
     "MALLOC_ARENA_MAX": "1",
 }
 PRECISIONS = ("fp32", "autocast", "bf16")
