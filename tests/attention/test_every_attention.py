@@ -281,8 +281,12 @@ def test_packed_documents_equal_separate_runs(kind, changes, rng):
         assert where.size
         alone[n, : where.size], count[n] = np.asarray(x)[n // 3, where], where.size
     order = np.broadcast_to(np.arange(LENGTH, dtype=np.int32)[None], (6, LENGTH))
-    separate = base.Context(jnp.asarray((order < count).astype(np.int32)), jnp.asarray(order))
-    separate = np.asarray(run(jnp.asarray(alone), separate))
+    real = (order < count).astype(np.int32)
+    pairs = [  # of rows, for the program that is compiled already
+        run(jnp.asarray(alone[i : i + 2]), base.Context(*map(jnp.asarray, (r, o))))
+        for i, r, o in ((i, real[i : i + 2], order[i : i + 2]) for i in (0, 2, 4))
+    ]
+    separate = np.concatenate(pairs)
     for n, where in enumerate(places):
         close(together[n // 3, where], separate[n, : where.size])
     assert (segments == 0).any()
@@ -292,14 +296,12 @@ def test_packed_documents_equal_separate_runs(kind, changes, rng):
 @every
 def test_decoding_equals_the_parallel_forward(kind, changes, rng):
     variant, config, definition, params = made(kind, changes)
-    length = 20
-    x = jnp.asarray(rng.normal(size=(2, length, WIDTH)), jnp.float32)
-    context = one_document(2, length)
-    parallel = compiled(definition)(params, x, context)
-    sizes = variant.cache_shapes(config, WIDTH, 2, length)
+    x = jnp.asarray(rng.normal(size=(2, LENGTH, WIDTH)), jnp.float32)
+    parallel = np.asarray(compiled(definition)(params, x, one_document(2, LENGTH)))
+    sizes = variant.cache_shapes(config, WIDTH, 2, LENGTH)
     cache = {name: jnp.zeros(size, jnp.float32) for name, size in sizes.items()}
     step = jax.jit(lambda x, cache, t: definition.merge(params, {}).decode(x, cache, t))
-    for t in range(length):
+    for t in range(LENGTH):
         y, cache = step(x[:, t : t + 1], cache, jnp.int32(t))
         close(y[:, 0], parallel[:, t])
     assert {name: c.shape for name, c in cache.items()} == sizes
@@ -371,5 +373,6 @@ def test_it_fits_the_house(kind, changes):
     run, x = compiled(definition), x.astype(jnp.bfloat16)
     y = jax.eval_shape(run, params, x, context)
     assert (y.shape, y.dtype) == (x.shape, jnp.bfloat16)
-    if changes == next(iter(SETTINGS.get(kind, {"default": {}}).values())):
+    # the others' bfloat16 is held to dense attention
+    if kind in OWN_ORACLE and changes == next(iter(SETTINGS[kind].values())):
         assert np.isfinite(np.asarray(run(params, x, context), np.float32)).all()
