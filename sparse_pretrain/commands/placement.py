@@ -74,13 +74,17 @@ def run(args: argparse.Namespace) -> int:
         raise errors.Usage(f"--trace: {str(path)!r} recorded no loads: the run has no experts")
     load = traces.from_rows(found.moe)
     steps, layers, experts = load.shape
-    setting = policies.Setting(
-        experts=experts,
-        devices=args.devices,
-        slots=policies.slots_for(experts, args.devices, args.redundant),
-        nodes=args.nodes,
-        groups=placement.groups(found),
-    )
+    try:
+        setting = policies.Setting(
+            experts=experts,
+            devices=args.devices,
+            slots=policies.slots_for(experts, args.devices, args.redundant),
+            nodes=args.nodes,
+            groups=placement.groups(found),
+        )
+        policies.split(steps, args.window)
+    except ValueError as e:  # its fields are this command's options
+        raise errors.Usage(f"--{e}") from None
     costs = placement.costs(found)
     share, share_is = args.expert_share, "as given"
     if share is None:

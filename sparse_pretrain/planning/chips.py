@@ -67,6 +67,7 @@ _CHIPS = (
 )  # fmt: skip
 CHIPS = {chip.name: chip for chip in _CHIPS}
 HERE = "cpu"
+MEASURED = "measured bfloat16 matmul"
 MOST = 2**20  # chips that a fleet may have
 
 
@@ -135,7 +136,8 @@ def here() -> Chip:
     rate, stream = _measure(), _stream()
     return Chip(
         HERE, ("cpu",), rate, 0, _memory(), stream, stream, stream, 1, 0, 0,
-        "measured: a bfloat16 product of 1,024 rows and a sum of 256 MB",
+        "measured: bfloat16 products of up to 1,024 rows (8,192 on an accelerator) and a sum of "
+        "256 MB",
     )  # fmt: skip
 
 
@@ -144,15 +146,30 @@ def peak_flops() -> tuple[float, str]:
     """(FLOP/s of all local devices together, where the number comes from)."""
     chip = here()
     if chip.name == HERE:
-        return chip.bf16, "measured bfloat16 matmul"
+        return chip.bf16, MEASURED
     devices = 2 if chip.name == "tpu7x" else 1  # JAX's devices of one chip
     return chip.bf16 / devices * jax.device_count(), f"{chip.name} data sheet, bfloat16 dense"
 
 
-def _measure(size: int = 1024, seconds: float = 0.15) -> float:
-    """Best rate of a square bfloat16 matmul on the default device; simulated devices share it."""
-    x = jnp.ones((size, size), jnp.bfloat16)
-    return 2 * size**3 / _best(jax.jit(lambda a: a @ a), x, seconds)
+def peak_again() -> float:
+    """As `peak_flops`, of a device without a data sheet measured once more: the better of the two.
+
+    A measurement is short, and may fall in a moment in which the machine was busy.
+    """
+    peak, source = peak_flops()
+    return max(peak, _measure()) if source == MEASURED else peak
+
+
+def _measure(seconds: float = 0.1) -> float:
+    """Best rate of square bfloat16 matmuls on the default device; simulated devices share it.
+
+    On a busy CPU the small one is done within a slice of its time, where the large one is cut.
+    """
+    sizes = (512, 1024) if jax.devices()[0].platform == "cpu" else (4096, 8192)
+    step, rates = jax.jit(lambda a: a @ a), []
+    for size in sizes:
+        rates.append(2 * size**3 / _best(step, jnp.ones((size, size), jnp.bfloat16), seconds))
+    return max(rates)
 
 
 def _stream(size: int = 1 << 26, seconds: float = 0.15) -> float:

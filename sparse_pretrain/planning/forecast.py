@@ -176,7 +176,14 @@ def _called(row: Mapping[str, Any]) -> str:
 
 
 def said(row: Mapping[str, Any], law: str) -> list[str]:
-    """A forecast loss in words, what it says of tasks, and where both are known to hold."""
+    """A forecast loss in words, what it says of tasks, and where both are known to hold.
+
+    Where nothing supports the law there is no number: a hundredth of its sizes is off by nats.
+    """
+    if row["validity"].startswith(accuracy.OUTSIDE):
+        return [
+            f"No loss is forecast: {row['validity']}, by the law of {law}; --fit names another."
+        ]
     low, high = row["interval"]
     return [
         f"The forecast is {row['loss']:.3f} nats a token [{low:.3f}, {high:.3f}], "
@@ -199,7 +206,7 @@ def sentences(told: dict[str, Any]) -> str:
         f"{_called(t)}, on {summary._short(t['tokens'])} tokens ({summary._short(low)} to "
         f"{summary._short(high)}, as steps take).",
         *said(t, t["law"]),
-        f"Within {NEAR} of that are {', '.join(t['as_good'])}.",
+        f"By the law {', '.join(t['as_good'])} are within {NEAR} nats of the best.",
         f"Its step of {t['batch']} rows of {t['seq']} takes {t['step_seconds']:.3g} s under "
         f"{t['plan']}, bound by {t['bound_by']}.",
         f"To train it: sparse-pretrain train --config={t['config']}{flags} --plan={t['plan']}"

@@ -28,6 +28,8 @@ from sparse_pretrain.training import (
     state,
 )
 
+AGAIN = 20.0  # seconds of training after which measuring the peak once more costs next to nothing
+
 
 def train(
     experiment: config.Experiment,
@@ -94,7 +96,6 @@ class Trainer:
         self.p, self.workdir, self.quiet = prepared, workdir, quiet
         self.experiment = prepared.experiment
         self.steps = prepared.run.steps
-        workdir.mkdir(parents=True, exist_ok=True)
         c = self.experiment.checkpoint
         self.saver = checkpoint.Checkpointer(workdir, every=c.every, keep=c.keep, best=c.best)
         self.config_dict = self.experiment.to_dict()
@@ -104,6 +105,7 @@ class Trainer:
         if self.experiment.placement.every:
             where = run.placing(self.experiment, prepared.placed)
             self.replacer = replace.Replacer(where, prepared.definition, prepared.placed)
+        self.peak = 0.0  # FLOP/s, as measured before the first step
         self.scores: dict[str, Any] | None = None  # of the last evaluation
         self.begun = False  # whether the workdir is known to be this run's, and run.json its record
 
@@ -316,7 +318,7 @@ class Trainer:
             "train_loss": float(np.mean([r["loss"] for r in steps[-20:]])),
             **rows.batch_balance(steps),
             "tokens_per_second": tokens / seconds if seconds else 0.0,
-            "mfu": float(np.median([r["mfu"] for r in steps])),
+            "mfu": float(np.median([r["mfu"] for r in steps])) * self._peak_ratio(training),
             "compile_seconds": self.record.total("compile_seconds"),
             "train_seconds": training,  # of steps that stayed, not of those a crash undid
             "train_cpu_seconds": rows.cpu_seconds(steps),
@@ -333,6 +335,10 @@ class Trainer:
         record.write_json(self.workdir / "summary.json", summary)
         self.record.write(status="finished", error=None)
         return summary
+
+    def _peak_ratio(self, seconds: float) -> float:
+        """What the peak that rows were written by is of that known now; a long run asks again."""
+        return self.peak / chips.peak_again() if self.peak and seconds > AGAIN else 1.0
 
     def _sample(self, train_state) -> dict[str, Any] | None:
         from sparse_pretrain.interop import generate

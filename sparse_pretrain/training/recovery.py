@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -20,14 +20,24 @@ from sparse_pretrain import shapes
 def alone(workdir: Path):
     """Holds the workdir for this process, which the system lets go of however it ends.
 
+    It is made where it is not there, and goes again when nothing was written to it.
     Errors: ValueError naming the workdir and the other process when one is writing there.
     """
-    if fcntl is None:
-        yield
-        return
-    with open(workdir / ".lock", "a+") as file:
+    with contextlib.ExitStack() as stack:
+        if not workdir.exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.callback(_remove_empty, workdir)
+        if fcntl is None:
+            yield
+            return
+        path = workdir / ".lock"
+        file = stack.enter_context(open(path, "a+"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # one that ended in between has taken its file away: hold the one that others will find
+            while not _names(path, file):
+                file = stack.enter_context(open(path, "a+"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             other = file.read().strip() or "unknown"
@@ -37,10 +47,23 @@ def alone(workdir: Path):
         except OSError:  # a file system without locks
             yield
             return
+        stack.callback(path.unlink, missing_ok=True)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _names(path: Path, file: IO[str]) -> bool:
+    """Whether the path still leads to this open file."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    return False
 
 
 class RunFailed(RuntimeError):

@@ -207,6 +207,7 @@ def test_missing_folder_unknown_source_and_wrong_form(tmp_path, cache):
         ("text_folder", "does not have the form text_folder:PATH"),
         ("python_stdlib:3", "does not have the form python_stdlib"),
         ("wikipedia", "is unknown; known: python_stdlib, python_packages, text_folder:PATH"),
+        ("synthetic", r"is unknown; known: .*, tfds:NAME\[/CONFIG\], synthetic:TASK$"),
     ]:
         with pytest.raises(ValueError, match=words):
             corpus.open_corpus(source, cache)

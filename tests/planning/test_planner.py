@@ -346,6 +346,10 @@ def test_a_plan_forecasts_the_loss_by_a_fit_that_ships(capsys):
     assert code == 0
     assert "The forecast is" in out
     assert "outside validity: no task was scored" in out
+    code, out, _ = planned(capsys, "--config=llama:512x8", "--chips=h100:8", "--tokens=1e6")
+    assert code == 0
+    assert "No loss is forecast: outside validity: " in out
+    assert "nats a token" not in out
     code, _, err = planned(capsys, "--config=llama:512x8", "--chips=h100:8", "--fit=nowhere")
     assert code == 2
     assert err.startswith("error: --fit: there is no file nowhere; fits that ship: chinchilla")

@@ -285,6 +285,7 @@ def test_what_is_refused_leaves_the_workdir_alone(text, whole, tmp_path):
         with pytest.raises(ValueError, match=r"optim.lr: 0.01 there, 0.02 here"):
             _train(experiment(text, optim={"kind": "muon", "lr": 0.02}), tmp_path)
         assert (tmp_path / "run.json").read_bytes() == before
+        assert not (tmp_path / ".lock").exists()
     (tmp_path / "run.json").unlink()  # the checkpoint knows its config too
     with pytest.raises(ValueError, match=r"optim.lr: 0.01 there"):
         _train(experiment(text, optim={"kind": "muon", "lr": 0.02}), tmp_path)
@@ -307,6 +308,9 @@ def test_one_process_at_a_time(text, tmp_path):
         "    print('held', flush=True)\n"
         "    time.sleep(60)\n"
     )
+    with recovery.alone(tmp_path / "new" / "folder"):
+        assert (tmp_path / "new" / "folder" / ".lock").exists()
+    assert list((tmp_path / "new").iterdir()) == []  # nothing was written there
     other = subprocess.Popen([sys.executable, "-c", body], stdout=subprocess.PIPE, text=True)
     with other:
         assert other.stdout.readline() == "held\n"

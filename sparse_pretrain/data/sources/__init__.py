@@ -10,6 +10,8 @@ from sparse_pretrain.data.sources.packages import Packages
 from sparse_pretrain.data.sources.prepared import Prepared
 from sparse_pretrain.data.sources.stdlib import Stdlib
 
+SYNTHETIC = "synthetic:TASK"  # made and not read: data/synthetic.py
+
 __all__ = ["TABLE", "Raw", "Source", "digest", "parse"]
 
 # Name -> (form in messages, constructor from the whole source string).
@@ -28,7 +30,7 @@ def parse(spec: str) -> Source:
     """
     name, colon, argument = spec.partition(":")
     if name not in TABLE:
-        known = ", ".join(form for form, _ in TABLE.values())
+        known = ", ".join([*(form for form, _ in TABLE.values()), SYNTHETIC])
         raise ValueError(f"data.source={spec!r} is unknown; known: {known}")
     form, make = TABLE[name]
     if (":" in form) != bool(colon and argument.strip()):
