@@ -83,19 +83,23 @@ def run(args: argparse.Namespace) -> int:
     if args.law in SETTINGS:
         return setting(args)
     from sparse_pretrain.commands import status
-    from sparse_pretrain.report import fits as page
-    from sparse_pretrain.scaling import forecast
-    from sparse_pretrain.scaling.fit import accuracy, fitting, laws, tables, workdirs
+    from sparse_pretrain.scaling.fit import laws, tables
 
+    # mistakes first: what comes after imports jax, which takes seconds
     extra = laws.find(args.law).columns[2:]
     left: list[str] = []
-    curves: list[accuracy.Curve] = []
     if args.csv:
         where = Path(args.csv).expanduser()
         table = tables.read_csv(where, extra)
     else:
         where = folder_of(args)
         table, left = tables.from_runs(where, extra)
+    from sparse_pretrain.report import fits as page
+    from sparse_pretrain.scaling import forecast
+    from sparse_pretrain.scaling.fit import accuracy, fitting, workdirs
+
+    curves: list[accuracy.Curve] = []
+    if args.runs:
         if args.tasks is not None:
             score(where, args.tasks)
         curves = accuracy.of_rows(workdirs.rows(where)[0], bootstrap=args.bootstrap)

@@ -1,6 +1,8 @@
 """The fits: derivatives by differences, planted laws recovered, outliers by the stated rule."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -227,6 +229,8 @@ def test_columns_go_by_many_names(header, tmp_path):
         ("params,loss\n1,2\n", "two of `params`"),
         ("N,D,loss\n1,2,x\n", "line 2: loss: not a number, got 'x'"),
         ("N,D,loss\n1,-2,3\n", "line 2: D: must be positive, got -2"),
+        ("N,D,loss\n1,2,3\n\n1,x,3\n", "line 4: D: not a number, got 'x'"),
+        ("N,D,loss\n,,,more\n", "holds no rows"),
         ("N,D,loss\n", "holds no rows"),
         ("N,D,loss\n1e8,1e9,3\n2e8,1e9,2.9\n", "the law chinchilla has 5 parameters"),
         ("N,D,loss\n" + "1e8,1e9,3\n" * 9, "params: is the same in all runs"),
@@ -239,6 +243,28 @@ def test_a_bad_table_is_one_line(text, said, tmp_path, capsys):
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_a_mistake_is_told_before_jax_is_imported(tmp_path):
+    """Its import takes seconds, and minutes on a busy machine."""
+    (tmp_path / "bad.csv").write_text("a,b\n")
+    code = (
+        "import sys\nfrom sparse_pretrain import cli\n"
+        "for wrong in (['--csv=nowhere.csv'], ['--csv=bad.csv'], ['nowhere'], "
+        "['--csv=bad.csv', '--law=foo']):\n"
+        "    assert cli.main(['fit', *wrong]) == 2\n"
+        "assert 'jax' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for line, part in zip(
+        done.stderr.splitlines(),
+        ("no file nowhere.csv", "has the columns a, b", "not a folder", "'foo' is not one of"),
+        strict=True,
+    ):
+        assert part in line
 
 
 def test_the_command_prints_json_and_writes_a_page(noisy, tmp_path, capsys):

@@ -106,7 +106,11 @@ def read_csv(path: Path | str, extra: Sequence[str] = ()) -> Table:
     missing = [name for name in extra if name not in header]
     if missing:
         raise ValueError(f"csv: {path} has no column {missing[0]!r}; it has {', '.join(header)}")
-    rows = [row for row in reader if any((v or "").strip() for v in row.values() if v is not None)]
+    # by their line in the file, which is not their number where there are blank lines
+    rows: dict[int, dict[str, Any]] = {}
+    for row in reader:
+        if any(v.strip() for v in row.values() if isinstance(v, str)):
+            rows[reader.line_num] = row
     if not rows:
         raise ValueError(f"csv: {path} holds no rows")
     read = {key: _numbers(rows, name, path) for key, name in chosen.items() if name}
@@ -127,9 +131,9 @@ def _find(header: Sequence[str], names: Sequence[str]) -> str | None:
     return next((plain[name] for name in names if name in plain), None)
 
 
-def _numbers(rows: Sequence[Mapping[str, Any]], name: str, path: Path) -> np.ndarray:
+def _numbers(rows: Mapping[int, Mapping[str, Any]], name: str, path: Path) -> np.ndarray:
     out = []
-    for line, row in enumerate(rows, 2):
+    for line, row in rows.items():
         try:
             out.append(float(row[name]))
         except (TypeError, ValueError):
