@@ -14,10 +14,12 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,7 +33,12 @@ EXAMPLES = """examples:
   python -m kernels_pallas.compile --target h200 --op grouped_matmul --backend mosaic_gpu
   python -m kernels_pallas.compile --target h100 v5p --op flash --spec mla_256 long_4k
   python -m kernels_pallas.compile --target all --json > compiled.json
-  python -m kernels_pallas.compile --keep rows.jsonl --markdown > kernels_pallas/COMPILED.md
+  python -m kernels_pallas.compile --kept-only --markdown > kernels_pallas/COMPILED.md
+
+Going through all takes hours; a run that was stopped is started again and goes on. Every row is
+kept as it is done: in a checkout in kernels_pallas/compiled.jsonl, which belongs to the repository,
+elsewhere in the file that --keep names. What is kept of the same source, shapes and versions is not
+compiled again, but what failed is. Runs beside each other, of different chips, may share a file.
 
 Each distinct program is compiled once: it is lowered first, and where the compiler of the same
 chip was given the same text before, by another spec or before a change of the source that changes
@@ -39,7 +46,8 @@ nothing in it, its row says of which row it is a copy. A kernel's text names the
 written on, so one whose lines moved is compiled again. Sister chips share nothing: an H100 and an
 H200 are given the same text, but XLA fuses it by their bandwidths.
 
-What training runs comes first, on every chip, and of that the programs with kernels.
+What training runs comes first, on every chip, and of that the programs with kernels; then
+the small awkward workloads, on one chip of each family first.
 
 columns: seconds to compile; temp, what a call takes beside arguments and results; how many Mosaic
 kernels are in it, and on a GPU the most registers of a thread at entry and shared memory of a block
@@ -48,6 +56,11 @@ useful FLOPs over the chip's bfloat16 peak and arguments and results over its ba
 
 exit status: 0 when all compiled, 1 when something did not that was not declared, or a kernel
 spills or has its asynchronous products serialized, 2 for arguments or packages."""
+
+# Rows that belong to the repository, in a checkout of it.
+RECORD = Path(__file__).with_name("compiled.jsonl")
+# One chip of each family: its sisters' compilers differ in numbers.
+FIRST = ("h100", "b200", "v5p")
 
 # (op, spec or None for all, direction or None for both, platform): why a compiler cannot be asked.
 DECLARED: dict[tuple[str, str | None, str | None, str], str] = {}
@@ -154,7 +167,8 @@ def compile_case(case: Case, direction: str, chip: Chip, sharding: Any,
                 *_placed((arguments, arrays, cotangent), sharding))
             # The chip with all that its compiler is told of it, and the program: the same text for
             # the same chip is the same result.
-            row.program = hashlib.sha256(f"{chip}\n{lowered.as_text()}".encode()).hexdigest()
+            text = f"{chip}\n{lowered.as_text()}"
+            row.program = hashlib.sha256(text.encode()).hexdigest()[:20]
             same = kept and kept.same(row)
             if same:
                 return _with_roofline(same, chip)
@@ -200,28 +214,64 @@ def _one(chip: Chip) -> Any:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
-def _turn(chip: Chip, case: Case, backend: str | None) -> tuple[bool, bool]:
-    """Order compilations: what training runs first, and of that what has kernels of ours."""
-    del chip
-    return not case.main, backend in (None, "xla")
+def _turn(chip: Chip, case: Case, backend: str | None) -> tuple[bool, bool, bool]:
+    """Order compilations: what training runs first, and of that what has kernels of ours; small
+    workloads on one chip of a family before its sisters."""
+    return (not case.main, not case.main and chip.name not in FIRST, backend in (None, "xla"))
 
 
 def compile_for(chip: Chip, jobs: Sequence[tuple[Case, str | None]], kept: Kept, *,
-                known_only: bool = False) -> Iterator[Row]:
+                known_only: bool = False) -> Iterator[tuple[Row, bool]]:
     """Compile these cases with these backends for a chip, one row for each direction.
 
-    `known_only` skips what `kept` does not hold.
+    With each row whether it was compiled now. `known_only` takes what `kept` holds, if need be of
+    an earlier source, and skips the rest.
     """
     for case, backend in jobs:
         for direction in case.directions:
             key = kept.key(case, direction, chip, backend)
-            row = kept.get(key)
-            if row is None and known_only:
-                continue
-            if row is None:
+            row = kept.get(key, failed=known_only)
+            new = row is None and not known_only
+            if new:
                 row = compile_case(case, direction, chip, _one(chip), backend, kept)
                 kept.add(key, row)
-            yield row
+            elif row is None:
+                row = kept.before(case, direction, chip, backend)
+            if row is not None:
+                yield row, new
+
+
+class _Progress:
+    """What is done and about how long the rest will take: a bar on a terminal, lines elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.new = total, 0, 0
+        self.start = time.monotonic()
+        self.bar = sys.stderr.isatty()
+
+    def __call__(self, row: Row, new: bool) -> None:
+        """Tell one more row; what was kept is told on terminals only."""
+        self.done, self.new = self.done + 1, self.new + new
+        left = ""
+        if self.new and self.done < self.total:
+            each = (time.monotonic() - self.start) / self.new
+            left = f", {_duration(each * (self.total - self.done))} left at most"
+        name = f"{row.target} {row.op} {row.spec} {row.direction} {row.backend or ''}".rstrip()
+        counted = f"{self.done}/{self.total}"
+        if self.bar:
+            full = round(20 * self.done / self.total)
+            line = f"{'#' * full}{'.' * (20 - full)} {counted}{left}: {name}"
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r{line[:width]:<{width}}", end="", file=sys.stderr, flush=True)
+            if row.failed or self.done == self.total:
+                print(f"\r{name}: {row.state}"[:width].ljust(width), file=sys.stderr)
+        elif new:
+            print(f"{counted}{left} {name}: {row.state}", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -236,11 +286,12 @@ def _parser() -> argparse.ArgumentParser:
                         help="workloads in each op's specs.py, all unless named")
     parser.add_argument("--backend", metavar="NAME",
                         help="this backend only, where it can; all that the chip runs unless named")
-    parser.add_argument("--keep", metavar="FILE",
+    parser.add_argument("--keep", metavar="FILE", default=str(RECORD) if RECORD.exists() else None,
                         help="keep every row here as it is done, and do not compile again what is "
-                             "here from before: of the same source, shapes and versions")
+                             "here from before (default: %(default)s; '' keeps nothing)")
     parser.add_argument("--kept-only", action="store_true",
-                        help="print what --keep's file holds of what is asked, compile nothing")
+                        help="compile nothing: print what is kept of what is asked, also of an "
+                             "earlier source, and say so")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON and not a table")
     form.add_argument("--markdown", action="store_true", help="print a page and not a table")
@@ -281,13 +332,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             ([options.backend] if options.backend else backends_for(case, chip, named=named))]
     total = sum(len(case.directions) for _, case, _ in jobs)
     done: dict[int, list[Row]] = {}
+    tell = _Progress(total)
     for n in sorted(range(len(jobs)), key=lambda n: _turn(*jobs[n])):  # in order where they tie
         chip, case, name = jobs[n]
         done[n] = []
-        for row in compile_for(chip, [(case, name)], kept, known_only=options.kept_only):
+        for row, new in compile_for(chip, [(case, name)], kept, known_only=options.kept_only):
             done[n].append(row)
-            print(f"{sum(map(len, done.values()))}/{total} {row.target} {row.op} {row.spec} "
-                  f"{row.direction}: {row.state}", file=sys.stderr, flush=True)
+            tell(row, new)
     rows = [row for n in sorted(done) for row in done[n]]
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))

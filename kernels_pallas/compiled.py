@@ -48,6 +48,7 @@ class Row:
     error: str | None = None
     program: str | None = None  # digest of what the compiler was given
     same_as: str | None = None  # the row this program was compiled for
+    earlier: str | None = None  # of which other source it is, None for today's
 
     @property
     def name(self) -> str:
@@ -111,10 +112,15 @@ def _sources(root: Path) -> dict[str, bytes]:
         for folder, text in texts.items()}
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
 class Kept:
     """Rows in a file, one JSON object a line: what a command that was stopped goes on from.
 
-    A row is found again only for the same chip, shapes, versions and source files of its op.
+    A row is found again only for the same chip, shapes, versions and source files of its op. Fields
+    at their default are left out, and versions are a line of their own that rows name.
     Several commands may write to one file.
     Errors: ValueError for a file that holds something else, OSError for one that cannot be used.
     """
@@ -123,19 +129,32 @@ class Kept:
         self._file = Path(path) if path else None
         self._rows: dict[str, Row] = {}
         self._programs: dict[str, Row] = {}
+        self._latest: dict[tuple[Any, ...], Row] = {}
         root = Path(__file__).parent
         sources = _sources(root)
         self._digests = {folder: hashlib.sha256(sources[""] + text).hexdigest()
                          for folder, text in sources.items()}
         self._versions = versions()
+        self._by = _digest(json.dumps(self._versions))[:8]
+        known = set()
         if self._file is not None:
             self._file.touch()
             for number, line in enumerate(self._file.read_text().splitlines(), 1):
                 try:
                     entry = json.loads(line)
-                    self._remember(entry["key"], Row(**entry["row"]), entry.get("versions"))
+                    if "versions" in entry:
+                        known.add(entry["by"])
+                    else:
+                        self._remember(entry["key"], Row(**entry["row"]), entry["by"])
                 except (ValueError, TypeError, KeyError):
                     raise ValueError(f"--keep {path}: line {number} is not a row") from None
+        if self._file is not None and self._by not in known:
+            self._write({"by": self._by, "versions": self._versions})
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        assert self._file is not None
+        with self._file.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
 
     def key(self, case: Case, direction: str, chip: Chip, backend: str | None) -> str:
         """Return what tells this compilation from any other."""
@@ -146,12 +165,18 @@ class Kept:
         parts = (chip, case.op.name, case.spec, direction, backend, arguments,
                  json.dumps(self._versions), self._digests.get(folder),
                  self._digests[backend or ""] if backend in _SHARED.values() else "")
-        return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:20]
+        return _digest("\n".join(map(repr, parts)))
 
-    def get(self, key: str) -> Row | None:
-        """Return the row kept under a key, or None. One that failed is tried again."""
+    def get(self, key: str, *, failed: bool = False) -> Row | None:
+        """Return the row kept under a key, or None. One that failed is tried again, unless asked
+        for."""
         row = self._rows.get(key)
-        return None if row is None or row.failed else row
+        return None if row is None or (row.failed and not failed) else row
+
+    def before(self, case: Case, direction: str, chip: Chip, backend: str | None) -> Row | None:
+        """Return the last row of these versions whatever source it was of, marked as such."""
+        row = self._latest.get((chip.name, case.op.name, case.spec, direction, backend))
+        return row and dataclasses.replace(row, earlier=row.earlier or "earlier source")
 
     def same(self, row: Row) -> Row | None:
         """Return the row that this one's program gives, of the program as it was compiled before.
@@ -168,19 +193,21 @@ class Kept:
         return dataclasses.replace(found, **own, backend=row.backend, seconds=0.0,
                                    same_as=found.name)
 
-    def _remember(self, key: str, row: Row, compiled_by: Any) -> None:
+    def _remember(self, key: str, row: Row, by: str) -> None:
         if key:
             self._rows[key] = row
-        if row.program and not row.failed and not row.same_as and compiled_by == self._versions:
-            self._programs.setdefault(row.program, row)
+        if by == self._by:
+            self._latest[row.target, row.op, row.spec, row.direction, row.backend] = row
+            if row.program and not row.failed and not row.same_as:
+                self._programs.setdefault(row.program, row)
 
     def add(self, key: str, row: Row) -> None:
         """Keep a row at once, so that it is there when this process ends."""
-        self._remember(key, row, self._versions)
+        self._remember(key, row, self._by)
         if self._file is not None:
-            entry = {"key": key, "versions": self._versions, "row": dataclasses.asdict(row)}
-            with self._file.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+            told = {f.name: value for f in dataclasses.fields(row)
+                    if (value := getattr(row, f.name)) not in (f.default, {})}
+            self._write({"key": key, "by": self._by, "row": told})
 
 
 def amount(n: float | None, unit: str = "") -> str:
@@ -202,9 +229,10 @@ def _cells(row: Row) -> tuple[str, ...]:
               (row.kernels or None, row.registers, row.shared_bytes, row.spilled_bytes)]
     state = ("FAILED" if row.error else "refused" if row.seconds is None else
              f"as {row.same_as}" if row.same_as else "")
+    state = state or f"{row.seconds:.2f}"
     return (row.target, row.op, row.spec, row.direction, row.backend or "-",
-            state or f"{row.seconds:.2f}", amount(row.temp_bytes, "B"), *kernel,
-            amount(row.roofline_seconds, "s"), amount(row.flops))
+            f"{state} ({row.earlier})" if row.earlier else state, amount(row.temp_bytes, "B"),
+            *kernel, amount(row.roofline_seconds, "s"), amount(row.flops))
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -234,10 +262,11 @@ def markdown(rows: Sequence[Row], asked: int | None = None) -> str:
     counts: dict[tuple[str, str], collections.Counter[str]] = {}
     for row in rows:
         count = counts.setdefault((row.target, row.backend or "none"), collections.Counter())
-        count.update([row.state, "same" if row.same_as else ""])
+        count.update([row.state, "same" if row.same_as else "", "earlier" if row.earlier else ""])
         count["seconds"] += round(row.seconds or 0)
         count["spilled"] += row.spilled_bytes or 0
-    columns = {"compiled": "compiled", "same": "of them as another", "refused": "refused",
+    columns = {"compiled": "compiled", "same": "of them as another",
+               "earlier": "of an earlier source", "refused": "refused",
                "failed": "failed", "spilled": "spilled bytes", "seconds": "seconds of compilation"}
     lines += _grid(("target", "backend", *columns.values()),
                    [(*key, *(str(c[n]) for n in columns)) for key, c in counts.items()])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,7 @@ def test_the_extra_exists():
 def here(monkeypatch):
     """The command with this machine as its only target."""
     monkeypatch.setattr(command, "CHIPS", {"here": HERE})
+    monkeypatch.setattr(command, "RECORD", Path("no such file"))
     monkeypatch.setattr(Here, "missing", lambda self: None)
     return command.main
 
@@ -70,7 +72,8 @@ def test_a_table_and_json(here, capfd):
     argv = ["--op", "linear", "grouped_matmul", "--spec", "one_row", "nothing"]
     assert here(argv) == 0
     out, err = capfd.readouterr()
-    assert err.splitlines()[0] == "1/4 here linear one_row forward: compiled"
+    assert err.splitlines()[0] == ("1/4, 0 min left at most here linear one_row forward xla: "
+                                   "compiled")
     lines = out.splitlines()
     assert len(lines) == 5
     assert lines[0].split() == ["target", "op", "spec", "direction", "backend", "seconds", "temp",
@@ -91,8 +94,8 @@ def test_rows_are_kept_and_found_again(here, capfd, tmp_path, monkeypatch):
     assert here(argv) == 0
     first = capfd.readouterr().out
     lines = file.read_text().splitlines()
-    assert len(lines) == 4
-    file.write_text("\n".join(lines[:3]) + "\n")  # as if it had been stopped before the last
+    assert len(lines) == 1 + 4  # versions and rows
+    file.write_text("\n".join(lines[:4]) + "\n")  # as if it had been stopped before the last
     asked = []
     compile_case = command.compile_case
     monkeypatch.setattr(command, "compile_case",
@@ -104,7 +107,16 @@ def test_rows_are_kept_and_found_again(here, capfd, tmp_path, monkeypatch):
     assert here([*argv, "--kept-only"]) == 0  # three as before, the last compiled anew
     assert len(json.loads(capfd.readouterr().out)) == 4
     assert len(asked) == 1
-    # of another version nothing is found, nor compiled if it must not be
+    # of another source rows are told as such, and of another version none is found, nor compiled
+    # if it must not be
+    with monkeypatch.context() as at:
+        at.setattr(compiled, "_sources", lambda root: dict.fromkeys(
+            ("", "linear", "mosaic_gpu", "mosaic_tpu"), b"other"))
+        assert here([*argv, "--kept-only"]) == 0
+        rows = json.loads(capfd.readouterr().out)
+        assert [row["earlier"] for row in rows] == ["earlier source"] * 4
+        page = compiled.markdown([compiled.Row(**row) for row in rows])
+        assert "| here | xla | 4 | 0 | 4 | 0 | 0 | 0 | " in page
     monkeypatch.setattr(compiled, "versions", lambda: {"jax": "0"})
     assert here([*argv, "--kept-only"]) == 0
     assert (json.loads(capfd.readouterr().out), len(asked)) == ([], 1)
@@ -133,7 +145,7 @@ def test_a_program_is_compiled_once(here, capfd, tmp_path, monkeypatch):
     assert copy["temp_bytes"] == one["temp_bytes"]
     assert one["program"] == copy["program"] != other["program"]
     page = compiled.markdown([compiled.Row(**row) for row in rows])
-    assert "| here | xla | 6 | 2 | 0 | 0 | 0 | " in page
+    assert "| here | xla | 6 | 2 | 0 | 0 | 0 | 0 | " in page
 
     # Another source that changes no program: rows are found by it, each as its own.
     monkeypatch.setattr(compiled, "_sources", lambda root: dict.fromkeys(
@@ -157,7 +169,7 @@ def test_a_program_is_compiled_once(here, capfd, tmp_path, monkeypatch):
 def test_what_training_runs_is_compiled_first(here, capfd):
     assert here(["--op", "linear", "--json"]) == 0
     out, err = capfd.readouterr()
-    specs = [line.split()[3] for line in err.splitlines()]
+    specs = [re.search(r"here linear (\S+) ", line)[1] for line in err.splitlines()]
     assert set(specs[:4]) == {"quickstart", "wide"}
     rows = json.loads(out)  # told in the table's order
     assert rows[0]["spec"] == "plain"
@@ -165,11 +177,38 @@ def test_what_training_runs_is_compiled_first(here, capfd):
     assert not any(c.main for c in cases(("flash",), ("tile_mla", "plain"), abstract=True))
 
 
+def test_awkward_workloads_go_to_one_chip_of_a_family_first():
+    small, main = cases(("linear",), ("quickstart", "one_row"), abstract=True)
+    jobs = [(CHIPS[chip], case, "xla") for chip in ("h200", "h100", "v6e", "v5p")
+            for case in (small, main)]
+    jobs.append((CHIPS["h200"], main, "mosaic_gpu"))
+    order = [(chip.name, case.spec, name) for chip, case, name in
+             sorted(jobs, key=lambda job: command._turn(*job))]
+    assert order[0] == ("h200", "quickstart", "mosaic_gpu")
+    assert [spec for _, spec, _ in order[1:]] == ["quickstart"] * 4 + ["one_row"] * 4
+    assert [chip for chip, *_ in order[5:]] == ["h100", "v5p", "h200", "v6e"]
+
+
+def test_what_is_left_is_told(capsys, monkeypatch):
+    clock = iter([0.0, 60.0, 100.0])
+    monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
+    tell = command._Progress(100)
+    row = compiled.Row("h200", "linear", "wide", "forward", backend="xla", seconds=1.0)
+    tell(row, False)  # kept, which takes no time and is not told
+    tell(row, True)
+    assert capsys.readouterr().err == ("2/100, 1 h 38 min left at most h200 linear wide forward "
+                                       "xla: compiled\n")
+    tell.bar = True
+    tell(row, True)
+    assert capsys.readouterr().err.startswith("\r" + "#" * 1 + "." * 19 + " 3/100, 1 h 21 min")
+
+
 def test_what_failed_is_tried_again():
     kept = compiled.Kept(None)
     kept._rows = {"a": compiled.Row("here", "linear", "one_row", "forward", error="broke"),
                   "b": compiled.Row("here", "linear", "one_row", "forward", seconds=1.0)}
     assert kept.get("a") is None
+    assert kept.get("a", failed=True) is kept._rows["a"]  # and told where nothing is tried
     assert kept.get("b") is kept._rows["b"]
     assert kept.get("c") is None
 
@@ -199,7 +238,7 @@ def test_a_file_of_something_else_is_refused(here, tmp_path, capsys):
         here(["--op", "linear", "--keep", str(file)])
     assert f"--keep {file}: line 1 is not a row" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        here(["--op", "linear", "--kept-only"])
+        here(["--op", "linear", "--kept-only", "--keep", ""])
     assert "--kept-only needs --keep FILE" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         here(["--op", "linear", "--keep", str(tmp_path / "none" / "rows")])
@@ -215,8 +254,8 @@ def test_a_page_counts_and_tells_what_did_not_compile():
     assert "programs; the others" not in compiled.markdown(rows, 4)
     page = compiled.markdown(rows, 9)
     assert "4 of 9 programs; the others were not tried." in page
-    assert "| h200 | xla | 1 | 0 | 0 | 1 | 0 | 1 |" in page
-    assert "| h200 | mosaic_gpu | 1 | 0 | 0 | 0 | 0 | 2 |" in page
+    assert "| h200 | xla | 1 | 0 | 0 | 0 | 1 | 0 | 1 |" in page
+    assert "| h200 | mosaic_gpu | 1 | 0 | 0 | 0 | 0 | 0 | 2 |" in page
     assert "- FAILED h200 an_op wrong forward: E: no\n" in page
     assert "- refused v5p an_op small forward: xla: too odd" in page
     assert page.count("| 168 |") == 1
@@ -319,7 +358,8 @@ def test_a_gpu_is_described_as_xla_reads_it():
     ("index_select", "tile_keys", [1]), ("flash", "tile_all", [1, 3]),
     ("flash", "mla_v3_4k", [1, 4])])
 def test_it_compiles_for_a_hopper_gpu(op, spec, kernels):
-    argv = ["--target", "h200", "--op", op, "--spec", spec, "--json", "--backend", "mosaic_gpu"]
+    argv = ["--target", "h200", "--op", op, "--spec", spec, "--json", "--backend", "mosaic_gpu",
+            "--keep", ""]
     done = subprocess.run([sys.executable, "-m", "kernels_pallas.compile", *argv], cwd=ROOT,
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -349,4 +389,4 @@ def test_it_compiles_for_a_tpu_and_keeps_the_rows(op, spec, tmp_path):
         rows = json.loads(done.stdout)
         assert [row["direction"] for row in rows] == ["forward", "gradient"]
         assert all(row["backend"] == "mosaic_tpu" and row["kernels"] for row in rows)
-        assert len(file.read_text().splitlines()) == 2
+        assert len(file.read_text().splitlines()) == 1 + 2
