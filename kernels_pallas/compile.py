@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from kernels_pallas import device
+from kernels_pallas import device, program
 from kernels_pallas.cases import OPS, Case, cases
 from kernels_pallas.chips import CHIPS, EXTRA, Chip
 from kernels_pallas.compiled import Kept, Row, markdown, table
@@ -42,9 +42,8 @@ compiled again, but what failed is. Runs beside each other, of different chips, 
 
 Each distinct program is compiled once: it is lowered first, and where the compiler of the same
 chip was given the same text before, by another spec or before a change of the source that changes
-nothing in it, its row says of which row it is a copy. A kernel's text names the lines it was
-written on, so one whose lines moved is compiled again. Sister chips share nothing: an H100 and an
-H200 are given the same text, but XLA fuses it by their bandwidths.
+nothing in it but the lines it is written on, its row says of which row it is a copy. Sister chips
+share nothing: an H100 and an H200 are given the same text, but XLA fuses it by their bandwidths.
 
 What training runs comes first, on every chip, and of that the programs with kernels; then
 the small awkward workloads, on one chip of each family first.
@@ -167,7 +166,7 @@ def compile_case(case: Case, direction: str, chip: Chip, sharding: Any,
                 *_placed((arguments, arrays, cotangent), sharding))
             # The chip with all that its compiler is told of it, and the program: the same text for
             # the same chip is the same result.
-            text = f"{chip}\n{lowered.as_text()}"
+            text = f"{chip}\n{program.digest(lowered)}"
             row.program = hashlib.sha256(text.encode()).hexdigest()[:20]
             same = kept and kept.same(row)
             if same:
@@ -175,8 +174,8 @@ def compile_case(case: Case, direction: str, chip: Chip, sharding: Any,
             compiled = lowered.compile()
             row.seconds = time.perf_counter() - start
             memory: Any = compiled.memory_analysis()
-            program = compiled.as_text() or ""
-            row.kernels = sum(program.count(f'custom_call_target="{name}')
+            made = compiled.as_text() or ""
+            row.kernels = sum(made.count(f'custom_call_target="{name}')
                               for name in ("mosaic_gpu", "tpu_custom_call"))
         except Exception as e:  # of any compiler: this command is here to report them
             row.error = f"{type(e).__name__}: {e}".strip()
