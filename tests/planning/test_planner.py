@@ -293,6 +293,15 @@ def test_too_large_a_model_says_how_many_chips_it_takes(capsys):
     assert err.count("\n") == 1
 
 
+def test_a_peak_measured_once_more_never_falls_and_a_data_sheets_stands(monkeypatch):
+    monkeypatch.setattr(chips, "peak_flops", lambda: (2.0, chips.MEASURED))
+    for again, peak in ((1.0, 2.0), (3.0, 3.0)):
+        monkeypatch.setattr(chips, "_measure", lambda again=again: again)
+        assert chips.peak_again() == peak
+    monkeypatch.setattr(chips, "peak_flops", lambda: (2.0, "h100 data sheet, bfloat16 dense"))
+    assert chips.peak_again() == 2.0
+
+
 # --- budgets
 
 
