@@ -29,8 +29,11 @@ NOTHING, EMPTY = -1e30, -1e29
 # backward, in milliseconds with one and two threads: 1 << 18: 235 and 215, 20: 274 and 158, 22: 495
 # and 182.
 SCORES, PARTS, SHORT = 1 << 20, 4, 512
-# Scores that are chosen from at once.
-CHOSEN = 1 << 20
+# Scores that are chosen from at once, and products of all heads that they are made of at once.
+# Fewer rows at once leave products with many keys at half the processor's rate. Scoring tile by
+# tile of keys, up to the last that a query sees, was slower: a tile's scores lie strewn in the
+# order of select.py.
+CHOSEN, MULTIPLIED = 1 << 20, 1 << 22
 
 
 class Plan(NamedTuple):
@@ -191,7 +194,7 @@ def index_select(q_BxLxJxD, k_BxSxD, w_BxLxJ, *, top, segments_q=None, segments_
     def chunk(carry, x, first, keys):
         levels, table, where = parts[keys]
         (_, C), N = x[0].shape[:2], table.shape[1]
-        c = -(-C // -(-B * C * J * N // SCORES))  # scored at once
+        c = -(-C // -(-B * C * J * N // MULTIPLIED))  # scored at once
         n = -(-C // c)
 
         def cut(x):
