@@ -20,36 +20,60 @@ Method:   one layer of width 256 with 4 heads of 64 (one key head where heads sh
           the processor's, which a neighbour on the machine disturbs less.
           FLOPs are those of products. XLA's count takes a loop's body once, so the core's are
           counted by executed_flops.py, which walks the program with values, up to --count-to.
-Measured: two cores without AMX (Intel Xeon, AVX-512 with bf16), jax 0.12.0.1, at raised priority
-          beside a load of 7 to 9; rows in results/attention_length_no_amx.json, medians of 4
-          rounds at 4k; at 32k one round (full: 18.9 s) and of commit dca8ce2, whose rows over 1,024
-          tokens went by parts, as now those over 4,096 do. 64k is older: one call, at 82b542c.
-          Core, forward and backward, over full's; `before` is 82b542c, in another hour:
+Measured: two cores without AMX (Intel Xeon, AVX-512 with bf16), jax 0.12.0.1, torch 2.13, one run
+          of all kinds under `chrt -r 1` beside a load of 9 to 12 (others took 0.94 cores at 4k and
+          none at 32k); rows in results/attention_length_no_amx.json, medians of 3 rounds at 4k, one
+          round at 32k. 64k is older: one call, at 82b542c. `before` is dca8ce2, at nice -15, in
+          another hour.
+          A negative nice value alone is not enough beside niced neighbours: Linux then often keeps
+          both threads on one core (processor time was wall time), and real-time priority does not.
+          Core, forward and backward, over full's (0.56 s at 4k, 19.75 s at 32k):
           tokens        4k    32k    64k   before, 4k, 32k   break-even by 4k, 5x at 32k
-          sliding            16.23                           not measured at 4k, met
-          hca                14.12                           not measured at 4k, met
-          moba        1.39   8.58  15.32   1.34, 6.91        met, met
-          nsa         1.09   4.73   7.16   1.08, 4.12        met, MISSED
-          csa         1.28   5.46   7.48   1.23, 5.54        met, met
-          dsa         0.56   2.12   3.04   0.66, 2.36        MISSED, MISSED
+          sliding     2.99  17.24          -, 16.23          met, met
+          hca         3.96  14.09          -, 14.12          met, met
+          moba        1.53   9.07  15.32   1.39, 8.58        met, met
+          nsa         1.08   4.16   7.16   1.09, 4.73        met, MISSED
+          csa         1.46   5.99   7.48   1.28, 5.46        met, met
+          dsa         0.76   2.21   3.04   0.56, 2.12        MISSED, MISSED (mla: 0.82, 2.02)
+          torch fp32  1.25   1.30          not measured
+          torch bf16  0.90   0.87          not measured
+          NSA at 32k is not settled: of the same code a run of full, nsa and dsa alone, one round,
+          not on file, gave 5.32. Full at 4k was 0.28 s in a quieter hour, when nsa was 1.08 and
+          dsa, before its last change, 0.57.
           Indexers choose by counting and not by a sort, heads are added up one by one (XLA:CPU
           vectorises no sum along a dim that is not the last), tiles of blocks are transposed before
           they are multiplied, parts of one softmax share its denominator, and the backward pass
           holds the queries of a quarter of the row and makes them again (attention/queries.py).
           By parts from 1,024 tokens on, medians of 3 rounds at 4k were moba 1.17, nsa 0.89, csa
           0.93, dsa 0.49, sliding 2.06 and hca 1.79, and peaks 48, 81, 68, 65, 38 and 42 MB.
-          Peak memory, MB, at 4k: full 45, moba 53, nsa 102, csa 81, dsa 77: MISSED. At 32k: full
-          300, sliding 238 (met), hca 302, moba 313, nsa 516, csa 448, dsa 419: MISSED; before, moba
-          426, nsa 893, csa 636, dsa 605. What is left at 32k: XLA sets outputs of loops to 0 before
-          their turn (its scheduler for threads; without it nsa's peak is 409), block_sparse's 72 MB
-          of partial outputs, int32 lists of chosen tokens, and products' own scratch, 50 to 100 MB.
-          Full attention too would hold less by parts; it has none.
-          Next: that, and dsa's scores of all pairs: 1.2 s of its row of 16k, all else 1.5.
-          On this machine the other lengths and kinds are not measured, so the growth bar is open;
-          from 32k to 64k, at 82b542c, time's exponent and its FLOPs' are moba 0.94 and 1.02, nsa
-          1.29 and 1.55, csa 1.66 and 1.48, dsa 1.73 and 1.73. Formula FLOPs against the count at
-          1k: csa 0 and 3.7 %, dsa 0 and 3.3 %, forward and both (moba 0, nsa 3.1 % at 82b542c); not
-          counted above 1k since. The queries that are made again are in no formula.
+          Peak memory, MB, at 4k: full 44, sliding 33 (met), hca 46, moba 52, nsa 98, csa 108, dsa
+          95: MISSED; csa and dsa were 81 and 77 before more products of theirs were made at once
+          (kernels_pallas/indexer/xla.py). At 32k: full 300, sliding 238 (met), hca 301, moba 313,
+          nsa 516, csa 444, dsa 416: MISSED; at 82b542c, moba 426, nsa 893, csa 636, dsa 605. What
+          is left at 32k: XLA sets outputs of loops to 0 before their turn (its scheduler for
+          threads), block_sparse's 72 MB of partial outputs, int32 lists of chosen tokens, and
+          products' own scratch, 50 to 100 MB.
+          XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false lowers all alike: at 4k,
+          3 rounds, full 45 to 33, nsa 101 to 80, csa 85 to 65, dsa 77 to 74, hca 50 to 47, moba 53
+          to 45, sliding 35 to 33, so no verdict; time did not move beyond the noise (full 329 and
+          298 ms, nsa 288 and 310). Not tried at 32k, and not set by default. Full attention too
+          would hold less by parts; it has none.
+          What keeps DSA from breaking even at 4k is beside the choice the gather of the tokens, and
+          the sum of their gradients back, which one core does. Tried and dropped: that sum in two
+          halves side by side, of the width or of the queries; scoring keys tile by tile up to the
+          last that is seen. By FLOPs, dense products under the choice's mask cost what full
+          attention costs, before the choice. Next: the mass of the choice out of the forward pass,
+          which now gathers again for it.
+          At 8k, 2 rounds (others 0.11 cores), over full's 1.33 s: sliding 3.98, hca 4.63, moba
+          2.23, nsa 1.64, csa 2.15, dsa 0.79, torch fp32 1.60, bf16 0.98; MB: full 71, sliding 63,
+          hca 77, moba 85, nsa 148, csa 137, dsa 107.
+          Growth from 8k to 32k, time's exponent and its FLOPs': sliding 0.89 and 1.02, moba 0.93
+          and 1.04, nsa 1.28 and 1.31, dsa 1.20 and 1.48, csa 1.21 and 1.26, hca 1.14 and 1.26:
+          within the bar so far; 64k, and 16k, are not measured with this code (at 82b542c, 32k to
+          64k: moba 0.94 and 1.02, nsa 1.29 and 1.55, csa 1.66 and 1.48, dsa 1.73 and 1.73). 1k and
+          2k are not measured on this machine. Formula FLOPs against the count at 1k: csa 0 and 3.7
+          %, dsa 0 and 3.3 %, forward and both (moba 0, nsa 3.1 % at 82b542c); not counted above 1k
+          since. The queries that are made again are in no formula.
           The table below is of the code before all that, on two cores with AMX, with torch 2.13;
           rows in results/attention_length.json, moba and nsa in a second run beside full, medians
           of 3 rounds:
