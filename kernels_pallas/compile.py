@@ -234,6 +234,7 @@ def compile_for(chip: Chip, jobs: Sequence[tuple[Case, str | None]], kept: Kept,
             if new:
                 row = compile_case(case, direction, chip, _one(chip), backend, kept)
                 kept.add(key, row)
+                jax.clear_caches()  # what was traced and compiled is not needed again
             elif row is None:
                 row = kept.before(case, direction, chip, backend)
             if row is not None:

@@ -127,7 +127,7 @@ def _row_bytes(arrays) -> int:
 
 
 def over_tiles(attend, rows, keyed, outs, *, steps, step_rows, group, used, part_outs=(),
-               scratch=(), split=False, kept=HALF):
+               scratch=(), split=False, kept=HALF, own=()):
     """A kernel that calls `attend` for every tile of X rows in use, with its rows and keys loaded.
 
     `rows` are arrays by row of the tiles, [Z x X, D] or [Z x X], and `outs` shapes of results,
@@ -136,13 +136,16 @@ def over_tiles(attend, rows, keyed, outs, *, steps, step_rows, group, used, part
     `part_outs` shapes of results by step, [Z x steps x X, ...]. `scratch` are shapes of bfloat16
     memory of each warpgroup. `used` [1] is how many tiles there are.
 
+    `own` are arrays [Z x steps x X, ...] of which every tile has its own in each step, half of them
+    for each warpgroup; they come after the keyed ones.
+
     attend(rows, keys, emit, scratch) runs in each of the two multiplying warpgroups, with its half
     of the rows, and returns the values of `outs`; keys(c, use) returns use(*keyed) of step c, of
     which a warpgroup sees its half when they are `split`; emit(c, values) writes part_outs.
     """
     staging = 2 * HALF * (_row_bytes(outs) + _row_bytes(part_outs))
     staging += 2 * sum(2 * math.prod(shape) for shape in scratch)
-    per_tile, per_step = X * _row_bytes(rows), step_rows * _row_bytes(keyed)
+    per_tile, per_step = X * _row_bytes(rows), step_rows * _row_bytes(keyed) + X * _row_bytes(own)
     left = SHARED - BARRIERS - staging
     row_slots = 3 if steps == 1 else 2
     if left < row_slots * per_tile + 2 * per_step:
@@ -152,7 +155,8 @@ def over_tiles(attend, rows, keyed, outs, *, steps, step_rows, group, used, part
 
     def body(group_gmem, used_gmem, *refs, rows_smem, keyed_smem, out_smem, part_smem,
              scratch_smem, rows_bar, keys_bar):
-        ends = [len(rows), len(rows) + len(keyed), len(rows) + len(keyed) + len(outs)]
+        by_tile = [False] * len(keyed) + [True] * len(own)
+        ends = [len(rows), len(rows) + len(by_tile), len(rows) + len(by_tile) + len(outs)]
         rows_gmem, keyed_gmem = refs[:ends[0]], refs[ends[0]:ends[1]]
         outs_gmem, parts_gmem = refs[ends[1]:ends[2]], refs[ends[2]:]
         core, warpgroup = lax.axis_index("core"), lax.axis_index("warpgroup")
@@ -175,9 +179,10 @@ def over_tiles(attend, rows, keyed, outs, *, steps, step_rows, group, used, part
                 def step(c, _):
                     slot = by_key.acquire(i * steps + c)
                     part = pl.ds(pl.multiple_of(first + c * step_rows, HALF), step_rows)
-                    for source, target in zip(keyed_gmem, keyed_smem, strict=True):
-                        plgpu.copy_gmem_to_smem(source.at[part], target.at[slot],
-                                                by_key.full.at[slot])
+                    mine = pl.ds(pl.multiple_of((tile * steps + c) * X, X), X)
+                    for owned, source, target in zip(by_tile, keyed_gmem, keyed_smem, strict=True):
+                        plgpu.copy_gmem_to_smem(source.at[mine if owned else part],
+                                                target.at[slot], by_key.full.at[slot])
 
                 lax.fori_loop(0, steps, step, None)
 
@@ -206,7 +211,8 @@ def over_tiles(attend, rows, keyed, outs, *, steps, step_rows, group, used, part
                 def keys(c, use):
                     count = i * steps + c
                     slot = by_key.wait(count)
-                    seen = [x.at[slot, mine] if split else x.at[slot] for x in keyed_smem]
+                    seen = [x.at[slot, mine] if split or owned else x.at[slot]
+                            for owned, x in zip(by_tile, keyed_smem, strict=True)]
                     result = use(*seen)
                     by_key.release(count)
                     return result
@@ -225,12 +231,13 @@ def over_tiles(attend, rows, keyed, outs, *, steps, step_rows, group, used, part
 
     memory = dict(
         rows_smem=[_memory((row_slots, X, *x.shape[1:]), x.dtype) for x in rows],
-        keyed_smem=[_memory((key_slots, step_rows, *x.shape[1:]), x.dtype) for x in keyed],
+        keyed_smem=[_memory((key_slots, n, *x.shape[1:]), x.dtype)
+                    for n, arrays in ((step_rows, keyed), (X, own)) for x in arrays],
         out_smem=[_memory((2, HALF, *x.shape[1:]), x.dtype) for x in outs],
         part_smem=[_memory((2, HALF, *x.shape[1:]), x.dtype) for x in part_outs],
         scratch_smem=[shared((2, *shape), jnp.bfloat16) for shape in scratch],
         rows_bar=barriers(len(rows), row_slots),
-        keys_bar=barriers(len(keyed), key_slots),
+        keys_bar=barriers(len(keyed) + len(own), key_slots),
     )
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*outs, *part_outs)]
-    return launch(body, results, memory)(group, used, *rows, *keyed)
+    return launch(body, results, memory)(group, used, *rows, *keyed, *own)

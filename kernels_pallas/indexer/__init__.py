@@ -13,7 +13,7 @@ import numbers
 
 import jax.numpy as jnp
 
-from kernels_pallas.indexer import gpu_plan, reference, tpu_plan, xla, xla_listed
+from kernels_pallas.indexer import gpu_plan, reference, tpu_plan, xla, xla_dense, xla_listed
 from kernels_pallas.op import Backend, Op
 
 
@@ -28,6 +28,12 @@ def _select_mosaic_tpu(*args, **kwargs):
     from kernels_pallas.indexer import mosaic_tpu
 
     return mosaic_tpu.index_select(*args, **kwargs)
+
+
+def _dense_mosaic_gpu(*args, **kwargs):
+    from kernels_pallas.indexer import mosaic_gpu_dense
+
+    return mosaic_gpu_dense.index_kl_dense(*args, **kwargs)
 
 
 def _listed_mosaic_gpu(*args, **kwargs):
@@ -55,7 +61,8 @@ op = Op(
 dense = Op(
     "index_kl_dense",
     (
-        Backend("xla", xla.index_kl_dense),
+        Backend("xla", xla_dense.index_kl_dense),
+        Backend("mosaic_gpu", _dense_mosaic_gpu, gpu_plan.supports_dense),
         Backend("reference", reference.index_kl_dense),
     ),
 )

@@ -100,6 +100,18 @@ def supports_select(q, k, w, **keywords) -> str | None:
     return None
 
 
+def supports_dense(q, k, w, main_q, main_k, main_lse, **keywords) -> str | None:
+    """Return None, or why the Hopper kernels cannot run index_kl_dense."""
+    del k, w, main_lse, keywords
+    if lacks := _lacks(q) or device.lacks_hopper(main_q=main_q, main_k=main_k):
+        return lacks
+    if q.shape[2] > HALF:
+        return f"needs up to {HALF} heads, J is {q.shape[2]}"
+    if 0 in main_q.shape[2:]:
+        return f"needs heads and a width of attention, main_q is {main_q.shape}"
+    return None
+
+
 def supports_listed(q, k, w, chosen, mass, *, scale=1.0) -> str | None:
     """Return None, or why the Hopper kernels cannot run index_kl_listed."""
     del k, w, chosen, mass, scale

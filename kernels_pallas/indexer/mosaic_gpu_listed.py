@@ -28,7 +28,7 @@ _ROW, _COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 _SHAPE = (HALF, HALF)
 
 
-def _raw(q_smem, k_smem):
+def raw_products(q_smem, k_smem):
     """Products of 64 keys with 64 heads."""
     def product(acc):
         plgpu.wgmma(acc, k_smem, q_smem.transpose((1, 0)))
@@ -45,7 +45,7 @@ def _score_tiles(plan: Plan, q, w, keys):
 
         def step(c, _):
             def part(k_smem):
-                hits = jnp.maximum(_raw(q_smem, k_smem), 0)
+                hits = jnp.maximum(raw_products(q_smem, k_smem), 0)
                 return (hits * hopper.spread(weights, _SHAPE, 1)).sum(axis=1)
 
             emit(c, [steps(c, part)])
@@ -66,7 +66,7 @@ def _gradient_tiles(plan: Plan, q, weighted, keys, d_score):
         def sum_up(u):
             def step(c, _):
                 def part(k_smem, d_score_smem):
-                    raw = _raw(q_smem, k_smem)
+                    raw = raw_products(q_smem, k_smem)
                     slope = hopper.spread(plgpu.load(d_score_smem, layout=_ROW), _SHAPE, 0)
                     e_smem[...] = jnp.where(raw > 0, slope, jnp.zeros_like(slope)).astype(_BF16)
                     plgpu.commit_smem()

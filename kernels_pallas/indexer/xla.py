@@ -17,11 +17,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from kernels_pallas.indexer import select
-from kernels_pallas.rounding import narrow
 
 NOTHING, EMPTY = -1e30, -1e29
 # Scores of one chunk over all heads, parts of a long row, and queries that are worth parting.
@@ -100,7 +98,7 @@ def choice_per_query(length, top, *, keys=None, stride=1, span=1):
     return sum((b - a) * select.flops(seen, min(top, seen)) for a, b, seen in parts) / length
 
 
-def _sweep(plan, S, width, xs, call, carry, marks, held=SCORES):
+def sweep(plan, S, width, xs, call, carry, marks, held=SCORES):
     """Run `call(carry, chunk of xs, its first row, keys)` over all queries; join what it returns.
 
     xs are [B, L, ...]; `width` numbers are held for every query and key, `held` in all.
@@ -134,7 +132,7 @@ def _join(x, B, length):
     return x.reshape(B, -1, *x.shape[3:])[:, :length]
 
 
-def _seen(plan, marks, first, C, keys, segments_q):
+def seen_by(plan, marks, first, C, keys, segments_q):
     """[B or 1, C, keys]: which keys each query of a chunk may see."""
     row = first + lax.iota(jnp.int32, C)
     if marks.first is not None:
@@ -150,7 +148,16 @@ def _seen(plan, marks, first, C, keys, segments_q):
     return seen
 
 
-def _raw(q, k, dtype):
+def own_segments(marks, q):
+    return jnp.zeros(q.shape[:2], jnp.int32) if marks.segments_q is None else marks.segments_q
+
+
+def stands(marks, first):
+    """The row of a chunk's first query."""
+    return first if marks.first is None else first + marks.first
+
+
+def products(q, k, dtype):
     """Products [B, C, J, keys]: rows by keys, as XLA:CPU runs on the matrix units."""
     B, C, J, D = q.shape
     raw = jnp.einsum("brd,bsd->brs", q.reshape(B, C * J, D), k, preferred_element_type=dtype)
@@ -160,10 +167,10 @@ def _raw(q, k, dtype):
 def scored(plan, raw, w):
     """[B, C, keys] of raw products and the heads' weights."""
     w = w.astype(raw.dtype) * plan.scale
-    return _added(jnp.maximum(raw[:, :, j], 0) * w[:, :, j, None] for j in range(w.shape[2]))
+    return added(jnp.maximum(raw[:, :, j], 0) * w[:, :, j, None] for j in range(w.shape[2]))
 
 
-def _added(parts):
+def added(parts):
     """Return the sum of arrays, written out.
 
     XLA:CPU (jax 0.12) vectorises no reduction along a dim that is not the last.
@@ -203,8 +210,8 @@ def index_select(q_BxLxJxD, k_BxSxD, w_BxLxJ, *, top, segments_q=None, segments_
 
         def score(part):
             first, q, w, segments = part
-            seen = _seen(plan, where, first, c, N, segments)
-            return jnp.where(seen, scored(plan, _raw(q, table, dtype), w), -jnp.inf)
+            seen = seen_by(plan, where, first, c, N, segments)
+            return jnp.where(seen, scored(plan, products(q, table, dtype), w), -jnp.inf)
 
         rows = first + c * lax.iota(jnp.int32, n)
         scores = lax.map(score, (rows, *(cut(part) for part in x)))
@@ -213,8 +220,8 @@ def index_select(q_BxLxJxD, k_BxSxD, w_BxLxJ, *, top, segments_q=None, segments_
         spare = ((0, 0), (0, 0), (0, top - found.shape[-1]))
         return carry, jnp.pad(found, spare, constant_values=-1)
 
-    xs = (q, w, _own_segments(marks, q))
-    return _sweep(plan, S, 1, xs, chunk, None, marks, CHOSEN)[1]
+    xs = (q, w, own_segments(marks, q))
+    return sweep(plan, S, 1, xs, chunk, None, marks, CHOSEN)[1]
 
 
 def best(plan, marks, q_BxLxJxD, k_BxSxD, w_BxLxJ, top, score, width, held=SCORES):
@@ -223,7 +230,7 @@ def best(plan, marks, q_BxLxJxD, k_BxSxD, w_BxLxJ, top, score, width, held=SCORE
     `score(first row, q, k, w, segments)` returns a chunk's scores [B, C, keys], -inf for what is
     not seen, and holds `width` numbers for each.
     """
-    own = _own_segments(marks, q_BxLxJxD)
+    own = own_segments(marks, q_BxLxJxD)
 
     def chunk(carry, x, first, keys):
         q, w, segments = x
@@ -233,7 +240,7 @@ def best(plan, marks, q_BxLxJxD, k_BxSxD, w_BxLxJ, top, score, width, held=SCORE
         return carry, jnp.pad(at, spare, constant_values=-1)
 
     xs = (q_BxLxJxD, w_BxLxJ, own)
-    return _sweep(plan, k_BxSxD.shape[1], width, xs, chunk, None, marks, held)[1]
+    return sweep(plan, k_BxSxD.shape[1], width, xs, chunk, None, marks, held)[1]
 
 
 def selecting(scores, held):
@@ -252,114 +259,8 @@ def selecting(scores, held):
         plan = Plan(float(scale), 1.0, stride, span)
 
         def score(first, q, k, w, segments):
-            first = first if marks.first is None else first + marks.first
-            return scores(plan, marks, first, q, k, w, segments)
+            return scores(plan, marks, stands(marks, first), q, k, w, segments)
 
         return best(plan, marks, q, k, w, top, score, 1, held)
 
     return index_select
-
-
-# The divergence over all visible keys.
-
-
-def _mass(plan, main_q, main_k, lse, seen):
-    """Sum over heads of attention's weights, [B, C, keys]."""
-    B, C, H, D = main_q.shape
-    K, dtype = main_k.shape[1], lse.dtype
-    q = main_q.reshape(B, C, K, H // K, D).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, D)
-    raw = jnp.einsum("bkrd,bksd->bkrs", q, main_k, preferred_element_type=dtype)
-    raw = raw.reshape(B, K, H // K, C, -1) * np.asarray(plan.main_scale, dtype)
-    lse = lse.reshape(B, C, K, H // K).transpose(0, 2, 3, 1)
-    heads = np.ndindex(K, H // K)
-    return jnp.where(seen, _added(jnp.exp(raw[:, i, g] - lse[:, i, g, :, None])
-                                  for i, g in heads), 0)
-
-
-def _target(plan, x, main_k, keys, seen):
-    """(p [B, C, keys], whether there is any [B, C, 1]): attention's mass over its total."""
-    main_q, main_lse = x
-    mass = _mass(plan, main_q, main_k[:, :, :keys], main_lse, seen)
-    total = mass.sum(-1, keepdims=True)
-    some = total > 0
-    return mass / jnp.where(some, total, 1), some
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dense(plan, q, k, w, main_q, main_k, main_lse, marks):
-    return _dense_forward(plan, q, k, w, main_q, main_k, main_lse, marks)[0]
-
-
-def _width(q, main_q):
-    return max(q.shape[2], main_q.shape[2])
-
-
-def _own_segments(marks, q):
-    return jnp.zeros(q.shape[:2], jnp.int32) if marks.segments_q is None else marks.segments_q
-
-
-def _dense_forward(plan, q, k, w, main_q, main_k, main_lse, marks):
-    dtype = main_lse.dtype
-
-    def chunk(carry, x, first, keys):
-        q, w, segments, *main = x
-        seen = _seen(plan, marks, first, q.shape[1], keys, segments)
-        scores = jnp.where(seen, scored(plan, _raw(q, k[:, :keys], dtype), w), NOTHING)
-        lse = jax.nn.logsumexp(scores, axis=-1)
-        p, some = _target(plan, main, main_k, keys, seen)
-        terms = p * (jnp.log(jnp.where(p > 0, p, 1)) - (scores - lse[..., None]))
-        loss = jnp.where(some[..., 0], jnp.where(p > 0, terms, 0).sum(-1), 0)
-        return carry, (loss, lse)
-
-    xs = (q, w, _own_segments(marks, q), main_q, main_lse)
-    _, (loss, lse) = _sweep(plan, k.shape[1], _width(q, main_q), xs, chunk, None, marks)
-    return loss, (q, k, w, main_q, main_k, main_lse, marks, lse)
-
-
-def _dense_backward(plan, kept, cotangent):
-    kept, cotangent = lax.optimization_barrier((kept, cotangent))
-    q, k, w, main_q, main_k, main_lse, marks, lse = kept
-    dtype = main_lse.dtype
-
-    def chunk(dk, x, first, keys):
-        q, w, segments, lse, g, *main = x
-        B, C, J, D = q.shape
-        seen = _seen(plan, marks, first, C, keys, segments)
-        raw = _raw(q, k[:, :keys], dtype)
-        scores = jnp.where(seen, scored(plan, raw, w), NOTHING)
-        p, some = _target(plan, main, main_k, keys, seen)
-        share = jnp.where(seen & some, jnp.exp(scores - lse[..., None]), 0)
-        d_score = (share - p) * (g * plan.scale)[..., None]
-        dw = jnp.einsum("bcjs,bcs->bcj", jnp.maximum(raw, 0), d_score)
-        d_raw = jnp.where(raw > 0, d_score[:, :, None] * w.astype(dtype)[..., None], 0)
-        d_raw = lax.optimization_barrier(narrow(d_raw, k.dtype)).reshape(B, C * J, -1)
-        dq = jnp.einsum("brs,bsd->brd", d_raw, k[:, :keys], preferred_element_type=dtype)
-        q_T = jnp.swapaxes(q.reshape(B, C * J, D), 1, 2)
-        part = jnp.einsum("bdr,brs->bds", q_T, d_raw, preferred_element_type=dtype)
-        dk = lax.dynamic_update_slice(dk, dk[:, :, :keys] + part, (0, 0, 0))
-        return dk, (narrow(dq.reshape(q.shape), q.dtype), dw.astype(w.dtype))
-
-    xs = (q, w, _own_segments(marks, q), lse, cotangent.astype(dtype), main_q, main_lse)
-    B, S, D = k.shape
-    dk = jnp.zeros((B, D, S), dtype)
-    dk, (dq, dw) = _sweep(plan, S, _width(q, main_q), xs, chunk, dk, marks)
-    return dq, narrow(jnp.swapaxes(dk, 1, 2), k.dtype), dw, None, None, None, None
-
-
-_dense.defvjp(_dense_forward, _dense_backward)
-
-
-def index_kl_dense(q_BxLxJxD, k_BxSxD, w_BxLxJ, main_q_BxLxHxDk, main_k_BxSxKxDk, main_lse_BxLxH,
-                   *, main_scale, segments_q=None, segments_k=None, ends_BxS=None, stride=1,
-                   span=1, scale=1.0, first=0):
-    """Compare chunk by chunk."""
-    q, main = q_BxLxJxD, lax.stop_gradient((main_q_BxLxHxDk, main_k_BxSxKxDk, main_lse_BxLxH))
-    dtype = wide(q.dtype)
-    if 0 in (*q.shape[:2], k_BxSxD.shape[1]):
-        return jnp.zeros(q.shape[:2], dtype)
-    plan = Plan(float(scale), float(main_scale), stride, span)
-    main_q, main_k, main_lse = main
-    # A row that sees nothing has a mass of exp(score - 1e30) = 0.
-    main_lse = jnp.where(main_lse < EMPTY, -NOTHING, main_lse.astype(dtype))
-    return _dense(plan, q, k_BxSxD, w_BxLxJ, main_q, jnp.swapaxes(main_k, 1, 2), main_lse,
-                  marks_of(segments_q, segments_k, ends_BxS, first))
