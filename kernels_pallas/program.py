@@ -26,7 +26,8 @@ def _kernels(lowered: Any) -> list[bytes]:
     def visit(op: Any) -> Any:
         for attribute in op.attributes.values() if op.name == "stablehlo.custom_call" else ():
             if isinstance(attribute, ir.DictAttr):
-                found.extend(x.attr.value_bytes for x in attribute if x.name == "module")
+                named: Any = attribute
+                found.extend([named["module"].value_bytes] if "module" in named else [])
             elif isinstance(attribute, ir.StringAttr) and attribute.value.startswith("{"):
                 body = json.loads(attribute.value).get("custom_call_config", {}).get("body")
                 found.extend([base64.b64decode(body)] if body else [])
@@ -37,8 +38,11 @@ def _kernels(lowered: Any) -> list[bytes]:
 
 
 def _readable(kernel: bytes) -> str:
+    from jax.experimental.mosaic.gpu import dialect
+
     context = ir.Context()
     context.allow_unregistered_dialects = True
+    dialect.register_dialect(context)  # whose barriers are of types that memory is made of
     with context:
         module = ir.Module.parse(kernel)
         return str(module.operation.get_asm(enable_debug_info=False, print_generic_op_form=True))

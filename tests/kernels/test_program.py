@@ -12,9 +12,12 @@ KERNEL = {"h100": """
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 def call(x):
-    def body(x, y):
-        y[...] = x[...] + N
-    return plgpu.kernel(body, out_type=x)(x)
+    def body(x, y, held, arrived):
+        plgpu.copy_gmem_to_smem(x, held, arrived)
+        plgpu.barrier_wait(arrived)
+        y[...] = held[...] + N
+    memory = dict(held=plgpu.SMEM(x.shape, x.dtype), arrived=plgpu.Barrier())
+    return plgpu.kernel(body, out_type=x, scratch_types=memory)(x)
 """, "v5p": """
 from jax.experimental import pallas as pl
 def call(x):
