@@ -20,37 +20,49 @@ Method:   one layer of width 256 with 4 heads of 64 (one key head where heads sh
           the processor's, which a neighbour on the machine disturbs less.
           FLOPs are those of products. XLA's count takes a loop's body once, so the core's are
           counted by executed_flops.py, which walks the program with values, up to --count-to.
-Measured: two cores without AMX (Intel Xeon, AVX-512 with bf16), jax 0.12.0.1, torch 2.13, one run
-          of all kinds under `chrt -r 1` beside a load of 9 to 12 (others took 0.94 cores at 4k and
-          none at 32k); rows in results/attention_length_no_amx.json, medians of 3 rounds at 4k, one
-          round at 32k. 64k is older: one call, at 82b542c. `before` is dca8ce2, at nice -15, in
-          another hour.
+Measured: two cores without AMX (Intel Xeon, AVX-512 with bf16), jax 0.12.0.1, torch 2.13, under
+          `chrt -r 1` beside a load of 4 to 12 (a length after the other; others took 0.94 cores at
+          4k and 64k); rows in results/attention_length_no_amx.json, medians of 3 rounds up to 4k, 2
+          at 8k, one from 16k on. `before` is dca8ce2 at nice -15, in another hour.
           A negative nice value alone is not enough beside niced neighbours: Linux then often keeps
           both threads on one core (processor time was wall time), and real-time priority does not.
-          Core, forward and backward, over full's (0.56 s at 4k, 19.75 s at 32k):
-          tokens        4k    32k    64k   before, 4k, 32k   break-even by 4k, 5x at 32k
-          sliding     2.99  17.24          -, 16.23          met, met
-          hca         3.96  14.09          -, 14.12          met, met
-          moba        1.53   9.07  15.32   1.39, 8.58        met, met
-          nsa         1.08   4.16   7.16   1.09, 4.73        met, MISSED
-          csa         1.46   5.99   7.48   1.28, 5.46        met, met
-          dsa         0.76   2.21   3.04   0.56, 2.12        MISSED, MISSED (mla: 0.82, 2.02)
-          torch fp32  1.25   1.30          not measured
-          torch bf16  0.90   0.87          not measured
+          Core, forward and backward, over full's (22 ms at 1k, 0.56 s at 4k, 71 s at 64k):
+          tokens        1k    2k    4k    8k   16k    32k    64k  before  break-even, 5x at 32k
+          sliding     0.98  1.65  2.99  3.98  5.44  17.24  27.53   16.23  met, met
+          hca         1.10  2.36  3.96  4.63  7.47  14.09  17.37   14.12  met, met
+          moba        1.02  1.00  1.53  2.23  4.21   9.07  16.04    8.58  met, met
+          csa         0.44  0.81  1.46  2.15  3.27   5.99   9.86    5.46  met, met
+          nsa         0.38  0.70  1.08  1.64  2.36   4.16   6.57    4.73  met, MISSED
+          dsa         0.23  0.44  0.76  0.79  1.53   2.21   3.57    2.12  MISSED, MISSED
+          dsa to mla  0.31  0.51  0.82  0.85  1.53   2.02      -
+          torch fp32  1.17  1.67  1.25  1.60  1.47   1.30      -
+          torch bf16  0.76  0.91  0.90  0.98  0.50   0.87      -
           NSA at 32k is not settled: of the same code a run of full, nsa and dsa alone, one round,
           not on file, gave 5.32. Full at 4k was 0.28 s in a quieter hour, when nsa was 1.08 and
           dsa, before its last change, 0.57.
+          Growth from 8k to 64k, time's exponent and its FLOPs', met by all: full 1.94 and 1.98,
+          sliding 0.94 and 1.01, moba 0.98 and 1.04, nsa 1.26 and 1.39, dsa 1.24 and 1.56, csa 1.20
+          and 1.33, hca 1.28 and 1.34.
+          Peak memory, MB:
+          tokens        1k    2k    4k    8k   16k    32k    64k
+          full          34   115    44    71   155    300    587
+          sliding       33    20    33    63   121    238    488   met
+          hca           28    28    46    77   155    301    623   MISSED by 1 to 6 MB, 36 at 64k
+          moba          34    30    52    85   158    313    638   MISSED from 4k on
+          csa           35    47   108   137   232    444    916   MISSED but at 2k
+          dsa           30    78    95   107   212    416    858   MISSED from 4k on
+          nsa           45    61    98   148   279    516   1050   MISSED but at 2k
+          Full's 115 at 2k: up to there its blocks of queries are unrolled (kernels_pallas/flash),
+          and XLA holds the scores of several.
           Indexers choose by counting and not by a sort, heads are added up one by one (XLA:CPU
           vectorises no sum along a dim that is not the last), tiles of blocks are transposed before
           they are multiplied, parts of one softmax share its denominator, and the backward pass
           holds the queries of a quarter of the row and makes them again (attention/queries.py).
           By parts from 1,024 tokens on, medians of 3 rounds at 4k were moba 1.17, nsa 0.89, csa
           0.93, dsa 0.49, sliding 2.06 and hca 1.79, and peaks 48, 81, 68, 65, 38 and 42 MB.
-          Peak memory, MB, at 4k: full 44, sliding 33 (met), hca 46, moba 52, nsa 98, csa 108, dsa
-          95: MISSED; csa and dsa were 81 and 77 before more products of theirs were made at once
-          (kernels_pallas/indexer/xla.py). At 32k: full 300, sliding 238 (met), hca 301, moba 313,
-          nsa 516, csa 444, dsa 416: MISSED; at 82b542c, moba 426, nsa 893, csa 636, dsa 605. What
-          is left at 32k: XLA sets outputs of loops to 0 before their turn (its scheduler for
+          CSA and DSA held 81 and 77 MB at 4k before more products of theirs were made at once
+          (kernels_pallas/indexer/xla.py); at 32k, at 82b542c, moba 426, nsa 893, csa 636, dsa 605.
+          What is left at 32k: XLA sets outputs of loops to 0 before their turn (its scheduler for
           threads), block_sparse's 72 MB of partial outputs, int32 lists of chosen tokens, and
           products' own scratch, 50 to 100 MB.
           XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false lowers all alike: at 4k,
@@ -64,16 +76,9 @@ Measured: two cores without AMX (Intel Xeon, AVX-512 with bf16), jax 0.12.0.1, t
           last that is seen. By FLOPs, dense products under the choice's mask cost what full
           attention costs, before the choice. Next: the mass of the choice out of the forward pass,
           which now gathers again for it.
-          At 8k, 2 rounds (others 0.11 cores), over full's 1.33 s: sliding 3.98, hca 4.63, moba
-          2.23, nsa 1.64, csa 2.15, dsa 0.79, torch fp32 1.60, bf16 0.98; MB: full 71, sliding 63,
-          hca 77, moba 85, nsa 148, csa 137, dsa 107.
-          Growth from 8k to 32k, time's exponent and its FLOPs': sliding 0.89 and 1.02, moba 0.93
-          and 1.04, nsa 1.28 and 1.31, dsa 1.20 and 1.48, csa 1.21 and 1.26, hca 1.14 and 1.26:
-          within the bar so far; 64k, and 16k, are not measured with this code (at 82b542c, 32k to
-          64k: moba 0.94 and 1.02, nsa 1.29 and 1.55, csa 1.66 and 1.48, dsa 1.73 and 1.73). 1k and
-          2k are not measured on this machine. Formula FLOPs against the count at 1k: csa 0 and 3.7
-          %, dsa 0 and 3.3 %, forward and both (moba 0, nsa 3.1 % at 82b542c); not counted above 1k
-          since. The queries that are made again are in no formula.
+          Formula FLOPs against the count at 1k: csa 0 and 3.7 %, dsa 0 and 3.3 %, forward and both
+          (moba 0, nsa 3.1 % at 82b542c); not counted above 1k since. The queries that are made
+          again are in no formula.
           The table below is of the code before all that, on two cores with AMX, with torch 2.13;
           rows in results/attention_length.json, moba and nsa in a second run beside full, medians
           of 3 rounds:
