@@ -21,8 +21,9 @@ Tuning:   eight trials for each arm on a seed of their own (quickstart_lr.json):
           baseline, both inside the grid. The baseline had 0.006, 0.0085 and 0.012 besides, the
           quickstart the router at a tenth of the rate (kept) and scales 2 and 3 (not kept), which
           were run before (quickstart_tuning_first.json).
-Speed:    since then uneven loads are multiplied in wide blocks: 0.79 [0.77, 0.80] at this size,
-          and 0.87 [0.82, 0.90] from 32,768 tokens a step on (experiments/benchmarks/moe_speed.py).
+Speed:    since then uneven loads are multiplied in wide blocks: 0.79 [0.77, 0.80] at this size; at
+          32,768 tokens a step 0.87 on two Zen cores and 0.70 on two Xeon cores without AMX
+          (experiments/benchmarks/moe_speed.py).
           Above the baseline's step are Muon on the experts, padding, passes over 30,720 rows.
 Learned:  the gain is small here, 0.4 percent; growth with tokens is untried.
 """

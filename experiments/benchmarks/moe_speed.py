@@ -7,14 +7,21 @@ Method:   both arms of experiments/quickstart.py and dense_baseline.py, every hi
           with the model's, real batches, one step of each in turn in one process, after some steps
           in which the router settles. The ratio is that of the median seconds; its interval is
           bootstrapped over pairs.
-Measured: two Zen cores, no AMX, jax 0.12.0.1, at first priority beside other work
-          width  tokens a step  ratio                  rounds
-          256    8,192          0.789 [0.766, 0.799]   15
-          256    16,384         0.797 [0.774, 0.835]   11
-          256    32,768         0.870 [0.817, 0.897]   9: met, the smallest of these that is
-          At the quickstart's own size, 8,192, it is MISSED (with AMX it has 0.79 to 0.83). Before
-          uneven loads were multiplied in wide blocks: 0.754 at 8,192 in the same half hour; 0.74,
-          0.72 (width 128), 0.70 (width 512) and 0.757 at 32,768 tokens earlier.
+Measured: two Xeon cores without AMX, nothing beside it, jax 0.12.0.1, at a181fed; two Zen cores
+          without AMX, before experts had homes (grouped_matmul/layout.py), beside other work
+          width  tokens a step  Xeon                  Zen                   rounds
+          256    8,192          0.795 [0.774, 0.802]  0.789 [0.766, 0.799]  15
+          256    16,384         0.727 [0.677, 0.737]  0.797 [0.774, 0.835]  15, 11
+          256    32,768         0.700 [0.666, 0.737]  0.870 [0.817, 0.897]  15, 9
+          At the quickstart's own size, 8,192, it is MISSED (with AMX it has 0.79 to 0.83), and from
+          which size on it holds depends on the machine. Before uneven loads were multiplied in wide
+          blocks: 0.754 at 8,192 in the same half hour as Zen's; 0.74, 0.72 (width 128), 0.70 (width
+          512) and 0.757 at 32,768 tokens earlier.
+          On the Xeon the mixture's rate falls with the batch, 3,370 to 2,590 tokens/s, where the
+          dense model's falls from 4,200 to 3,660. A part of it was memory that each step gave back
+          and took anew, above 1 GB of scratch: kept since (kernels_pallas.device.keep_memory), not
+          measured on an idle machine again. Whether homes cost more than they save at thousands of
+          rows an expert is not known.
 Learned:  of the quickstart's steps two in five had a layer with an expert more than a quarter above
           its share, whose products took the slow way. Gate and up as one product, weights applied
           before the last product, and dots of whole rows for the weights' gradients are no faster.
