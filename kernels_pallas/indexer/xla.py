@@ -149,6 +149,7 @@ def seen_by(plan, marks, first, C, keys, segments_q):
 
 
 def own_segments(marks, q):
+    """Return the queries' segments [B, L], zeros where there are none."""
     return jnp.zeros(q.shape[:2], jnp.int32) if marks.segments_q is None else marks.segments_q
 
 
