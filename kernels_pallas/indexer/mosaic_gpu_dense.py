@@ -129,36 +129,49 @@ def _where_hit(raw, slope_smem, e_smem):
     plgpu.commit_smem()
 
 
+def _sums(rows, keyed, slope, add, *, lanes):
+    """Return for the rows [Z x X, D] what `add(sum, rows, e, *keyed, slope)` adds up step by step.
+
+    `keyed` are [lanes x steps x 64, ...]; slope [Z x steps x X], a tile's own in each step; `e` is
+    scratch [64, 64].
+    """
+    Z, D, steps = rows.shape[0] // X, rows.shape[1], keyed[0].shape[0] // lanes // HALF
+
+    def attend(by_row, keys, emit, memory):
+        del emit
+        (rows_smem,), (e_smem,) = by_row, memory
+
+        def sum_up(total):
+            def step(c, _):
+                def part(*held):
+                    add(total, rows_smem, e_smem, *held)
+                    plgpu.wgmma_wait(0)
+
+                keys(c, part)
+
+            lax.fori_loop(0, steps, step, None)
+            return total[...]
+
+        return [pl.run_scoped(sum_up, plgpu.ACC((HALF, D), _F32))]
+
+    lane = lax.iota(jnp.int32, Z) // (Z // lanes)
+    return hopper.over_tiles(
+        attend, [rows], keyed, [jax.ShapeDtypeStruct(rows.shape, _F32)], steps=steps,
+        step_rows=HALF, group=lane, used=jnp.full(1, Z, jnp.int32), scratch=[(HALF, HALF)],
+        own=[slope])[0]
+
+
 def _query_tiles(q, k, slope, *, lanes):
     """Return u [rows of q, D], the sum over keys of a score's gradient times the key.
 
     Shapes: q [Z x X, D], two queries' 64 heads in each of Z tiles; k [lanes x S, D]; slope
     [Z x S / 64 x X], 64 keys of a tile's first query and of its second.
     """
-    Z, D, steps = q.shape[0] // X, q.shape[1], k.shape[0] // lanes // HALF
+    def add(u, q_smem, e_smem, k_smem, slope_smem):
+        _where_hit(raw_products(q_smem, k_smem), slope_smem, e_smem)
+        plgpu.wgmma(u, e_smem.transpose((1, 0)), k_smem)
 
-    def attend(by_row, keys, emit, memory):
-        del emit
-        (q_smem,), (e_smem,) = by_row, memory
-
-        def sum_up(u):
-            def step(c, _):
-                def part(k_smem, slope_smem):
-                    _where_hit(raw_products(q_smem, k_smem), slope_smem, e_smem)
-                    plgpu.wgmma(u, e_smem.transpose((1, 0)), k_smem)
-                    plgpu.wgmma_wait(0)
-
-                keys(c, part)
-
-            lax.fori_loop(0, steps, step, None)
-            return u[...]
-
-        return [pl.run_scoped(sum_up, plgpu.ACC((HALF, D), _F32))]
-
-    lane = lax.iota(jnp.int32, Z) // (Z // lanes)
-    return hopper.over_tiles(
-        attend, [q], [k], [jax.ShapeDtypeStruct(q.shape, _F32)], steps=steps, step_rows=HALF,
-        group=lane, used=jnp.full(1, Z, jnp.int32), scratch=[(HALF, HALF)], own=[slope])[0]
+    return _sums(q, [k], slope, add, lanes=lanes)
 
 
 def _key_tiles(k, q, weighted, slope, *, lanes):
@@ -167,31 +180,11 @@ def _key_tiles(k, q, weighted, slope, *, lanes):
     Shapes: k [Z x X, D]; q and weighted [lanes x queries x 64, D]; slope [Z x queries x X], a
     tile's keys for each query.
     """
-    Z, D, steps = k.shape[0] // X, k.shape[1], q.shape[0] // lanes // HALF
+    def add(d, k_smem, e_smem, q_smem, weighted_smem, slope_smem):
+        _where_hit(raw_products(q_smem, k_smem), slope_smem, e_smem)
+        plgpu.wgmma(d, e_smem, weighted_smem)
 
-    def attend(by_row, queries, emit, memory):
-        del emit
-        (k_smem,), (e_smem,) = by_row, memory
-
-        def sum_up(d):
-            def step(c, _):
-                def part(q_smem, weighted_smem, slope_smem):
-                    _where_hit(raw_products(q_smem, k_smem), slope_smem, e_smem)
-                    plgpu.wgmma(d, e_smem, weighted_smem)
-                    plgpu.wgmma_wait(0)
-
-                queries(c, part)
-
-            lax.fori_loop(0, steps, step, None)
-            return d[...]
-
-        return [pl.run_scoped(sum_up, plgpu.ACC((HALF, D), _F32))]
-
-    lane = lax.iota(jnp.int32, Z) // (Z // lanes)
-    return hopper.over_tiles(
-        attend, [k], [q, weighted], [jax.ShapeDtypeStruct(k.shape, _F32)], steps=steps,
-        step_rows=HALF, group=lane, used=jnp.full(1, Z, jnp.int32), scratch=[(HALF, HALF)],
-        own=[slope])[0]
+    return _sums(k, [q, weighted], slope, add, lanes=lanes)
 
 
 def _gradients(plan, q_BxCxJxD, k_BxSxD, w_BxCxJ, made, d_score):

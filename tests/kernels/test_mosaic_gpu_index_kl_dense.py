@@ -57,7 +57,7 @@ def check(spec, target, first=0):
             chosen[b, t, :len(keys)] = keys
             mass[b, t, :len(keys)] = of_heads(spec, main, lse, b, t, keys)
     want = oracle(spec, index, chosen, mass, chosen >= 0, g)
-    assert (want["loss"] > 0.01).any() or not spec.keys
+    assert (want["loss"] > 0.01).any() or spec.keys < 2  # one key has all of both masses
     np.testing.assert_allclose(got.pop("loss"), want.pop("loss"), atol=2e-5)
     assert numerics.report(got, want, dtype="bfloat16", factor=0.4) is None
 
