@@ -373,6 +373,5 @@ def test_it_fits_the_house(kind, changes):
     run, x = compiled(definition), x.astype(jnp.bfloat16)
     y = jax.eval_shape(run, params, x, context)
     assert (y.shape, y.dtype) == (x.shape, jnp.bfloat16)
-    # the others' bfloat16 is held to dense attention
-    if kind in OWN_ORACLE and changes == next(iter(SETTINGS[kind].values())):
+    if changes == next(iter(SETTINGS.get(kind, {"default": {}}).values())):
         assert np.isfinite(np.asarray(run(params, x, context), np.float32)).all()
