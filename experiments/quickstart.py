@@ -2,7 +2,8 @@
 
 Question: does a sparse model beat a dense one of the same active FLOPs within minutes on a CPU?
 Command:  sparse-pretrain train
-Cost:     1.5M tokens, 4.0e13 FLOPs, about 140 s of training on two cores.
+Cost:     1.5M tokens, 4.0e13 FLOPs, about 140 s of training on two cores, 540 on two slow ones
+          (Xeon without AMX, 1.7754 bits/byte, at 58663a7).
 Expected: fewer held-out bits/byte than experiments/dense_baseline.py at no less than 0.8 of its
           tokens/s.
 Measured: jax 0.12.0.1, two Zen 5 cores (AVX-512, no AMX), corpus e352458daf5cc3e0, at c4a8edc

@@ -7,8 +7,9 @@ Method:   both arms of experiments/quickstart.py and dense_baseline.py, every hi
           with the model's, real batches, one step of each in turn in one process, after some steps
           in which the router settles. The ratio is that of the median seconds; its interval is
           bootstrapped over pairs.
-Measured: two Xeon cores without AMX, nothing beside it, jax 0.12.0.1, at a181fed; two Zen cores
-          without AMX, before experts had homes (grouped_matmul/layout.py), beside other work
+Measured: two Xeon cores without AMX, jax 0.12.0.1, at a181fed, nothing beside it but half a
+          minute of compiling and an installation during the last row; two Zen cores without AMX,
+          before experts had homes (grouped_matmul/layout.py), beside other work
           width  tokens a step  Xeon                  Zen                   rounds
           256    8,192          0.795 [0.774, 0.802]  0.789 [0.766, 0.799]  15
           256    16,384         0.727 [0.677, 0.737]  0.797 [0.774, 0.835]  15, 11
