@@ -45,8 +45,9 @@ class Aux(NamedTuple):
 
     Shapes: `load` layer group -> [E] or [N, E] pairs per expert; `balance` [] (already weighted,
     mean per sequence); `own` [] what the attentions' indexers are trained by, summed over layers,
-    mean over tokens; `market` layer group -> what its routers' markets report, means over tokens;
-    `ahead` the hidden states [B, L, D] that predict 2, 3 .. tokens on, in training with MTP.
+    mean over tokens; `market` layer group -> what its routers' markets report times their tokens,
+    and `tokens`, how many (`routing.base.market_means` divides); `ahead` the hidden states
+    [B, L, D] that predict 2, 3 .. tokens on, in training with MTP.
     """
 
     load: Any  # Float[Array, "N E"] or None when the model has no experts

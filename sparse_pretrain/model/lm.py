@@ -15,6 +15,7 @@ from sparse_pretrain.model.mtp import Config as MTPConfig
 from sparse_pretrain.model.precision import Config as PrecisionConfig
 from sparse_pretrain.model.residual import PlainConfig
 from sparse_pretrain.model.transfer import Config as TransferConfig
+from sparse_pretrain.routing.base import market_means
 from sparse_pretrain.shapes import AnyArray
 from sparse_pretrain.sharding import ops
 
@@ -145,10 +146,7 @@ class Told(NamedTuple):
 
 def told(sums: Any, out: Any, parts: int = 1) -> Told:
     """What the repeats tell, from sums over `parts` of a batch: means over one are over all."""
-    reports = {}
-    for i, report in enumerate(out):
-        market = jax.tree.map(lambda v: v / parts, report.market)
-        reports[f"stack_{i}"] = report._replace(market=market)
+    reports = {f"stack_{i}": report for i, report in enumerate(out)}
     return Told(reports, sums[0] / parts, sums[1] / parts)
 
 
@@ -333,7 +331,10 @@ def main_names(config: Config) -> dict[str, str]:
 def move_prices(
     config: Config, prices: dict, load: dict[str, Any], market: dict[str, Any]
 ) -> dict:
-    """Every router's prices after one optimizer step with these reports; the rest unchanged."""
+    """Every router's prices after one optimizer step with these reports; the rest unchanged.
+
+    `load` and `market` are sums over the batch, as in `Aux`.
+    """
     out = dict(prices)
     for group, name in layer_names(config).items():
         section = config.blocks[name].ffn
@@ -343,7 +344,8 @@ def move_prices(
             continue
         router = routing.TABLE[section.router.KIND]
         state = prices[group]["ffn"]["router"]
-        proposal = market.get(group, {}).get("proposal", jnp.zeros_like(load[group]))
+        told = market_means(market.get(group, {}))
+        proposal = told.get("proposal", jnp.zeros_like(load[group]))
         moved = router.move(section.router, state, load[group], proposal)
         out[group] = {**prices[group], "ffn": {**prices[group]["ffn"], "router": moved}}
     return out

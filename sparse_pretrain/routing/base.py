@@ -19,9 +19,9 @@ class Assignment(NamedTuple):
 
     Shapes: expert, weight [T, C]; balance [] is the router's own loss, already weighted.
     A pair whose expert is E (one past the last) is not dispatched: padding, or dropped.
-    `market` holds what a market of experts reports, means over micro-batches: `price` [E] it routed
-    by, `proposal` [E] for the next prices, `objective` [] of the dual per token, and `gap` [] to a
-    balanced assignment where nothing is trained; or nothing.
+    `market` holds what a market of experts reports: `price` [E] it routed by, `proposal` [E] for
+    the next prices, `objective` [] of the dual per token, and `gap` [] to a balanced assignment
+    where nothing is trained; or nothing.
     """
 
     expert: Int[Array, "T C"]
@@ -33,7 +33,7 @@ class Assignment(NamedTuple):
 class Report(NamedTuple):
     """What a feed-forward layer tells besides its output.
 
-    Shapes: load [E] pairs per expert, [0] without experts; balance []; market as in Assignment.
+    Shapes: load [E] pairs per expert, [0] without experts; balance []; market as `market_sums`.
     """
 
     load: Float[Array, " E"]
@@ -139,9 +139,34 @@ def of_tokens(
 ) -> Float[Array, " E"]:
     """The proposed prices; those in force where there is no token to read any from.
 
-    Such is a micro-batch of padding at the end of the data, and its proposal goes into a mean.
+    Such is a batch of padding at the end of the data.
     """
     return jnp.where(jnp.any(valid_T), proposal_E, price_E)
+
+
+def market_sums(market: dict[str, Array], valid_BxL: Bool[AnyArray, "B L"]) -> dict[str, Array]:
+    """An assignment's market times its tokens, and how many those are, so that parts add up."""
+    if not market:
+        return {}
+    count = jnp.sum(jnp.asarray(valid_BxL), dtype=jnp.float32)
+    # padding alone counts for next to nothing, but is still told of where there is nothing else
+    count = jnp.maximum(count, 1e-6)
+    return {"tokens": count} | {name: count * value for name, value in market.items()}
+
+
+def market_means(sums: dict[str, AnyArray]) -> dict[str, AnyArray]:
+    """The means over all tokens of what `market_sums` of one or more parts add up to.
+
+    Shapes: tokens [] or [N], of N layers; each of the others begins with the same dims.
+    """
+    if not sums:
+        return {}
+    count = sums["tokens"]
+    return {
+        name: value / jnp.reshape(count, count.shape + (1,) * (value.ndim - count.ndim))
+        for name, value in sums.items()
+        if name != "tokens"
+    }
 
 
 def buy_above(

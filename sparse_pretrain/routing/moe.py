@@ -100,7 +100,8 @@ class MoE(nn.Module):
         if self.shared is not None:
             y = y + self.shared(x)
         load = base.count_load(assignment.expert, c.experts)
-        return y, base.Report(load, assignment.balance, assignment.market)
+        market = base.market_sums(assignment.market, valid)
+        return y, base.Report(load, assignment.balance, market)
 
     @staticmethod
     def work(config: Config, width: int) -> float:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from sparse_pretrain import nn, shapes
 from sparse_pretrain.games import prices
 from sparse_pretrain.model import lm
+from sparse_pretrain.routing.base import market_means
 from sparse_pretrain.shapes import AnyArray
 from sparse_pretrain.sharding import apply
 from sparse_pretrain.training import loss
@@ -65,7 +66,8 @@ class Evaluator:
             starts, ends = (jnp.array(c, place.dtype)[None, None] for c in (cuts[:-1], cuts[1:]))
             groups = jnp.concatenate([mine, (place >= starts) & (place < ends)], -1)
             sums = jnp.einsum("blg,blc->gc", groups.astype(jnp.float32), columns)
-            gaps = {g: told["gap"] for g, told in aux.market.items() if "gap" in told}
+            markets = {g: market_means(told) for g, told in aux.market.items()}
+            gaps = {g: means["gap"] for g, means in markets.items() if "gap" in means}
             return sums, aux.load, gaps
 
         self._placed = placed

@@ -1,6 +1,5 @@
 """The training loss of one batch, from hidden states, without the logits."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -59,6 +58,5 @@ def head_sums(model: lm.LM, hidden, ahead, batch: shapes.Batch, weight):
 
 def aux_sums(config: lm.Config, aux: shapes.Aux, parts: int) -> dict:
     """What to report of the layers; `aux` of one of `parts` micro-batches, or summed over all."""
-    market = jax.tree.map(lambda v: v / parts, aux.market)  # summed over parts: their mean
-    report = {"load": aux.load, "market": market}
+    report = {"load": aux.load, "market": aux.market}
     return report | ({"indexer_loss": aux.own / parts} if lm.trains_own(config) else {})

@@ -10,6 +10,7 @@ import optax
 from sparse_pretrain import nn, optim, shapes
 from sparse_pretrain.games import prices
 from sparse_pretrain.model import lm
+from sparse_pretrain.routing.base import market_means
 from sparse_pretrain.sharding import apply, offload
 from sparse_pretrain.training import loss, partial, pipelined, replace
 from sparse_pretrain.training import state as states
@@ -129,7 +130,7 @@ def make_train_step(
             "tokens": tokens,
             "load": report["load"],
             "market": {
-                group: {k: v for k, v in told.items() if k != "proposal"}
+                group: {k: v for k, v in market_means(told).items() if k != "proposal"}
                 for group, told in report["market"].items()
             },
             "max_vio": jax.tree.map(prices.max_violation, report["load"]),
