@@ -6,6 +6,7 @@ Backends take turns in every round, so that a clock that falls or a busy neighbo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import device
+from kernels_pallas import device, others
 from kernels_pallas.cases import DIRECTIONS, OPS, Case, cases
 
 EXAMPLES = """examples:
@@ -81,28 +82,36 @@ def ceiling(size: int) -> float:
     return 2 * size**3 / min(timed(lambda: product(a, b), times) for _ in range(5))
 
 
-def prepare(case: Case, direction: str, row: Row, arguments, arrays, options):
-    """Compile one backend: a call without arguments, and the bytes it takes and gives."""
+def prepare(case: Case, direction: str, row: Row, arguments, arrays, options, tune=False):
+    """Compile one backend: a call without arguments, and the bytes it takes and gives.
+
+    With `tune` Tokamax searches its block sizes first.
+    """
     cotangent = None
     if direction == "gradient":
         out = jax.eval_shape(case.function("forward", options, row.backend), arguments, arrays,
                              None)
         key = jax.random.key(0)  # zeros and ones would draw less power
         cotangent = jax.tree.map(lambda x: jax.random.normal(key, x.shape, x.dtype), out)
-    function = jax.jit(case.function(direction, options, row.backend), keep_unused=True)
-    compiled = function.lower(arguments, arrays, cotangent).compile()
+
+    def function():  # a new one, so that it is traced anew
+        return jax.jit(case.function(direction, options, row.backend), keep_unused=True)
+
+    call = (arguments, arrays, cotangent)
+    with others.tuned(function(), call) if tune else contextlib.nullcontext():
+        compiled = function().lower(*call).compile()
     memory: Any = compiled.memory_analysis()
     row.temp_bytes = int(memory.temp_size_in_bytes)
     moved = int(memory.argument_size_in_bytes + memory.output_size_in_bytes)
-    return (lambda: compiled(arguments, arrays, cotangent)), moved
+    return (lambda: compiled(*call)), moved
 
 
 def bench_case(case: Case, made: tuple[Any, Any], direction: str, names: Sequence[str],
-               rounds: int, peak: float) -> list[Row]:
+               rounds: int, peak: float, tune: bool = False) -> list[Row]:
     """Time these backends on one direction of one workload, taking turns.
 
-    `made` is what the case makes, `peak` in FLOP/s. A backend that refuses has its reason in its
-    row, one that breaks its error.
+    `made` is what the case makes, `peak` in FLOP/s; with `tune` Tokamax searches first. A backend
+    that refuses has its reason in its row, one that breaks its error.
     """
     arguments, keywords = made
     arrays = {k: x for k, x in keywords.items() if isinstance(x, jax.Array)}
@@ -116,7 +125,8 @@ def bench_case(case: Case, made: tuple[Any, Any], direction: str, names: Sequenc
         if row.refused is not None:
             continue
         try:
-            call, moved = prepare(case, direction, row, arguments, arrays, options)
+            call, moved = prepare(case, direction, row, arguments, arrays, options,
+                                  tune and name == "tokamax")
             running.append((row, call, moved, batch(call), []))
         except Exception as e:  # of any backend: the others' times are still wanted
             row.error = f"{type(e).__name__}: {e}".splitlines()[0]
@@ -171,6 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=20, help="timed batches of each (20)")
     parser.add_argument("--matmul", type=int, metavar="SIZE",
                         help="side of the matmul that rates are held against (8192, on CPU 2048)")
+    parser.add_argument("--tune-tokamax", action="store_true",
+                        help="let Tokamax search its block sizes first, which takes minutes a "
+                             "workload; ours are searched by kernels_pallas.tune")
     parser.add_argument("--json", action="store_true", help="print JSON and not a table")
     return parser
 
@@ -199,7 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         made = case.make()
         for direction in case.directions:
             if direction in asked.direction:
-                rows += bench_case(case, made, direction, names, asked.rounds, peak)
+                rows += bench_case(case, made, direction, names, asked.rounds, peak,
+                                   asked.tune_tokamax)
                 print(f"{case.op.name} {case.spec} {direction} done", file=sys.stderr, flush=True)
     if asked.json:
         print(json.dumps(about | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=1))

@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from kernels_pallas import device, program
+from kernels_pallas import device, program, supervised
 from kernels_pallas.cases import OPS, Case, cases
 from kernels_pallas.chips import CHIPS, EXTRA, Chip
 from kernels_pallas.compiled import Kept, Row, markdown, table
@@ -38,7 +38,8 @@ EXAMPLES = """examples:
 Going through all takes hours; a run that was stopped is started again and goes on. Every row is
 kept as it is done: in a checkout in kernels_pallas/compiled.jsonl, which belongs to the repository,
 elsewhere in the file that --keep names. What is kept of the same source, shapes and versions is not
-compiled again, but what failed is. Runs beside each other, of different chips, may share a file.
+compiled again, but what failed is. Compilers run in a child process: where one aborts, that row has
+failed and the others go on. Runs beside each other, of different chips, may share a file.
 
 Each distinct program is compiled once: it is lowered first, and where the compiler of the same
 chip was given the same text before, by another spec or before a change of the source that changes
@@ -70,7 +71,8 @@ def _captured() -> Iterator[Callable[[], str]]:
     """Keep what the process writes, compilers' own threads included; yields how to read it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as file:
+    log = supervised.log()
+    with open(log, "w+b") if log else tempfile.TemporaryFile() as file:
         kept = [os.dup(fd) for fd in (1, 2)]
 
         def read() -> str:
@@ -232,7 +234,12 @@ def compile_for(chip: Chip, jobs: Sequence[tuple[Case, str | None]], kept: Kept,
             row = kept.get(key, failed=known_only)
             new = row is None and not known_only
             if new:
-                row = compile_case(case, direction, chip, _one(chip), backend, kept)
+                what = f"{chip.name} {case.op.name} {case.spec} {direction} {backend}"
+                if ended := supervised.begin(what):
+                    row = Row(chip.name, case.op.name, case.spec, direction, backend,
+                              error=ended, flops=case.flops(direction))
+                else:
+                    row = compile_case(case, direction, chip, _one(chip), backend, kept)
                 kept.add(key, row)
                 jax.clear_caches()  # what was traced and compiled is not needed again
             elif row is None:
@@ -348,4 +355,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main() if supervised.log() else
+                     supervised.supervise("kernels_pallas.compile", sys.argv[1:]))

@@ -18,9 +18,10 @@ from kernels_pallas.chips import Chip
 # Files beside the ops' folders that change no program of a given backend: commands, what describes
 # calls, and the choice among backends.
 _APART = ("bench", "cases", "compile", "compiled", "op", "parity", "program",
-          "tune")
+          "supervised", "tune")
 # Files that only one backend's kernels are made of.
-_SHARED = {"hopper": "mosaic_gpu", "products": "mosaic_gpu", "tpu": "mosaic_tpu"}
+_SHARED = {"hopper": "mosaic_gpu", "products": "mosaic_gpu", "tpu": "mosaic_tpu",
+           "others": "tokamax"}
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu",
              "nvidia-cuda-nvcc")
 

@@ -47,11 +47,16 @@ def assume(target: Target) -> Iterator[Target]:
         _assumed.reset(token)
 
 
+def assumed() -> bool:
+    """Return whether kernels are chosen for another device than this machine's."""
+    return _assumed.get() is not None
+
+
 def target() -> Target:
     """Return the assumed device, or what is known of the default one."""
-    assumed = _assumed.get()
-    if assumed is not None:
-        return assumed
+    other = _assumed.get()
+    if other is not None:
+        return other
     name = platform()
     if name == "tpu":
         return Target(name, kind=jax.devices("tpu")[0].device_kind)
@@ -74,9 +79,9 @@ def platform() -> str:
 
     A default device set with `jax.default_device` counts, and one assumed before it.
     """
-    assumed = _assumed.get()
-    if assumed is not None:
-        return assumed.platform
+    other = _assumed.get()
+    if other is not None:
+        return other.platform
     default = jax.config.jax_default_device
     if default is not None:
         return default if isinstance(default, str) else default.platform

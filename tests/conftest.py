@@ -35,16 +35,21 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_addoption(parser):
     """--smoke, for the oldest Python and JAX."""
-    parser.addoption("--smoke", action="store_true", help="one case of every test, the first")
+    parser.addoption("--smoke", action="store_true",
+                     help="one case, the first, of each of the first four tests of every file")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Drop all but the first case of each test under --smoke."""
+    """Keep the first case of the first four tests of every file under --smoke."""
     if not config.getoption("smoke"):
         return
-    first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
-    kept = [item for item in items if first[item.nodeid.partition("[")[0]] is item]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    files: dict[str, dict] = {}
+    for item in items:
+        file, _, test = item.nodeid.partition("[")[0].partition("::")
+        files.setdefault(file, {}).setdefault(test, item)
+    first = {id(item) for tests in files.values() for item in list(tests.values())[:4]}
+    kept = [item for item in items if id(item) in first]
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in first])
     items[:] = kept
 
 

@@ -6,7 +6,7 @@ import numbers
 
 import jax.numpy as jnp
 
-from kernels_pallas.cross_entropy import gpu_plan, reference, tiles, xla
+from kernels_pallas.cross_entropy import gpu_plan, peers, reference, tiles, xla
 from kernels_pallas.op import Backend, Op
 
 
@@ -30,6 +30,7 @@ op = Op(
         # Only where they are asked for, until they have run on a chip: PENDING.md.
         Backend("mosaic_gpu", _mosaic_gpu, gpu_plan.supports),
         Backend("mosaic_tpu", _mosaic_tpu, tiles.supports),
+        Backend("tokamax", peers.tokamax, peers.tokamax_supports),
         Backend("reference", reference.cross_entropy),
     ),
 )

@@ -26,6 +26,7 @@ op = Op(
         # Others' kernels, to measure against: only where they are asked for.
         Backend("cudnn", peers.cudnn, peers.cudnn_supports),
         Backend("splash", peers.splash, peers.splash_supports),
+        Backend("tokamax", peers.tokamax, peers.tokamax_supports),
         Backend("reference", reference.flash),
     ),
 )

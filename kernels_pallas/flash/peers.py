@@ -1,4 +1,4 @@
-"""Attention by others' kernels, where they are installed: cuDNN on a GPU, splash on a TPU.
+"""Attention by others' kernels, where they are installed: cuDNN on a GPU, splash on a TPU, Tokamax.
 
 They are peers to measure against and run only where they are asked for by name.
 """
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import device
+from kernels_pallas import device, others
 
 _BLOCKS = (512, 256, 128)  # splash's tiles are whole, and wider than a lane is
 
@@ -20,6 +20,7 @@ _BLOCKS = (512, 256, 128)  # splash's tiles are whole, and wider than a lane is
 # What each takes beside q, k and v; anything else that is asked for is refused.
 _UNASKED = {"return_lse": False, "stride": 1, "span": 1}  # None for all others
 _CUDNN = ("scale", "causal", "window", "block_q", "block_k")
+_TOKAMAX = (*_CUDNN, "softcap")
 _SPLASH = (*_CUDNN, "softcap", "segments_q", "segments_k")
 
 
@@ -117,3 +118,25 @@ def splash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=No
             q, k, v, ids)
         o = jnp.where((segments_q == 0)[:, None, None, :, None], jnp.zeros_like(o), o)
     return o.transpose(0, 3, 1, 2, 4).reshape(B, L, H, -1)
+
+
+def tokamax_supports(q, k, v, **keywords) -> str | None:
+    """Return None, or why Tokamax cannot run this call."""
+    if lacks := others.lacks_tokamax(q=q, k=k, v=v):
+        return lacks
+    L, S = q.shape[1], k.shape[1]
+    if keywords.get("causal", True) and L != S:
+        return f"Tokamax's mask begins at the first key: needs L = S, got {L} and {S}"
+    return _more("Tokamax", _TOKAMAX, keywords)
+
+
+def tokamax(q, k, v, *, scale, causal=True, window=None, softcap=None, implementation=None,
+            **nothing):
+    """Attend by `tokamax.dot_product_attention`."""
+    import tokamax as peer
+
+    del nothing
+    size = None if window is None else (window - 1, 0 if causal else window - 1)
+    return peer.dot_product_attention(
+        q, k, v, scale=scale, is_causal=causal, local_window_size=size, logits_soft_cap=softcap,
+        implementation=implementation or others.mosaic())

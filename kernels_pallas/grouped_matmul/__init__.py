@@ -1,6 +1,6 @@
 """grouped_matmul: rows sorted by expert times the expert's matrix, group sizes as data."""
 
-from kernels_pallas.grouped_matmul import reference, tiles, visits, xla
+from kernels_pallas.grouped_matmul import peers, reference, tiles, visits, xla
 from kernels_pallas.grouped_matmul.layout import Layout, aligned, contiguous, rows_needed
 from kernels_pallas.op import Backend, Op
 
@@ -25,6 +25,7 @@ op = Op(
         # Only where they are asked for, until they have run on a chip: PENDING.md.
         Backend("mosaic_gpu", _mosaic_gpu, tiles.supports),
         Backend("mosaic_tpu", _mosaic_tpu, visits.supports),
+        Backend("tokamax", peers.tokamax, peers.tokamax_supports),
         Backend("reference", reference.grouped_matmul),
     ),
 )

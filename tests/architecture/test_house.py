@@ -70,6 +70,7 @@ BAD = [
     ("kernels_alone", add("kernels_pallas/__init__.py", "import ml_collections\n")),
     ("kernels_alone", add("kernels_pallas/flash/xla.py", "from sparse_pretrain import nn\n")),
     ("kernels_alone", add("kernels_pallas/flash/xla.py", "import jaxtyping\n")),
+    ("kernels_alone", add("kernels_pallas/flash/xla.py", "import tokamax\n")),
     ("experiments_apart", add("sparse_pretrain/cli.py", "import experiments.quickstart\n")),
     ("homes", add("sparse_pretrain/model/lm.py", "from flax import nnx\n")),
     ("homes", add("sparse_pretrain/model/lm.py", "from jax.experimental import pallas as pl\n")),
