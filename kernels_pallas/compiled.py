@@ -17,7 +17,7 @@ from kernels_pallas.chips import Chip
 
 # Files beside the ops' folders that change no program of a given backend: commands, what describes
 # calls, and the choice among backends.
-_APART = ("bench", "cases", "compile", "compiled", "op", "parity", "program",
+_APART = ("bench", "cases", "compile", "compiled", "measure", "op", "parity", "program", "results",
           "supervised", "tune")
 # Files that only one backend's kernels are made of.
 _SHARED = {"hopper": "mosaic_gpu", "products": "mosaic_gpu", "tpu": "mosaic_tpu",
@@ -95,7 +95,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _sources(root: Path) -> dict[str, bytes]:
+def sources(root: Path) -> dict[str, bytes]:
     """Return the files a program may come from, by folder; '' is what all ops share, and the name
     of a backend what its kernels share."""
     texts: dict[str, bytes] = collections.defaultdict(bytes)
@@ -133,9 +133,9 @@ class Kept:
         self._programs: dict[str, Row] = {}
         self._latest: dict[tuple[Any, ...], Row] = {}
         root = Path(__file__).parent
-        sources = _sources(root)
-        self._digests = {folder: hashlib.sha256(sources[""] + text).hexdigest()
-                         for folder, text in sources.items()}
+        files = sources(root)
+        self._digests = {folder: hashlib.sha256(files[""] + text).hexdigest()
+                         for folder, text in files.items()}
         self._versions = versions()
         self._by = _digest(json.dumps(self._versions))[:8]
         known = set()

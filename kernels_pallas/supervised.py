@@ -40,6 +40,13 @@ def begin(what: str) -> str | None:
     return None
 
 
+def end(why: str) -> None:
+    """End this process as a crash does, with these last words: what it needs is out of order."""
+    if file := log():
+        file.write_text(f"F0000 ] {why}\n")
+    os.abort()
+
+
 def log() -> Path | None:
     """Return the file to write to what the process prints meanwhile, for the last words of it."""
     folder = _folder()

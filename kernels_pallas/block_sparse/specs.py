@@ -109,6 +109,8 @@ HOPPER = {
                                        Dk=128, choice="any"),
     "tile_documents": dataclasses.replace(_TENSOR, L=300, H=3, K=1, G=3, N=2, documents=3, spare=2),
     "tile_three_heads": dataclasses.replace(_TENSOR, L=86, S=128, H=3, G=1, Dv=128, choice="one"),
+    "moba_8k": dataclasses.replace(_TENSOR, L=8192, H=16, K=4, G=16, Dk=128, Dv=128, block=512),
+    "nsa_8k": dataclasses.replace(_TENSOR, L=8192, H=64, K=4, G=4, N=16, Dk=128, Dv=128),
     "moba_64k": dataclasses.replace(_TENSOR, L=65536, H=16, K=4, G=16, Dk=128, Dv=128, block=512),
     "nsa_64k": dataclasses.replace(_TENSOR, L=65536, H=64, K=4, G=4, N=16, Dk=128, Dv=128),
 }

@@ -2,12 +2,14 @@
 
 The softmax is taken of tiles of logits in registers. Forward, three numbers leave a tile of 256
 logits: its largest, the sum of exponentials, and the target's logit. Backward, the logits are
-computed again and their gradients written once in bfloat16, for some of the tokens at a time, and
-both gradients are plain products of them. To keep these out of memory too, registers would have to
-hold 64 rows of a gradient as wide as the model: 256 columns fit, so that at a width of 2048 the
-logits would be computed eight times for each of the two gradients, where writing a gradient of a
-logit and reading it twice is 6 bytes, or 1.8 ps of an H100's memory, beside 4.1 ps for each of its
-products.
+computed again and their gradients written once in bfloat16, for some of the tokens or some of the
+vocabulary at a time, and both gradients are plain products of them. One of the two is complete with
+each part, the other is summed over the parts in float32: where there are fewer tokens than entries,
+which goes for all large vocabularies, that is the tokens' gradient. To keep these out of memory
+too, registers would have to hold 64 rows of a gradient as wide as the model: 256 columns fit, so
+that at a width of 2048 the logits would be computed eight times for each of the two gradients,
+where writing a gradient of a logit and reading it twice is 6 bytes, or 1.8 ps of an H100's memory,
+beside 4.1 ps for each of its products.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from kernels_pallas.grouped_matmul import tiles as grouped
 
 TILE_M, TILE_K = 128, 64
 _BARRIERS = 2048  # bytes of shared memory kept for them
-# Tokens whose gradients of logits are held at once, for each of the width, and at least: they then
-# take the memory of the head's gradient in float32, which every chunk reads and writes, 4 more
-# bytes for a logit.
-TOKENS, LEAST = 2, 256
+# Tokens or entries whose logits' gradients are held at once, for each of the width, and at least:
+# they then take the memory of the other side's gradient in float32, which every part reads and
+# writes, 4 more bytes for a logit.
+AT_ONCE, LEAST = 2, 256
 
 
 def whole(n: int, unit: int) -> int:
@@ -69,10 +71,16 @@ class Plan:
         return min(left // (2 * TILE_K * (TILE_M + self.n)), 8)
 
     @property
+    def by_entries(self) -> bool:
+        """Whether a part is some of the vocabulary, and not some of the tokens."""
+        return self.T < self.V
+
+    @property
     def chunk(self) -> int:
-        """Tokens whose gradients of logits are held at once: whole tiles."""
-        tokens = max(TOKENS * self.D, LEAST)
-        return whole(-(-self.T // -(-self.T // tokens)), TILE_M)
+        """Tokens or entries whose gradients of logits are held at once: whole tiles."""
+        length, unit = (self.V, self.n) if self.by_entries else (self.T, TILE_M)
+        most = max(AT_ONCE * self.D, LEAST)
+        return whole(-(-length // -(-length // most)), unit)
 
 
 def supports(x, head, targets, weights, **keywords) -> str | None:

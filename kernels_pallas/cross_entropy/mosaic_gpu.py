@@ -171,11 +171,28 @@ def _forward(plan: Plan, x, head, targets, weights):
 
 def _backward(plan: Plan, kept, cotangents):
     x, head, targets, weights, lse = kept
-    cast = narrow(head, _BF16)
     row = weights * cotangents[0].astype(_F32)
+    gradients = _by_entries if plan.by_entries else _by_tokens
+    return *gradients(plan, x, head, targets, row, lse), None, None
+
+
+def _of_tokens(plan: Plan, d, head):
+    """What gradients of logits add to the tokens' gradients, in float32."""
+    return jnp.einsum("tv,dv->td" if plan.layout == "DV" else "tv,vd->td", d, head,
+                      preferred_element_type=_F32)
+
+
+def _of_head(plan: Plan, d, x, dtype):
+    """The head's gradient of these gradients of logits: summed in float32, rounded to dtype."""
+    return jnp.einsum("td,tv->dv" if plan.layout == "DV" else "td,tv->vd", x, d,
+                      preferred_element_type=dtype)
+
+
+def _by_tokens(plan: Plan, x, head, targets, row, lse):
+    """(dx, dhead) from gradients of logits of some tokens at a time."""
+    cast = narrow(head, _BF16)
     C = plan.chunk
     small = dataclasses.replace(plan, T=C)
-    dv = plan.layout == "DV"
 
     def cut(a):
         a = jnp.pad(a, [(0, -len(a) % C)] + [(0, 0)] * (a.ndim - 1))
@@ -184,18 +201,38 @@ def _backward(plan: Plan, kept, cotangents):
     def step(dhead, chunk):
         x, targets, row, lse = chunk
         d = _d_logits(small, x, cast, targets, row, lse)
-        dx = jnp.einsum("tv,dv->td" if dv else "tv,vd->td", d, cast,
-                        preferred_element_type=_F32).astype(_BF16)
-        part = jnp.einsum("td,tv->dv" if dv else "td,tv->vd", x, d, preferred_element_type=_F32)
-        return dhead + part, dx
+        return dhead + _of_head(plan, d, x, _F32), _of_tokens(plan, d, cast).astype(_BF16)
 
     chunks = [cut(a) for a in (x, targets, row, lse)]
     if len(chunks[0]) == 1:
         dhead, dx = step(jnp.zeros((), _F32), [c[0] for c in chunks])
     else:
         dhead, dx = lax.scan(step, jnp.zeros(head.shape, _F32), chunks)
-    dx = dx.reshape(-1, x.shape[1])[:len(x)]
-    return dx, dhead.astype(head.dtype), None, None
+    return dx.reshape(-1, x.shape[1])[:len(x)], dhead.astype(head.dtype)
+
+
+def _by_entries(plan: Plan, x, head, targets, row, lse):
+    """(dx, dhead) from gradients of logits of a part of the vocabulary at a time."""
+    axis = 1 if plan.layout == "DV" else 0
+    C = plan.chunk
+    whole_parts = (plan.V - 1) // C  # the last is shorter, or as long
+
+    def part(small, columns, start, dx, dhead):
+        own = lax.dynamic_slice_in_dim(head, start, columns, axis)
+        cast = narrow(own, _BF16)
+        d = _d_logits(small, x, cast, targets - start, row, lse)
+        of_head = _of_head(plan, d, x, head.dtype)
+        return (dx + _of_tokens(plan, d, cast),
+                lax.dynamic_update_slice_in_dim(dhead, of_head, start, axis))
+
+    dx, dhead = jnp.zeros(x.shape, _F32), jnp.zeros_like(head)
+    small = dataclasses.replace(plan, V=C)
+    dx, dhead = lax.fori_loop(0, whole_parts, lambda i, sums: part(small, C, i * C, *sums),
+                              (dx, dhead))
+    start = whole_parts * C
+    last = dataclasses.replace(plan, V=plan.V - start)
+    dx, dhead = part(last, plan.columns - start, start, dx, dhead)
+    return dx.astype(_BF16), dhead
 
 
 _cross_entropy.defvjp(_forward, _backward)

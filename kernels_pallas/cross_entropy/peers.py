@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from kernels_pallas import device, others
 
 
-def tokamax_supports(x, head, targets, weights, *, z_loss, softcap, chunk, head_layout):
+def tokamax_supports(x, head, targets, weights, *, z_loss=0.0, softcap=None, **nothing):
     """Return None, or why Tokamax cannot run this call."""
-    del head, targets, weights, chunk, head_layout
+    del head, targets, weights, nothing
     if lacks := others.lacks_tokamax(x=x):
         return lacks
     if device.platform() != "tpu":

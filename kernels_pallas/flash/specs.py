@@ -152,4 +152,10 @@ HOPPER = {
     "window_gpt_oss_8k": dataclasses.replace(_TENSOR, L=8192, H=64, K=8, Dk=64, Dv=64, window=128,
                                              sinks=True, segments="packed"),
     "gqa_8k": dataclasses.replace(_TENSOR, L=8192, H=32, K=8, Dk=128, Dv=128, segments="packed"),
+    # what all peers serve, and dense attention over the lengths and heads of block_sparse's
+    "heads_128_16k": Spec(dtype="bfloat16", B=1, L=16384, H=16, K=16, Dk=128, Dv=128),
+    "moba_dense_8k": Spec(dtype="bfloat16", B=1, L=8192, H=16, K=4, Dk=128, Dv=128),
+    "moba_dense_64k": Spec(dtype="bfloat16", B=1, L=65536, H=16, K=4, Dk=128, Dv=128),
+    "nsa_dense_8k": Spec(dtype="bfloat16", B=1, L=8192, H=64, K=4, Dk=128, Dv=128),
+    "nsa_dense_64k": Spec(dtype="bfloat16", B=1, L=65536, H=64, K=4, Dk=128, Dv=128),
 }

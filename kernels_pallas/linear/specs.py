@@ -32,4 +32,5 @@ PARITY = {"plain": Spec(), "one_row": Spec(T=1), "prime": Spec(T=4099, D=8, F=8)
 SPEED = {
     "quickstart": Spec(T=8192, D=256, F=1536, dtype="bfloat16"),
     "wide": Spec(T=16384, D=4096, F=4096, dtype="bfloat16"),
+    "deepseek_v3": Spec(T=8192, D=7168, F=4096, dtype="bfloat16", w_dtype="bfloat16"),
 }

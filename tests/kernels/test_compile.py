@@ -36,7 +36,7 @@ HERE = Here("here", Target("cpu", "cpu"), 1e12, 1e11, 1e10, "")
 @pytest.mark.parametrize(("argv", "says"), [
     (["--target", "h300"], "invalid choice: 'h300'"),
     (["--op", "flush"], "op 'flush' is unknown; there are linear, "),
-    (["--op", "linear", "--spec", "mla_256"], "spec 'mla_256' is unknown; there are one_row, "),
+    (["--op", "linear", "--spec", "mla_256"], "spec 'mla_256' is unknown; there are deepseek_v3, "),
     (["--op", "linear", "--backend", "mosaic_gpu"], "'mosaic_gpu' is unknown; there are reference"),
 ])
 def test_wrong_arguments(argv, says, capsys):
@@ -110,7 +110,7 @@ def test_rows_are_kept_and_found_again(here, capfd, tmp_path, monkeypatch):
     # of another source rows are told as such, and of another version none is found, nor compiled
     # if it must not be
     with monkeypatch.context() as at:
-        at.setattr(compiled, "_sources", lambda root: dict.fromkeys(
+        at.setattr(compiled, "sources", lambda root: dict.fromkeys(
             ("", "linear", "mosaic_gpu", "mosaic_tpu"), b"other"))
         assert here([*argv, "--kept-only"]) == 0
         rows = json.loads(capfd.readouterr().out)
@@ -148,7 +148,7 @@ def test_a_program_is_compiled_once(here, capfd, tmp_path, monkeypatch):
     assert "| here | xla | 6 | 2 | 0 | 0 | 0 | 0 | " in page
 
     # Another source that changes no program: rows are found by it, each as its own.
-    monkeypatch.setattr(compiled, "_sources", lambda root: dict.fromkeys(
+    monkeypatch.setattr(compiled, "sources", lambda root: dict.fromkeys(
         ("", "linear", "mosaic_gpu", "mosaic_tpu"), b"other"))
     assert here(["--json", "--keep", str(file)]) == 0
     assert json.loads(capfd.readouterr().out) == rows
@@ -217,10 +217,10 @@ def test_another_source_makes_another_key(monkeypatch, tmp_path):
     (case,) = cases(("linear",), ("one_row",), abstract=True)
     (other,) = cases(("grouped_matmul",), ("even",), abstract=True)
     file = str(tmp_path / "rows.jsonl")
-    sources = compiled._sources
+    sources = compiled.sources
 
     def keys(name, text):
-        monkeypatch.setattr(compiled, "_sources", lambda root: sources(root) | {name: text})
+        monkeypatch.setattr(compiled, "sources", lambda root: sources(root) | {name: text})
         kept = compiled.Kept(file)
         return [kept.key(c, "forward", HERE, "xla") for c in (case, other)]
 

@@ -75,12 +75,15 @@ def test_every_spec(name):
 
 @runs
 @pytest.mark.slow
-def test_gradients_by_chunks_of_tokens(monkeypatch):
-    monkeypatch.setattr(gpu_plan, "TOKENS", 1)
+@pytest.mark.parametrize("layout", ["VD", "DV"])
+@pytest.mark.parametrize(("T", "V", "chunk"), [(300, 259, 128), (150, 600, 256)])
+def test_gradients_in_parts(monkeypatch, T, V, chunk, layout):
+    """Of the tokens where there are more of them, else of the vocabulary; the last part shorter."""
+    monkeypatch.setattr(gpu_plan, "AT_ONCE", 1)
     monkeypatch.setattr(gpu_plan, "LEAST", 128)
-    spec = dataclasses.replace(ALL, T=300)
-    assert gpu_plan.Plan(384, 128, 259, 0, None, "VD").chunk == 128
-    verify(spec)
+    plan = gpu_plan.Plan(gpu_plan.whole(T, 128), 128, V, 0, None, layout)
+    assert (plan.by_entries, plan.chunk) == (T < V, chunk)
+    verify(dataclasses.replace(ALL, T=T, V=V, head_layout=layout))
 
 
 @runs
@@ -96,14 +99,16 @@ def test_weight_zero_means_absent_and_two_runs_give_the_same_bits():
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def test_chunks_hold_all_tokens_in_whole_tiles():
+def test_parts_are_whole_tiles_and_take_no_more_than_a_gradient():
     for T in (128, 8192, 131072):
         for V in (80, 50304, 129280):
             plan = gpu_plan.Plan(T, 4096, V, 0.0, None, "DV")
-            assert plan.chunk % gpu_plan.TILE_M == 0
-            assert 128 <= plan.chunk <= T
-            # no more memory than the head's gradient, but for a tile
-            assert 2 * (plan.chunk - 128) * plan.columns <= 4 * plan.D * plan.columns
+            tile, length = (plan.n, V) if plan.by_entries else (gpu_plan.TILE_M, T)
+            assert plan.chunk % tile == 0
+            assert 128 <= plan.chunk < length + tile
+            # no more memory than the other gradient in float32, but for a tile
+            other = min(T, plan.columns)
+            assert 2 * (plan.chunk - tile) * other <= 4 * plan.D * other
             assert plan.stages >= 4
             taken = plan.stages * 2 * 64 * (128 + plan.n) + 2 * 64 * 64 * 2
             assert taken <= 227 * 1024 - 2048
