@@ -93,10 +93,11 @@ def _captured() -> Iterator[Callable[[], str]]:
                 os.close(old)
 
 
-# What the assembler said of kernels, (registers, shared memory, spilled) each, by op, spec and
-# direction: a kernel met again, in a gradient or for a sister chip, is not assembled again.
+# What the assembler said of kernels, (registers, shared memory, spilled) each, by the GPU's
+# capability, op, spec, direction and backend: a kernel met again, in a gradient or for a sister
+# chip, is not assembled again.
 _Report = list[tuple[int, int, int]]
-_assembled: dict[tuple[str, str, str], _Report] = {}
+_assembled: dict[tuple[Any, ...], _Report] = {}
 
 
 def _assembler_report(text: str) -> _Report:
@@ -109,13 +110,15 @@ def _assembler_report(text: str) -> _Report:
     return list(zip(registers, shared, spilled, strict=True))
 
 
-def _fill_in(row: Row, report: _Report) -> None:
-    """Give the row its kernels' resources."""
-    key = (row.op, row.spec, row.direction)
+def _fill_in(row: Row, report: _Report, capability: tuple[int, int] | None) -> None:
+    """Give the row of a GPU its kernels' resources."""
+    if capability is None:
+        return
+    key = (capability, row.op, row.spec, row.direction, row.backend)
     if not report:
         report = _assembled.get(key, [])
     elif len(report) < row.kernels:
-        report = report + _assembled.get((row.op, row.spec, "forward"), [])
+        report = report + _assembled.get((*key[:3], "forward", row.backend), [])
     if row.kernels and report:
         _assembled[key] = report
         row.registers = max(registers for registers, _, _ in report)
@@ -185,7 +188,7 @@ def compile_case(case: Case, direction: str, chip: Chip, sharding: Any,
         finally:
             said = output()
             if row.seconds is not None or row.error:
-                _fill_in(row, _assembler_report(said))
+                _fill_in(row, _assembler_report(said), chip.target.capability)
             row.serialized = "wgmma.mma_async instructions are serialized" in said  # ptxas
     row.temp_bytes = int(memory.temp_size_in_bytes)
     row.io_bytes = int(memory.argument_size_in_bytes + memory.output_size_in_bytes)

@@ -297,12 +297,16 @@ ptxas info    : Used 90 registers, used 16 barriers, 1 bytes smem
     report = command._assembler_report(text)
     assert report == [(168, 229376, 16), (90, 1024, 0)]
     row = compiled.Row("h200", "an_op", "a_spec", "forward", kernels=2)
-    command._fill_in(row, report)
+    command._fill_in(row, report, (9, 0))
     assert (row.registers, row.shared_bytes, row.spilled_bytes) == (168, 229376, 16)
     assert row.failed  # it spills
     again = compiled.Row("h100", "an_op", "a_spec", "forward", kernels=2)
-    command._fill_in(again, [])
+    command._fill_in(again, [], (9, 0))
     assert again.spilled_bytes == 16
+    for other, capability in (("b200", (10, 0)), ("v5p", None)):  # another compiler's kernels
+        row = compiled.Row(other, "an_op", "a_spec", "forward", kernels=2)
+        command._fill_in(row, [], capability)
+        assert row.registers is None
     assert command._assembler_report("nothing to say") == []
     waits = compiled.Row("h200", "an_op", "a_spec", "forward", backend="b", seconds=1.0,
                         serialized=True)
