@@ -20,8 +20,8 @@ from kernels_pallas.chips import Chip
 _APART = ("bench", "cases", "compile", "compiled", "measure", "op", "parity", "program", "results",
           "supervised", "tune")
 # Files that only one backend's kernels are made of.
-_SHARED = {"hopper": "mosaic_gpu", "products": "mosaic_gpu", "tpu": "mosaic_tpu",
-           "others": "tokamax"}
+_SHARED = {"blackwell": "mosaic_gpu", "generation": "mosaic_gpu", "hopper": "mosaic_gpu",
+           "products": "mosaic_gpu", "tpu": "mosaic_tpu", "others": "tokamax"}
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu",
              "nvidia-cuda-nvcc")
 

@@ -1,4 +1,4 @@
-"""What the Hopper kernel of compress can do.
+"""What the GPU kernel of compress can do.
 
 Compiled by XLA for an H200, pooling blocks of 4 of 8192 tokens (two streams of 512) moves 187 MB
 forward and 503 with the gradients, in 10 kernels, where reading what is there and writing what is
@@ -8,7 +8,7 @@ asked for is 36 and 105 MB: 105 us at its bandwidth, and 22. Blocks of 128 move 
 
 from __future__ import annotations
 
-from kernels_pallas import device
+from kernels_pallas import generation
 
 LANES = 128  # threads of a program, each with one channel or two neighbours
 MOST = 16  # tokens of a block, all of which a thread has in registers, and of the block before
@@ -20,9 +20,9 @@ def lanes(channels: int) -> int:
 
 
 def supports(own, bias, follows) -> str | None:
-    """Return None, or why the Hopper kernel cannot run this call."""
+    """Return None, or why the GPU kernel cannot run this call."""
     del bias, follows
-    if lacks := device.lacks_hopper(own=own):
+    if lacks := generation.lacks_both(own=own):
         return lacks
     if own.shape[2] > MOST:
         return f"needs blocks of up to {MOST} tokens, R is {own.shape[2]}"

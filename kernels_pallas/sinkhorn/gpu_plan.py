@@ -1,4 +1,4 @@
-"""What the Hopper kernel of sinkhorn can do.
+"""What the GPU kernel of sinkhorn can do.
 
 Compiled by XLA for an H200, 20 iterations are 62 kernels forward and 100 more backward, one after
 another in two loops, for half a megabyte of 8192 matrices of 4 x 4: at 2 us each 0.3 ms, where
@@ -8,7 +8,7 @@ registers of one thread.
 
 from __future__ import annotations
 
-from kernels_pallas import device
+from kernels_pallas import generation
 
 LANES = 128  # matrices of a program, one for each thread of a warpgroup
 WIDEST = 8  # of a matrix: two of 64 numbers, it and its gradient, stay in registers
@@ -21,9 +21,9 @@ def sums_bytes(R: int, iterations: int) -> int:
 
 
 def supports(logits, *, iterations, eps) -> str | None:
-    """Return None, or why the Hopper kernel cannot run this call."""
+    """Return None, or why the GPU kernel cannot run this call."""
     del eps
-    if lacks := device.lacks_hopper("float32", logits=logits):
+    if lacks := generation.lacks_both("float32", logits=logits):
         return lacks
     R = logits.shape[-1]
     if not 1 <= R <= WIDEST or logits.size == 0:

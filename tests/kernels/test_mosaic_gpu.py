@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import device, numerics
+from kernels_pallas import device, generation, numerics
 from kernels_pallas.chips import CHIPS
 from kernels_pallas.grouped_matmul import aligned, contiguous, explain, grouped_matmul, specs, tiles
 from kernels_pallas.grouped_matmul.layout import row_expert
@@ -42,6 +42,11 @@ def hopper(cores):
 
     return device.Target("gpu", "interpreted", (9, 0), cores,
                          plgpu.InterpretGPUParams(detect_races=True))
+
+
+def either(cores):
+    """The same for kernels that serve Blackwell too: the real GPU of either kind, if any."""
+    return device.target() if generation.is_blackwell() else hopper(cores)
 
 
 def oracle(x, w, dy, layout):
