@@ -5,6 +5,7 @@ What only Hopper's tensor cores can run asks `device.lacks_hopper`.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import jax
@@ -18,6 +19,13 @@ def is_blackwell() -> bool:
     """Return whether the device is such a Blackwell GPU."""
     at = device.target()
     return at.platform == "gpu" and at.capability == BLACKWELL
+
+
+def kernels(package: str) -> Any:
+    """Return the package's module of kernels for the device: Pallas takes 0.4 s to import, which
+    only who runs one pays."""
+    name = "mosaic_gpu_blackwell" if is_blackwell() else "mosaic_gpu"
+    return importlib.import_module(f"{package}.{name}")
 
 
 def lacks_both(*dtypes: str, **arrays: Any) -> str | None:

@@ -84,16 +84,17 @@ def write_tile(tile, result, place, out_smem):
         plgpu.commit_smem_to_gmem_group()
 
 
-def row_tile(number, items, used, across, *, n, grain, steps):
+def row_tile(number, items, used, across, *, n, grain, steps, before=None):
     """Decode one of `used` row tiles' (grouped_matmul.tiles.row_items) tiles of n columns.
 
     Column tiles are done in strips of `across`; in a strip, all of a row tile's before the next's.
-    `steps` is how many a product takes.
+    `steps` is how many a product takes; `before` are the tile's rows before those that are written
+    here, the other warpgroup's unless given.
     """
     strip = lax.div(number, used * across)
     within = number - strip * used * across
     item = lax.div(within, hopper.i32(across))
-    rows = items[item, 2] - lax.axis_index("warpgroup") * HALF
+    rows = items[item, 2] - (lax.axis_index("warpgroup") * HALF if before is None else before)
     return Tile(expert=items[item, 0], first=pl.multiple_of(items[item, 1], grain),
                 steps=items[item, 3] * steps, rows=rows, writes=rows > 0,
                 n=pl.multiple_of((strip * across + within - item * across) * n, n))
@@ -120,8 +121,8 @@ def summed(multiply, ring, tile, done, *widths):
     return result[0] if len(widths) == 1 else result
 
 
-def store_rows(smem, target, first, columns, rows, grain):
-    """Start copies of the first `rows` (any number) of 64 from memory to `target` at `first`.
+def store_rows(smem, target, first, columns, rows, grain, whole=HALF):
+    """Start copies of the first `rows` (any number) of `whole` from memory to `target` at `first`.
 
     A multiple of `grain` is written where rows end, which belongs to nobody else.
     """
@@ -130,12 +131,12 @@ def store_rows(smem, target, first, columns, rows, grain):
                                 target.at[pl.ds(first + start, length), columns],
                                 commit_group=False)
 
-    pl.when(rows >= HALF)(lambda: store(0, HALF))
-    for start in range(0, HALF, grain):
+    pl.when(rows >= whole)(lambda: store(0, whole))
+    for start in range(0, whole, grain):
         def piece(start=start):
             store(start, grain)
 
-        pl.when((rows < HALF) & (rows > start))(piece)
+        pl.when((rows < whole) & (rows > start))(piece)
 
 
 def result_memory(dtype, slots=1):

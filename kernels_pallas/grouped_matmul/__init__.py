@@ -1,18 +1,17 @@
 """grouped_matmul: rows sorted by expert times the expert's matrix, group sizes as data."""
 
+from kernels_pallas import generation
 from kernels_pallas.grouped_matmul import peers, reference, tiles, visits, xla
 from kernels_pallas.grouped_matmul.layout import Layout, aligned, contiguous, rows_needed
 from kernels_pallas.op import Backend, Op
 
 
 def _mosaic_gpu(x, w, layout):
-    # Pallas takes 0.4 s to import, which only who runs it pays.
-    from kernels_pallas.grouped_matmul import mosaic_gpu
-
-    return mosaic_gpu.grouped_matmul(x, w, layout)
+    return generation.kernels(__name__).grouped_matmul(x, w, layout)
 
 
 def _mosaic_tpu(x, w, layout):
+    # Pallas takes 0.4 s to import, which only who runs it pays.
     from kernels_pallas.grouped_matmul import mosaic_tpu
 
     return mosaic_tpu.grouped_matmul(x, w, layout)

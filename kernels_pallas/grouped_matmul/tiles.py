@@ -1,4 +1,4 @@
-"""What the Hopper kernels of grouped_matmul do in which order: tiles, and tables of work as data.
+"""What the GPU kernels of grouped_matmul do in which order: tiles, and tables of work as data.
 
 A group owns the rows from its start to the next group's start. Its used rows are cut in tiles
 from its start on; what it owns beyond the last of them is cut likewise, and only has to be zeroed.
@@ -12,15 +12,16 @@ import math
 
 import jax.numpy as jnp
 
-from kernels_pallas import blocks, device
+from kernels_pallas import blocks, device, generation
 
-# Two warpgroups of 64 rows each; 64 bfloat16 are the 128 bytes of the widest swizzle.
+# Two of Hopper's warpgroups with 64 rows each, all rows of Blackwell's tensor memory; 64 bfloat16
+# are the 128 bytes of the widest swizzle.
 TILE_M, TILE_K = 128, 64
 COLUMNS = 64  # of a result, written at once
 # Cost of a product tile per column, by its width: what is loaded per product falls with it. An
 # estimate from bytes per product (128 x n tiles read 1/128 + 1/n per product); tune.py measures.
 _WIDTHS = {256: 1.0, 192: 1.1, 128: 1.3, 64: 2.0}
-# Tables of the multiprocessors' shared memory: sm_90 gives a block 227 KiB.
+# Tables of the multiprocessors' shared memory: sm_90 and sm_100 give a block 227 KiB.
 SHARED = 232448
 # Rows that a store or a mask handles at once: the tiling of shared memory.
 _ROWS = 8
@@ -38,8 +39,9 @@ class Tiles:
 
 
 def supports(x, w, layout) -> str | None:
-    """Return None, or why the Hopper kernels cannot run this call."""
-    if lacks := device.lacks_hopper(x=x) or device.lacks_hopper("bfloat16", "float32", w=w):
+    """Return None, or why the kernels for Hopper and Blackwell cannot run this call."""
+    lacks = generation.lacks_both(x=x) or generation.lacks_both("bfloat16", "float32", w=w)
+    if lacks:
         return lacks
     if layout.split:
         return "needs each expert's rows in one place, the layout was made with split=True"

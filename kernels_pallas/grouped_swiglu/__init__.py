@@ -1,14 +1,12 @@
 """grouped_swiglu: silu(x gate) * (x up) of each row's expert: signature and backends."""
 
+from kernels_pallas import generation
 from kernels_pallas.grouped_swiglu import gpu_plan, reference, xla
 from kernels_pallas.op import Backend, Op
 
 
 def _mosaic_gpu(x, gate, up, layout):
-    # Pallas takes 0.4 s to import, which only who runs it pays.
-    from kernels_pallas.grouped_swiglu import mosaic_gpu
-
-    return mosaic_gpu.grouped_swiglu(x, gate, up, layout)
+    return generation.kernels(__name__).grouped_swiglu(x, gate, up, layout)
 
 
 op = Op(

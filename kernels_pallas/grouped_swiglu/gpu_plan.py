@@ -1,4 +1,4 @@
-"""What the Hopper kernel of grouped_swiglu can do, and the sizes of its tiles."""
+"""What the GPU kernels of grouped_swiglu can do, and the sizes of its tiles."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ _BARRIERS = 2048  # bytes of shared memory kept for them
 
 
 def supports(x, gate, up, layout) -> str | None:
-    """Return None, or why the Hopper kernels cannot run this call."""
+    """Return None, or why the kernels for Hopper and Blackwell cannot run this call."""
     del up
     return grouped.supports(x, gate, layout)
 
 
 def columns(F: int) -> int:
-    """Return the columns of each of the two products of a tile: 128 fill the registers."""
+    """Return the columns of each of the two products of a tile: 128 fill the registers, or
+    tensor memory with two tiles."""
     return 128 if F > 64 else 64
 
 

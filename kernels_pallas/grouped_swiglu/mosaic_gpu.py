@@ -1,8 +1,9 @@
-"""grouped_swiglu on Hopper's tensor cores: both products in one kernel, the activation at its end.
+"""grouped_swiglu on a GPU's tensor cores: both products in one kernel, the activation at its end.
 
-Rows are read once for both, and the products go to memory only where the backward pass wants them.
-That multiplies rows' gradients by both matrices into one accumulator, so that no part of them is
-rounded or added up in memory. Tiles and their order are grouped_matmul's.
+The kernel here is Hopper's, Blackwell's is in mosaic_gpu_blackwell.py. Rows are read once for both,
+and the products go to memory only where the backward pass wants them. That multiplies rows'
+gradients by both matrices into one accumulator, so that no part of them is rounded or added up in
+memory. Tiles and their order are grouped_matmul's.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kernels_pallas.hopper import HALF
 _F32, _BF16 = jnp.float32, jnp.bfloat16
 
 
-def _fused(x_RxD, gate_ExDxF, up_ExDxF, layout, *, keep):
+def fused(x_RxD, gate_ExDxF, up_ExDxF, layout, *, keep):
     """Return the result [R, F], and with `keep` the products [R, F] with gate and up after it."""
     (R, D), F = x_RxD.shape, gate_ExDxF.shape[2]
     n = gpu_plan.columns(F)
@@ -84,23 +85,26 @@ def _fused(x_RxD, gate_ExDxF, up_ExDxF, layout, *, keep):
     return kernel(items, count, x_RxD, gate_ExDxF.astype(_BF16), up_ExDxF.astype(_BF16))
 
 
-@jax.custom_vjp
-def grouped_swiglu(x, gate, up, layout):
-    """Multiply and bend in one kernel; rows of no group become finite."""
-    return _fused(x, gate, up, layout, keep=False)[0]
+def over(fused, products):
+    """Return grouped_swiglu and its gradient of these kernels: this one, and grouped_matmul's."""
+    @jax.custom_vjp
+    def grouped_swiglu(x, gate, up, layout):
+        """Multiply and bend in one kernel; rows of no group become finite."""
+        return fused(x, gate, up, layout, keep=False)[0]
+
+    def forward(x, gate, up, layout):
+        y, *made = fused(x, gate, up, layout, keep=True)
+        return y, (x, gate, up, layout, *made)
+
+    def backward(kept, dy):
+        x, gate, up, layout, *made = kept
+        d = [a.astype(_BF16) for a in xla.slopes(*map(xla.wide, (*made, dy)))]
+        dx = products.rows_times(d, [w.astype(_BF16) for w in (gate, up)], layout, transposed=True)
+        weigh = functools.partial(products.weight_gradient, x, layout=layout, dtype=gate.dtype)
+        return dx, *map(weigh, d), None
+
+    grouped_swiglu.defvjp(forward, backward)
+    return grouped_swiglu
 
 
-def _forward(x, gate, up, layout):
-    y, *made = _fused(x, gate, up, layout, keep=True)
-    return y, (x, gate, up, layout, *made)
-
-
-def _backward(kept, dy):
-    x, gate, up, layout, *made = kept
-    d = [a.astype(_BF16) for a in xla.slopes(*map(xla.wide, (*made, dy)))]
-    dx = grouped.rows_times(d, [w.astype(_BF16) for w in (gate, up)], layout, transposed=True)
-    weigh = functools.partial(grouped.weight_gradient, x, layout=layout, dtype=gate.dtype)
-    return dx, *map(weigh, d), None
-
-
-grouped_swiglu.defvjp(_forward, _backward)
+grouped_swiglu = over(fused, grouped)

@@ -1,7 +1,8 @@
 """Mosaic GPU kernels, interpreted on the CPU with race detection, against loops in numpy float64.
 
 One compilation serves every load of a shape, since group sizes are data; memory that nobody wrote
-reads as nan. On a machine with a Hopper GPU, JAX_PLATFORMS=cuda runs the same tests on it.
+reads as nan. On a machine with a Hopper GPU or a B200, JAX_PLATFORMS=cuda runs the tests of its
+generation on it.
 """
 
 import functools
@@ -34,19 +35,31 @@ LOADS = {
 }
 
 
-def hopper(cores):
-    """A Hopper GPU of so few multiprocessors that each takes several tiles; the real one if any."""
-    if device.target().capability == (9, 0):
+def _gpu(capability, cores):
+    if device.target().capability == capability:
         return device.target()
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return device.Target("gpu", "interpreted", (9, 0), cores,
+    return device.Target("gpu", "interpreted", capability, cores,
                          plgpu.InterpretGPUParams(detect_races=True))
 
 
+def hopper(cores):
+    """A Hopper GPU of so few multiprocessors that each takes several tiles; the real one if any."""
+    return _gpu((9, 0), cores)
+
+
+def blackwell(cores):
+    """The same for a B200."""
+    return _gpu(generation.BLACKWELL, cores)
+
+
 def either(cores):
-    """The same for kernels that serve Blackwell too: the real GPU of either kind, if any."""
+    """The same for kernels that are one for both: the real GPU of either kind, if any."""
     return device.target() if generation.is_blackwell() else hopper(cores)
+
+
+both = pytest.mark.parametrize("gpu", [hopper, blackwell])
 
 
 def oracle(x, w, dy, layout):
@@ -71,9 +84,9 @@ def check(got, want, terms):
     assert worst <= 0, f"{worst:.2e} above the limit"  # nan fails too
 
 
-def run(x, w, dy, layout, cores=2):
+def run(gpu, x, w, dy, layout):
     """Values and gradients from the kernels."""
-    with device.assume(hopper(cores)):
+    with device.assume(gpu(2)):
         y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, layout, implementation="mosaic_gpu"),
                           x, w)
         return y, *pull(dy)
@@ -88,7 +101,7 @@ def arrays(rng, layout, D, F, w_dtype):
     return used, x, w, dy
 
 
-def verify(layout, D, F, w_dtype, rng, compute=run):
+def verify(layout, D, F, w_dtype, rng, compute):
     """Hold values and both gradients against the oracle; rows of no group are finite."""
     used, x, w, dy = arrays(rng, layout, D, F, w_dtype)
     y, dx, dw = compute(x, w, dy, layout)
@@ -102,38 +115,53 @@ def verify(layout, D, F, w_dtype, rng, compute=run):
     return y, dx, dw
 
 
-@pytest.fixture(scope="module")
-def compiled():
+@functools.cache
+def compiled(gpu):
     """The three products, compiled once for all loads of 384 pairs."""
     def products(x, w, dy, sizes):
-        return run(x, w, dy, aligned(sizes, pairs=384))
+        return run(gpu, x, w, dy, aligned(sizes, pairs=384))
 
     function = jax.jit(products)
     return lambda x, w, dy, layout: function(x, w, dy, layout.sizes)
 
 
 @runs
-@pytest.mark.parametrize("load", LOADS)
-def test_grouped_matmul(load, compiled, rng):
+@pytest.mark.parametrize(("gpu", "load"), [
+    *((hopper, load) for load in LOADS), (blackwell, "skewed"),
+    *(pytest.param(blackwell, load, marks=pytest.mark.slow) for load in LOADS if load != "skewed")])
+def test_grouped_matmul(gpu, load, rng):
     layout = aligned(jnp.asarray(LOADS[load], jnp.int32), pairs=384)
-    verify(layout, 64, 192, "float32", rng, compiled)
+    verify(layout, 64, 192, "float32", rng, compiled(gpu))
 
 
 @runs
-def test_two_runs_give_the_same_bits(compiled, rng):
+@pytest.mark.parametrize("gpu", [hopper, pytest.param(blackwell, marks=pytest.mark.slow)])
+def test_two_runs_give_the_same_bits(gpu, rng):
     layout = aligned(jnp.asarray(LOADS["skewed"], jnp.int32), pairs=384)
     _, x, w, dy = arrays(rng, layout, 64, 192, "float32")
-    for first, second in zip(compiled(x, w, dy, layout), compiled(x, w, dy, layout), strict=True):
+    run = compiled(gpu)
+    for first, second in zip(run(x, w, dy, layout), run(x, w, dy, layout), strict=True):
         assert np.asarray(first).tobytes() == np.asarray(second).tobytes()
 
 
 @runs
 @pytest.mark.slow
+@both
 @pytest.mark.parametrize("name", specs.PARITY)
-def test_every_spec(name, rng):
+def test_every_spec(name, gpu, rng):
     spec = specs.PARITY[name]
     (_, _, layout), _ = spec.arguments()
-    verify(layout, spec.D, spec.F, spec.w_dtype, rng)
+    verify(layout, spec.D, spec.F, spec.w_dtype, rng, functools.partial(run, gpu))
+
+
+@runs
+@pytest.mark.parametrize(("chip", "product"), [("h100", "wgmma"), ("b200", "tcgen05_mma")])
+def test_each_generation_has_its_own_kernels(chip, product):
+    x, w, layout = _arguments()
+    with device.assume(CHIPS[chip].target):
+        text = str(jax.make_jaxpr(lambda x, w, layout: grouped_matmul(
+            x, w, layout, implementation="mosaic_gpu"))(x, w, layout))
+    assert [name for name in ("wgmma", "tcgen05_mma") if name in text] == [product]
 
 
 def test_every_row_is_in_one_tile(rng):
@@ -183,6 +211,7 @@ def test_tiles_fit_in_shared_memory():
             out = plan.out_slots * tiles.TILE_M * tiles.COLUMNS * itemsize
             assert stages + out <= 227 * 1024 - 2048
             assert plan.stages >= 3
+            assert 2 * plan.n <= 512  # columns of Blackwell's tensor memory, two tiles at once
             assert plan.n // tiles.COLUMNS % plan.out_slots == 0
 
 
@@ -196,7 +225,7 @@ def _arguments(dtype="bfloat16", w_dtype="float32", D=64, F=128, block=128):
 REFUSED = {
     "cpu": (device.Target("cpu"), {}, "needs an NVIDIA GPU, the device is cpu"),
     "tpu": (CHIPS["v5p"].target, {}, "the device is TPU v5"),
-    "blackwell": (CHIPS["b200"].target, {}, r"Hopper's tensor cores \(9.0\), .*\(10, 0\)"),
+    "ampere": (device.Target("gpu", "A100", (8, 0)), {}, r"needs Hopper \(9.0\) or .* is \(8, 0\)"),
     "rows": (CHIPS["h200"].target, {"dtype": "float32"}, "x is float32"),
     "matrices": (CHIPS["h200"].target, {"w_dtype": "float16"}, "w is float16"),
     "D": (CHIPS["h200"].target, {"D": 96}, "D is 96"),
@@ -215,10 +244,12 @@ def test_what_is_not_served_is_refused_with_a_reason(name):
             grouped_matmul(*_arguments(**changes), implementation="mosaic_gpu")
 
 
-def test_an_older_jax_is_refused(monkeypatch):
-    monkeypatch.setattr(device, "jax_version", lambda: (0, 10, 2))
-    with device.assume(CHIPS["h200"].target):
-        assert explain(*_arguments())["mosaic_gpu"].startswith("needs jax 0.11, this is ")
+@pytest.mark.parametrize(("chip", "version", "needs"), [
+    ("h200", (0, 10, 2), "jax 0.11"), ("b200", (0, 11, 2), "jax 0.12 on Blackwell")])
+def test_an_older_jax_is_refused(chip, version, needs, monkeypatch):
+    monkeypatch.setattr(device, "jax_version", lambda: version)
+    with device.assume(CHIPS[chip].target):
+        assert explain(*_arguments())["mosaic_gpu"].startswith(f"needs {needs}, this is ")
 
 
 def test_an_assumed_device_ends_with_its_block():
