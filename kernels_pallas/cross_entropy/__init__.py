@@ -6,18 +6,17 @@ import numbers
 
 import jax.numpy as jnp
 
+from kernels_pallas import generation
 from kernels_pallas.cross_entropy import gpu_plan, peers, reference, tiles, xla
 from kernels_pallas.op import Backend, Op
 
 
 def _mosaic_gpu(*arrays, **options):
-    # Pallas takes 0.4 s to import, which only who runs it pays.
-    from kernels_pallas.cross_entropy import mosaic_gpu
-
-    return mosaic_gpu.cross_entropy(*arrays, **options)
+    return generation.kernels(__name__).cross_entropy(*arrays, **options)
 
 
 def _mosaic_tpu(*arrays, **options):
+    # Pallas takes 0.4 s to import, which only who runs it pays.
     from kernels_pallas.cross_entropy import mosaic_tpu
 
     return mosaic_tpu.cross_entropy(*arrays, **options)

@@ -1,26 +1,31 @@
-"""What the Hopper kernels of cross-entropy can do, and how they cut a call.
+"""What the GPU kernels of cross-entropy can do, and how they cut a call.
 
-The softmax is taken of tiles of logits in registers. Forward, three numbers leave a tile of 256
-logits: its largest, the sum of exponentials, and the target's logit. Backward, the logits are
-computed again and their gradients written once in bfloat16, for some of the tokens or some of the
-vocabulary at a time, and both gradients are plain products of them. One of the two is complete with
-each part, the other is summed over the parts in float32: where there are fewer tokens than entries,
-which goes for all large vocabularies, that is the tokens' gradient. To keep these out of memory
-too, registers would have to hold 64 rows of a gradient as wide as the model: 256 columns fit, so
-that at a width of 2048 the logits would be computed eight times for each of the two gradients,
-where writing a gradient of a logit and reading it twice is 6 bytes, or 1.8 ps of an H100's memory,
-beside 4.1 ps for each of its products.
+The softmax is taken of tiles of logits, in Hopper's registers or Blackwell's tensor memory.
+Forward, three numbers leave a tile of 256 logits: its largest, the sum of exponentials, and the
+target's logit. Backward, the logits are computed again and their gradients written once in
+bfloat16, for some of the tokens or some of the vocabulary at a time, and both gradients are plain
+products of them. One of the two is complete with each part, the other is summed over the parts in
+float32: where there are fewer tokens than entries, which goes for all large vocabularies, that is
+the tokens' gradient. To keep these out of memory too, registers would have to hold 64 rows of a
+gradient as wide as the model: 256 columns fit, so that at a width of 2048 the logits would be
+computed eight times for each of the two gradients, where writing a gradient of a logit and reading
+it twice is 6 bytes, or 1.8 ps of an H100's memory, beside 4.1 ps for each of its products.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
-from kernels_pallas import device
+import jax.numpy as jnp
+
+from kernels_pallas import generation
 from kernels_pallas.grouped_matmul import tiles as grouped
 
 TILE_M, TILE_K = 128, 64
 _BARRIERS = 2048  # bytes of shared memory kept for them
+LOG2E = math.log2(math.e)
+NOTHING = -1e30  # a logit beyond the vocabulary
 # Tokens or entries whose logits' gradients are held at once, for each of the width, and at least:
 # they then take the memory of the other side's gradient in float32, which every part reads and
 # writes, 4 more bytes for a logit.
@@ -83,10 +88,20 @@ class Plan:
         return whole(-(-length // -(-length // most)), unit)
 
 
+def capped(plan: Plan, logits):
+    """Bend the logits: cap tanh(logits / cap)."""
+    if plan.softcap is None:
+        return logits
+    # the chip's own tanh has 11 bits, its exponential 22
+    power = jnp.exp2(logits * (2 * LOG2E / plan.softcap))
+    return plan.softcap - (2 * plan.softcap) / (power + 1)
+
+
 def supports(x, head, targets, weights, **keywords) -> str | None:
-    """Return None, or why the Hopper kernels cannot run this call."""
+    """Return None, or why the kernels for Hopper and Blackwell cannot run this call."""
     del targets, weights, keywords
-    if lacks := device.lacks_hopper(x=x) or device.lacks_hopper("bfloat16", "float32", head=head):
+    lacks = generation.lacks_both(x=x) or generation.lacks_both("bfloat16", "float32", head=head)
+    if lacks:
         return lacks
     if 0 in (*x.shape, head.size):
         return f"needs tokens, a width and a vocabulary, x is {x.shape} and head {head.shape}"

@@ -1,14 +1,16 @@
-"""Cross-entropy of a linear head on Hopper's tensor cores: bfloat16, softmax in float32.
+"""Cross-entropy of a linear head on a GPU's tensor cores: bfloat16, softmax in float32.
 
-Logits exist a tile at a time, in registers; what of their gradients is written, and why, is said in
-gpu_plan.py. How a program goes through its tiles is in `kernels_pallas/products.py`.
+Logits exist a tile at a time, on Hopper, whose kernels are here, in registers; what of their
+gradients is written, and why, is said in gpu_plan.py. How a program goes through its tiles is in
+`kernels_pallas/products.py`. Blackwell's kernels are in mosaic_gpu_blackwell.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +19,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import device, hopper, products
-from kernels_pallas.cross_entropy.gpu_plan import TILE_K, TILE_M, Plan, whole
+from kernels_pallas.cross_entropy.gpu_plan import (
+    LOG2E,
+    NOTHING,
+    TILE_K,
+    TILE_M,
+    Plan,
+    capped,
+    whole,
+)
 from kernels_pallas.grouped_matmul import tiles as grouped
 from kernels_pallas.hopper import HALF
 from kernels_pallas.rounding import narrow
 
 _F32, _BF16 = jnp.float32, jnp.bfloat16
 _ROW = plgpu.Layout.WGMMA.reduce(1)
-_LOG2E = math.log2(math.e)
-_NOTHING = -1e30  # a logit beyond the vocabulary
-
-
-def _capped(plan: Plan, logits):
-    """Bend the logits: cap tanh(logits / cap)."""
-    if plan.softcap is None:
-        return logits
-    # the chip's own tanh has 11 bits, its exponential 22
-    power = jnp.exp2(logits * (2 * _LOG2E / plan.softcap))
-    return plan.softcap - (2 * plan.softcap) / (power + 1)
 
 
 def _over_logits(plan: Plan, finish, out, out_smem, x, head, *numbers):
@@ -77,9 +76,9 @@ def _over_logits(plan: Plan, finish, out, out_smem, x, head, *numbers):
         def end(tile, product):
             entry = tile.n + plgpu.broadcasted_iota(jnp.int32, product.shape, 1,
                                                     layout=plgpu.Layout.WGMMA)
-            logits = _capped(plan, product)
+            logits = capped(plan, product)
             if plan.V % n:
-                logits = jnp.where(entry < plan.V, logits, _NOTHING)
+                logits = jnp.where(entry < plan.V, logits, NOTHING)
             rows = pl.ds(tile.m + warpgroup * HALF, HALF)
             finish(tile, logits, entry, rows, numbers_gmem, out_gmem, out_smem)
 
@@ -94,15 +93,16 @@ def _over_logits(plan: Plan, finish, out, out_smem, x, head, *numbers):
     return kernel(x, head, *numbers)
 
 
-def _logsumexp(plan: Plan, x, head, targets):
-    """Return (lse, nll) [T]."""
+def softmax_parts(plan: Plan, x, head, targets):
+    """Return of every tile of entries and token the largest logit, the sum of the exponentials less
+    it, and the target's logit or 0: [3, tiles, T]."""
     def finish(tile, logits, entry, rows, numbers, parts_gmem, out_smem):
         (targets_gmem,) = numbers
         own = out_smem.at[lax.axis_index("warpgroup")]
         target = hopper.spread(plgpu.load(targets_gmem.at[rows], layout=_ROW), logits.shape, 0)
         chosen = jnp.where(entry == target, logits, jnp.zeros_like(logits)).sum(axis=1)
         top = logits.max(axis=1)
-        total = jnp.exp2((logits - hopper.spread(top, logits.shape, 0)) * _LOG2E).sum(axis=1)
+        total = jnp.exp2((logits - hopper.spread(top, logits.shape, 0)) * LOG2E).sum(axis=1)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for i, value in enumerate((top, total, chosen)):
             own.at[i][...] = value
@@ -112,14 +112,10 @@ def _logsumexp(plan: Plan, x, head, targets):
         plgpu.commit_smem_to_gmem_group()
 
     out = jax.ShapeDtypeStruct((3, plan.n_tiles, plan.T), _F32)
-    top, total, chosen = _over_logits(plan, finish, out, plgpu.SMEM((2, 3, HALF), _F32), x, head,
-                                      targets)
-    highest = top.max(0)
-    lse = highest + jnp.log((total * jnp.exp(top - highest[None])).sum(0))
-    return lse, lse - chosen.sum(0)
+    return _over_logits(plan, finish, out, plgpu.SMEM((2, 3, HALF), _F32), x, head, targets)
 
 
-def _d_logits(plan: Plan, x, head, targets, row, lse):
+def d_logits(plan: Plan, x, head, targets, row, lse):
     """Return the gradients of the logits [T, columns] in bfloat16."""
     def finish(tile, logits, entry, rows, numbers, d_gmem, out_smem):
         target, row, lse = (plgpu.load(x.at[rows], layout=_ROW) for x in numbers)
@@ -128,7 +124,7 @@ def _d_logits(plan: Plan, x, head, targets, row, lse):
             soft_row = row * (1 + (2 * plan.z_loss) * lse)
         else:
             soft_row = row
-        soft = jnp.exp2((logits - hopper.spread(lse, shape, 0)) * _LOG2E)
+        soft = jnp.exp2((logits - hopper.spread(lse, shape, 0)) * LOG2E)
         d = soft * hopper.spread(soft_row, shape, 0)
         row = hopper.spread(row, shape, 0)
         d = jnp.where(entry == hopper.spread(target, shape, 0), d - row, d)
@@ -154,26 +150,44 @@ def _d_logits(plan: Plan, x, head, targets, row, lse):
 # Around the kernels.
 
 
+class Kernels(NamedTuple):
+    """A generation's two kernels."""
+
+    softmax_parts: Callable[..., Any]
+    d_logits: Callable[..., Any]
+
+
+_HOPPER = Kernels(softmax_parts, d_logits)
+
+
+def _logsumexp(kernels: Kernels, plan: Plan, x, head, targets):
+    """Return (lse, nll) [T]."""
+    top, total, chosen = kernels.softmax_parts(plan, x, head, targets)
+    highest = top.max(0)
+    lse = highest + jnp.log((total * jnp.exp(top - highest[None])).sum(0))
+    return lse, lse - chosen.sum(0)
+
+
 def _loss(plan: Plan, weights, nll, lse):
     each = nll + plan.z_loss * lse * lse if plan.z_loss else nll
     return jnp.where(weights == 0, jnp.zeros_like(each), weights * each).sum()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(plan, x, head, targets, weights):
-    return _forward(plan, x, head, targets, weights)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cross_entropy(kernels, plan, x, head, targets, weights):
+    return _forward(kernels, plan, x, head, targets, weights)[0]
 
 
-def _forward(plan: Plan, x, head, targets, weights):
-    lse, nll = _logsumexp(plan, x, narrow(head, _BF16), targets)
+def _forward(kernels: Kernels, plan: Plan, x, head, targets, weights):
+    lse, nll = _logsumexp(kernels, plan, x, narrow(head, _BF16), targets)
     return (_loss(plan, weights, nll, lse), nll), (x, head, targets, weights, lse)
 
 
-def _backward(plan: Plan, kept, cotangents):
+def _backward(kernels: Kernels, plan: Plan, kept, cotangents):
     x, head, targets, weights, lse = kept
     row = weights * cotangents[0].astype(_F32)
     gradients = _by_entries if plan.by_entries else _by_tokens
-    return *gradients(plan, x, head, targets, row, lse), None, None
+    return *gradients(kernels, plan, x, head, targets, row, lse), None, None
 
 
 def _of_tokens(plan: Plan, d, head):
@@ -188,7 +202,7 @@ def _of_head(plan: Plan, d, x, dtype):
                       preferred_element_type=dtype)
 
 
-def _by_tokens(plan: Plan, x, head, targets, row, lse):
+def _by_tokens(kernels: Kernels, plan: Plan, x, head, targets, row, lse):
     """(dx, dhead) from gradients of logits of some tokens at a time."""
     cast = narrow(head, _BF16)
     C = plan.chunk
@@ -200,7 +214,7 @@ def _by_tokens(plan: Plan, x, head, targets, row, lse):
 
     def step(dhead, chunk):
         x, targets, row, lse = chunk
-        d = _d_logits(small, x, cast, targets, row, lse)
+        d = kernels.d_logits(small, x, cast, targets, row, lse)
         return dhead + _of_head(plan, d, x, _F32), _of_tokens(plan, d, cast).astype(_BF16)
 
     chunks = [cut(a) for a in (x, targets, row, lse)]
@@ -211,7 +225,7 @@ def _by_tokens(plan: Plan, x, head, targets, row, lse):
     return dx.reshape(-1, x.shape[1])[:len(x)], dhead.astype(head.dtype)
 
 
-def _by_entries(plan: Plan, x, head, targets, row, lse):
+def _by_entries(kernels: Kernels, plan: Plan, x, head, targets, row, lse):
     """(dx, dhead) from gradients of logits of a part of the vocabulary at a time."""
     axis = 1 if plan.layout == "DV" else 0
     C = plan.chunk
@@ -220,7 +234,7 @@ def _by_entries(plan: Plan, x, head, targets, row, lse):
     def part(small, columns, start, dx, dhead):
         own = lax.dynamic_slice_in_dim(head, start, columns, axis)
         cast = narrow(own, _BF16)
-        d = _d_logits(small, x, cast, targets - start, row, lse)
+        d = kernels.d_logits(small, x, cast, targets - start, row, lse)
         of_head = _of_head(plan, d, x, head.dtype)
         return (dx + _of_tokens(plan, d, cast),
                 lax.dynamic_update_slice_in_dim(dhead, of_head, start, axis))
@@ -239,7 +253,7 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def cross_entropy(x_TxD, head, targets_T, weights_T, *, z_loss=0.0, softcap=None, chunk=None,
-                  head_layout="DV"):
+                  head_layout="DV", kernels=_HOPPER):
     """Sum the weighted losses tile by tile; the chunk means nothing here."""
     del chunk
     T, D = x_TxD.shape
@@ -251,5 +265,6 @@ def cross_entropy(x_TxD, head, targets_T, weights_T, *, z_loss=0.0, softcap=None
     head = jnp.pad(head, ((0, wide), (0, entries)) if head_layout == "DV" else
                    ((0, entries), (0, wide)))
     targets = jnp.pad(targets_T.astype(jnp.int32), (0, spare))
-    total, nll = _cross_entropy(plan, x, head, targets, jnp.pad(weights_T.astype(_F32), (0, spare)))
+    weights = jnp.pad(weights_T.astype(_F32), (0, spare))
+    total, nll = _cross_entropy(kernels, plan, x, head, targets, weights)
     return total, nll[:T]
