@@ -294,6 +294,8 @@ def _parser() -> argparse.ArgumentParser:
                         help=f"all unless named: {', '.join(OPS)}")
     parser.add_argument("--spec", nargs="+", default=[], metavar="NAME",
                         help="workloads in each op's specs.py, all unless named")
+    parser.add_argument("--main", action="store_true",
+                        help="only what training runs, without the small awkward workloads")
     parser.add_argument("--backend", metavar="NAME",
                         help="this backend only, where it can; all that the chip runs unless named")
     parser.add_argument("--keep", metavar="FILE", default=str(RECORD) if RECORD.exists() else None,
@@ -308,19 +310,48 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _chips(options: argparse.Namespace) -> list[Chip]:
+    return [chip for name, chip in CHIPS.items() if {name, "all"} & set(options.target)]
+
+
+def command(argv: Sequence[str]) -> int:
+    """Run the command in child processes, one for each family of chips after another.
+
+    Mosaic GPU compiles for the architecture that a process compiled for first, and takes a kernel
+    that it has compiled before whatever it was for.
+    """
+    module, options = "kernels_pallas.compile", _parser().parse_args(argv)
+    families: dict[Any, list[str]] = {}
+    for chip in _chips(options):
+        family = (chip.target.platform, chip.target.capability)
+        families.setdefault(family, []).append(chip.name)
+    if options.kept_only or len(families) == 1:
+        return supervised.supervise(module, argv)
+    with tempfile.TemporaryDirectory() as folder:
+        keep = options.keep or f"{folder}/kept.jsonl"
+        for part in [["--main"]] if options.main else [["--main"], []]:
+            for names in families.values():
+                status = supervised.supervise(
+                    module, [*argv, "--target", *names, "--keep", keep, *part], quiet=True)
+                if status not in (0, 1):
+                    return status
+        return supervised.supervise(module, [*argv, "--keep", keep, "--kept-only"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
+    """Compile in this process and return the exit status."""
     parser = _parser()
     options = parser.parse_args(argv)
     try:
-        chosen = list(cases(tuple(options.op), tuple(options.spec), abstract=True))
+        chosen = [case for case in cases(tuple(options.op), tuple(options.spec), abstract=True)
+                  if case.main or not options.main]
     except ValueError as e:
         parser.error(str(e))
     names = {b.name for case in chosen for b in case.op.backends}
     if options.backend is not None and options.backend not in names:
         parser.error(f"backend {options.backend!r} is unknown; there are "
                      f"{', '.join(sorted(names))}")
-    chips = [chip for name, chip in CHIPS.items() if {name, "all"} & set(options.target)]
+    chips = _chips(options)
     lacking = sorted({package for chip in chips if (package := chip.missing())})
     if lacking:
         print(f"kernels_pallas.compile: {' and '.join(lacking)} not installed; "
@@ -358,5 +389,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main() if supervised.log() else
-                     supervised.supervise("kernels_pallas.compile", sys.argv[1:]))
+    raise SystemExit(main() if supervised.log() else command(sys.argv[1:]))

@@ -53,8 +53,11 @@ def log() -> Path | None:
     return folder and folder / "log"
 
 
-def supervise(module: str, argv: Sequence[str], *, stall: float | None = None) -> int:
+def supervise(module: str, argv: Sequence[str], *, stall: float | None = None,
+              quiet: bool = False) -> int:
     """Run `python -m module argv` until it returns, and return its exit status.
+
+    `quiet` leaves out what it prints, but errors and progress.
 
     A child that dies of a signal is begun again, and so is one that has begun nothing new in
     `stall` seconds. Only the same end twice in a row is given up, with status 1.
@@ -67,7 +70,8 @@ def supervise(module: str, argv: Sequence[str], *, stall: float | None = None) -
             for file in ("begun", "log"):
                 (folder / file).write_text("")
             child = subprocess.Popen([sys.executable, "-m", module, *argv],
-                                     env=os.environ | {_FOLDER: name})
+                                     env=os.environ | {_FOLDER: name},
+                                     stdout=subprocess.DEVNULL if quiet else None)
             status = _wait(child, folder, stall)
             if status >= 0:
                 return status
