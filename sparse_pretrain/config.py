@@ -17,6 +17,7 @@ from sparse_pretrain import attention, optim, routing, sections, spec
 from sparse_pretrain import phases as phased
 from sparse_pretrain.checkpoint import Config as CheckpointConfig
 from sparse_pretrain.data import Config as DataConfig
+from sparse_pretrain.games import mixtures
 from sparse_pretrain.model import ffn, lm, residual
 from sparse_pretrain.optim import schedules
 from sparse_pretrain.sharding import apply, offload, plans
@@ -189,14 +190,13 @@ class Experiment(spec.Config):
     def _check_placement(self) -> None:
         if not self.placement.every:
             return
-        blocks = self.model.blocks.items()
-        with_copies = {n: b.ffn for n, b in blocks if getattr(b.ffn, "copies", 0)}
+        parts = {n: b.ffn for n, b in self.model.blocks.items() if getattr(b.ffn, "copies", 0)}
         spec.require(
-            bool(with_copies),
+            bool(parts),
             f"placement.every: {self.placement.every} moves copies of experts, and no block has "
             "ffn.copies above 0",
         )
-        for name, section in with_copies.items():
+        for name, section in parts.items():
             try:
                 self.placement.check(section.experts, section.experts + section.copies)
             except ValueError as e:
@@ -225,7 +225,7 @@ class _Schema(sections.Schema):
 SCHEMA = _Schema(
     Experiment,
     {"attention": attention.TABLE, "ffn": ffn.TABLE, "router": routing.TABLE,
-     "residual": residual.TABLE, "optim": optim.TABLE},
+     "residual": residual.TABLE, "optim": optim.TABLE, "mixture": mixtures.TABLE},
 )  # fmt: skip
 
 

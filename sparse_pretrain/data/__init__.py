@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_pretrain import spec
+from sparse_pretrain.games import mixtures
 
 if TYPE_CHECKING:
     from sparse_pretrain.data.pipeline import Dataset
 
 PACKS = ("documents", "stream", "random_crop")
 TOKENIZERS = "bytes, char, bpe:SIZE or file:PATH"
+AHEAD = 2  # batches made ahead of the step; making one takes well under a millisecond
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class Config(spec.Config):
     are laid end to end and cut every `seq` tokens, each its own segment; rows are then shuffled.
     `stream`: the same without segments or document order, for one long text. `random_crop`: every
     row is a crop of the stream at a random place, with replacement, so it never ends and repeats
-    text by definition.
+    text by definition. `mixture` draws rows by domain, with weights that a game may move.
     """
 
     source: str = "python_stdlib"
@@ -38,6 +40,7 @@ class Config(spec.Config):
     repeat: bool = False
     pack: str = "documents"
     cache: str = ""
+    mixture: spec.Config = mixtures.NoConfig()
 
     def __post_init__(self):
         spec.require(self.seq >= 2, f"seq: a row holds at least 2 tokens, got {self.seq}")
@@ -47,6 +50,25 @@ class Config(spec.Config):
             re.fullmatch(r"bytes|char|bpe:\d+|file:.+", self.tokenizer) is not None,
             f"tokenizer: {self.tokenizer!r} is not {TOKENIZERS}",
         )
+        if self.mixed:
+            self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        kind, lag = self.mixture.KIND, getattr(self.mixture, "lag", AHEAD + 2)
+        ok = self.pack == "documents"
+        spec.require(ok, f"mixture.kind: {kind!r} needs pack documents, got {self.pack!r}")
+        ok = not self.source.startswith("synthetic:")
+        spec.require(ok, f"mixture.kind: {kind!r} needs domains, {self.source!r} has none")
+        spec.require(
+            lag >= AHEAD + 2,
+            f"mixture.lag: must be at least {AHEAD + 2}, since {AHEAD} batches are made ahead and "
+            f"a step is told one step late; got {lag}",
+        )
+
+    @property
+    def mixed(self) -> bool:
+        """Whether rows are drawn by domain."""
+        return self.mixture.KIND != "none"
 
 
 def cache_dir(cache: str = "") -> Path:
@@ -89,4 +111,9 @@ def load(config: Config, *, seed: int, process_index: int = 0, process_count: in
     from sparse_pretrain.data.corpus import open_corpus
 
     cache = cache_dir(config.cache)
-    return pipeline.build(config, open_corpus(config.source, cache), cache, seed=seed, share=share)
+    made = pipeline.build(config, open_corpus(config.source, cache), cache, seed=seed, share=share)
+    if not config.mixed:
+        return made
+    from sparse_pretrain.data import mixture
+
+    return mixture.Mixed(made)

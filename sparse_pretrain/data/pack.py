@@ -18,7 +18,9 @@ from sparse_pretrain.shapes import Batch
 
 
 class Line:
-    """The slots of a store's documents in a given order, cut into rows of `seq`.
+    """The slots of a store's documents in a given order, all or some, cut into rows of `seq`.
+
+    Some of them need an eos: it is the last target of each, whatever follows in the store.
 
     With `segments` False documents are not told apart: each row is one segment with positions
     0 .. seq - 1. With `score_eos` False the end of a document carries no weight. Without an eos
@@ -39,9 +41,9 @@ class Line:
     ):
         self.store, self.seq, self.segments, self.score_eos = store, seq, segments, score_eos
         self.order = np.arange(len(store.domains)) if order is None else order
-        self.slots = store.targets
         lengths = np.diff(store.starts)[self.order]
         # Without an eos the very last token has no target, so the last document is one slot short.
+        self.slots = min(int(lengths.sum()), store.targets)
         self._ends = np.minimum(np.cumsum(lengths), self.slots)
         self._begins = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
         self.rows = -(-self.slots // seq)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import grain
 import numpy as np
 
-from sparse_pretrain.data import draws, store, tokenize
+from sparse_pretrain.data import AHEAD, draws, store, tokenize
 from sparse_pretrain.data.pack import Line
 from sparse_pretrain.shapes import Batch
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 ENDLESS = 1 << 62  # targets in an epoch of a source that has no end
 # What a draw is for, so that no two uses of one seed share bits.
-DOCUMENTS, ROWS, CROPS, HELDOUT = range(4)
+DOCUMENTS, ROWS, CROPS, HELDOUT, DOMAINS = range(5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +105,15 @@ class Dataset:
         line = self._plain_line(piece)
         return map(line.batch, self._shares(np.arange(line.rows)))
 
-    def train(self) -> TrainIterator:
-        """This process's training batches; ends with the data unless `repeat`."""
-        return TrainIterator(self)
+    def train(self, cursor: dict[str, Any] | None = None) -> TrainIterator:
+        """This process's training batches, from the start or a cursor, to the end unless `repeat`.
+
+        Errors: ValueError as `TrainIterator.set_state`.
+        """
+        found = TrainIterator(self)
+        if cursor is not None:
+            found.set_state(cursor)
+        return found
 
     def identity(self) -> dict[str, Any]:
         """What a cursor belongs to: the same keys and values, the same rows by number."""
@@ -147,8 +154,6 @@ class TrainIterator:
     holds for any batch size and number of processes.
     """
 
-    AHEAD = 2  # batches; making one takes well under a millisecond
-
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
         self._from(0)
@@ -170,10 +175,13 @@ class TrainIterator:
 
         Errors: ValueError naming the first thing that differs between the cursor's data and this.
         """
+        self._check(state)
+        self._from(int(state["rows"]))
+
+    def _check(self, state: dict[str, Any]) -> None:
         for name, here in self.dataset.identity().items():
             if state.get(name) != here:
                 raise ValueError(f"data.{name}: cursor has {state.get(name)!r}, run has {here!r}")
-        self._from(int(state["rows"]))
 
     def _from(self, rows: int) -> None:
         dataset, size = self.dataset, self.dataset.config.batch
@@ -188,7 +196,7 @@ class TrainIterator:
         self._batches = iter(
             grain.MapDataset.range(-(-left // size))
             .map(make)
-            .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=self.AHEAD))
+            .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD))
         )
 
 
@@ -225,7 +233,16 @@ class TextDataset(Dataset):
                 f"data.seq: a crop of {config.seq} does not fit the {self.train_tokens} targets "
                 f"of {config.source}"
             )
+        self._documents = np.arange(len(self._train.domains))
         self._line = functools.lru_cache(maxsize=2)(self._make_line)
+
+    def part(self, domain: int, seed: int) -> TextDataset:
+        """The training rows of one domain's documents; they may be none."""
+        found = copy.copy(self)
+        found.seed, found._documents = seed, np.flatnonzero(self._train.domains == domain)
+        found.train_tokens = int(np.diff(self._train.starts)[found._documents].sum())
+        found._line = functools.lru_cache(maxsize=2)(found._make_line)
+        return found
 
     def total_rows(self) -> int | None:
         if self.config.repeat or self.config.pack == "random_crop":
@@ -254,8 +271,8 @@ class TextDataset(Dataset):
     def _make_line(self, epoch: int) -> Line:
         if self.config.pack != "documents":
             return Line(self._train, self.config.seq, segments=False)
-        order = draws.permutation(len(self._train.domains), self.seed, DOCUMENTS, epoch)
-        return Line(self._train, self.config.seq, order=order)
+        order = draws.permutation(len(self._documents), self.seed, DOCUMENTS, epoch)
+        return Line(self._train, self.config.seq, order=self._documents[order])
 
     def _epoch_rows(self, epoch: int, rows: np.ndarray) -> Batch:
         line = self._line(epoch if self.config.pack == "documents" else 0)

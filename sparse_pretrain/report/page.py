@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_pretrain.report import advice, charts, html, market, positions, workdir
+from sparse_pretrain.report import advice, charts, html, market, mixture, positions, workdir
 from sparse_pretrain.report.axes import mark_phases, tokens_axis
 from sparse_pretrain.report.charts import Chart, numbers
 
@@ -39,6 +39,7 @@ def render(run: workdir.Run) -> str:
         _heldout(run),
         _accuracy(run),
         _domains(run),
+        mixture.section(run),
         positions.section(run),
         _optimisation(run),
         _balance(run),

@@ -84,6 +84,7 @@ class Course:
             first=stage.first,
             placed=self._p.placed,
             host=e.offload == "optimizer",
+            domains=len(self._p.dataset.domains) if e.data.mixed else 0,
         )
         made = made.lower(state, batch).compile()
         peers.meet()

@@ -122,10 +122,9 @@ class Trainer:
             p.definition, p.tx, e.seed, ema=e.ema > 0, game=game, placed=p.placed,
             host=e.offload == "optimizer",
         )  # fmt: skip
-        batches = p.dataset.train()
+        cursor = None
         if self.saver.latest() is not None:
             train_state, cursor = self.saver.restore(train_state)
-            batches.set_state(cursor)
             done = int(train_state.step)
             if done > self.steps:
                 raise ValueError(
@@ -141,7 +140,7 @@ class Trainer:
             copy = np.copy if p.placed is None else jnp.copy
             average = jax.tree.map(copy, params) if e.ema else {}
             train_state = train_state._replace(params=params, router=prices, ema=average)
-        return train_state, batches
+        return train_state, p.dataset.train(cursor)
 
     # --- the run ---
 
@@ -172,6 +171,7 @@ class Trainer:
     def _run(self) -> dict[str, Any]:
         checkpoint.warm()
         train_state, batches = self._start()
+        self.batches = batches
         start = int(train_state.step)
         self.record.open()
         self.begun = True
@@ -212,7 +212,6 @@ class Trainer:
             train_state, out = self.course.step(n, train_state, rows_here)(train_state, rows_here)
             if self.replacer is not None and n % e.placement.every == 0:
                 train_state = self.replacer(train_state)
-            cursor = batches.get_state()
             if pending is not None:
                 clock = self._report(*pending, clock, bar)
             pending = (n, out, batch)
@@ -227,7 +226,7 @@ class Trainer:
                 last = n == self.steps
                 if last and e.checkpoint.best:  # the score decides what is kept
                     bits = self._evaluate(train_state, n)
-                self._save(n, train_state, cursor, bits)
+                self._save(n, train_state, batches.get_state(), bits)  # n was told to its game
                 if last and not e.checkpoint.best:  # a crash in scoring costs no training
                     self._evaluate(train_state, n)
             if save or score:
@@ -256,6 +255,8 @@ class Trainer:
         per_step = self.p.run.tokens_per_step
         row = {"step": n, "tokens": n * per_step, **self.course.name(n)}
         row |= rows.of_step(out, tokens=per_step, seconds=seconds, cpu=cpu)
+        if "domains" in out:
+            row |= self.batches.learn(*out["domains"])
         row["mfu"] = row["tokens_per_second"] * self.course.flops_per_token(n) / self.peak
         if out["max_vio"] and (n % max(1, self.steps // 100) == 0 or n in (1, self.steps)):
             self.writer.moe(n, rows.of_experts(out))
@@ -328,6 +329,7 @@ class Trainer:
             "flops": d["flops"],
             "total_params": d["total_params"],
             "active_params": d["active_params"],
+            **({"mixture": self.batches.mean_weights} if self.experiment.data.mixed else {}),
             "manifest_hash": self.p.dataset.manifest.get("hash"),
             "commit": self.record.commit,
             "sample": sample,

@@ -25,23 +25,26 @@ def token_losses(
     )
 
 
-def loss_sums(definition, params, prices, batch: shapes.Batch, weight, parts: int):
+def loss_sums(
+    definition, params, prices, batch: shapes.Batch, weight, parts: int, domains: int = 0
+):
     """This (micro-)batch's share of the loss over the whole batch, and what to report.
 
     `weight` is the whole batch's total weight and `parts` the number of micro-batches, so that
-    shares add up to the large batch's loss.
+    shares add up to the large batch's loss. With a number of `domains` their sums are reported.
     Source: MTP's share 2412.19437, equations 24 and 25: every depth over all targets of the batch.
     """
     model = definition.merge(params, prices)
     hidden, aux = model(batch, train=True)
-    loss, report = head_sums(model, hidden, aux.ahead, batch, weight)
+    loss, report = head_sums(model, hidden, aux.ahead, batch, weight, domains)
     return loss + (aux.balance + aux.own) / parts, report | aux_sums(model.config, aux, parts)
 
 
-def head_sums(model: lm.LM, hidden, ahead, batch: shapes.Batch, weight):
+def head_sums(model: lm.LM, hidden, ahead, batch: shapes.Batch, weight, domains: int = 0):
     """The share of the loss that is taken on targets, and what to report of it.
 
-    Shapes: hidden, and each of `ahead`, [B, L, D].
+    Shapes: hidden, and each of `ahead`, [B, L, D]; what is reported of domains [2, domains]: nats
+    and targets.
     """
     total, nats = token_losses(model, hidden, batch)
     loss, told = total / weight, []
@@ -51,6 +54,11 @@ def head_sums(model: lm.LM, hidden, ahead, batch: shapes.Batch, weight):
         loss = loss + model.config.mtp.weight / len(ahead) * total / weight
         told.append((jnp.sum(each * goal.weights), jnp.sum(goal.weights)))
     report: dict = {"nats": jnp.sum(nats * batch.weights)}
+    if domains:
+        names = jnp.arange(domains, dtype=batch.domains.dtype)[None, None, :]
+        mine = (batch.domains[..., None] == names).astype(jnp.float32)
+        sums = jnp.stack([nats * batch.weights, batch.weights])
+        report["domains"] = jnp.einsum("cbl,blk->ck", sums, mine, precision="highest")
     if told:
         report["mtp"] = tuple(jnp.stack(sums) for sums in zip(*told, strict=True))
     return loss, report

@@ -22,6 +22,7 @@ def gradients(
     weight: Any,
     mask: Any,
     placed: apply.Placed,
+    domains: int = 0,
 ) -> tuple[Any, dict[str, Any]]:
     """As `step.gradients`; `weight` is the whole batch's."""
     parts, config = placed.microbatches, definition.merge(params, prices).config
@@ -49,7 +50,7 @@ def gradients(
     def leave(params, fixed, x, rows):
         here = model(params, fixed)
         hidden, ahead, told = here.leave(x, rows, train=True)
-        share, report = loss.head_sums(here, hidden, ahead, rows, fixed["weight"])
+        share, report = loss.head_sums(here, hidden, ahead, rows, fixed["weight"], domains)
         return share + _share(told, parts), (report, _aux(told))
 
     def share(sums):

@@ -258,6 +258,7 @@ def same_run(experiment: configs.Experiment, workdir: Path) -> list[str]:
         saved = (checkpoint.read_record(workdir) or {}).get("config")
     if saved is None:
         return []
+    saved["data"].setdefault("mixture", {"kind": "none"})  # of before there were any
     return checkpoint.check_compatible(saved, experiment.to_dict(), workdir)
 
 

@@ -43,6 +43,7 @@ def gradients(
     accumulate: int,
     mask: Any = None,
     placed: apply.Placed | None = None,
+    domains: int = 0,
 ):
     """(gradients of the batch's loss, report of sums); equal to one large batch to rounding.
 
@@ -53,14 +54,14 @@ def gradients(
     def sums(params, part):
         def share(p):
             p = p if mask is None else partial.only(mask, p)
-            return loss.loss_sums(definition, p, state.router, part, weight, accumulate)
+            return loss.loss_sums(definition, p, state.router, part, weight, accumulate, domains)
 
         (_, report), grads = jax.value_and_grad(share, has_aux=True)(params)
         return (grads if placed is None else placed.hold(grads, definition)), report
 
     if placed is not None and placed.stages > 1 and placed.schedule != "gpipe":
         grads, report = pipelined.gradients(
-            definition, state.params, state.router, batch, weight, mask, placed
+            definition, state.params, state.router, batch, weight, mask, placed, domains
         )
         return placed.hold(grads, definition), report
     if accumulate == 1:
@@ -84,6 +85,7 @@ def make_train_step(
     first: int = 0,
     placed: apply.Placed | None = None,
     host: bool = False,
+    domains: int = 0,
 ) -> Step:
     """The jitted step `(state, batch) -> (state, metrics)`; the state it is given is consumed.
 
@@ -96,7 +98,8 @@ def make_train_step(
     Metrics are device scalars: `loss` nats per token, `bits_per_byte`, `grad_norm`, `lr`,
     `tokens`, and for experts `load` per layer group, `max_vio` per layer, and `market`: the price
     of each expert and the dual objective, where the router has them; `indexer_loss` nats per token
-    over all layers, where an attention trains one; `mtp_loss` [depths] nats per token counted.
+    over all layers, where an attention trains one; `mtp_loss` [depths] nats per token counted;
+    `domains` [2, domains] sums of nats and targets, where their number is given.
     """
 
     def step(state: TrainState, batch: shapes.Batch):
@@ -106,7 +109,7 @@ def make_train_step(
         if train != "all":
             own = train == "indexer"
             mask = partial.own_mask(config, state.params) if own else partial.no_mask(state.params)
-        grads, report = gradients(definition, state, batch, accumulate, mask, placed)
+        grads, report = gradients(definition, state, batch, accumulate, mask, placed, domains)
         grads = replace.tied(grads, state.router, config, definition, placed)
         if placed is not None:
             grads = placed.hold(grads, definition, "optimizer")
@@ -137,6 +140,8 @@ def make_train_step(
         }
         if "indexer_loss" in report:
             metrics["indexer_loss"] = report["indexer_loss"]
+        if domains:
+            metrics["domains"] = report["domains"]
         if "mtp" in report:
             nats, counted = report["mtp"]
             metrics["mtp_loss"] = nats / jnp.maximum(counted, 1.0)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sparse_pretrain import checkpoint, config, data, nn, phases
 from sparse_pretrain.data import tokenize
+from sparse_pretrain.games import mixtures
 from sparse_pretrain.model import lm
 from sparse_pretrain.shapes import Batch
 from sparse_pretrain.training import continuations, evaluate, record, run, tasks
@@ -67,7 +68,7 @@ def dataset(opened: Trained, source: str = "") -> Any:
     """
     section = opened.experiment.data
     if source:
-        section = dataclasses.replace(section, source=source)
+        section = dataclasses.replace(section, source=source, mixture=mixtures.NoConfig())
         if not source.startswith("synthetic:"):
             section = dataclasses.replace(
                 section, tokenizer=f"file:{opened.workdir / run.TOKENIZER}"
@@ -103,9 +104,13 @@ def unread(opened: Trained, tokens: int) -> tuple[Any, Iterator[Batch]]:
             "--unread: the run's data has no end (data.repeat, random_crop or a synthetic task): "
             "nothing is known to be unread"
         )
-    batches = found.train()
+    if opened.experiment.data.mixture.KIND not in ("none", "fixed"):
+        raise ValueError(
+            f"--unread: the mixture {opened.experiment.data.mixture.KIND!r} goes by the losses of "
+            "steps that were not taken: nothing is known to come next"
+        )
     saved = checkpoint.folder(opened.workdir) / f"{opened.step:08d}"
-    batches.set_state(checkpoint.read_meta(saved)["cursor"])
+    batches = found.train(checkpoint.read_meta(saved)["cursor"])
     done = batches.get_state()["rows"]
     count = -(-tokens // (batch * opened.experiment.data.seq))
     if count * batch > total - done:

@@ -77,6 +77,15 @@ def test_the_sinks_are_those_that_exist():
           ".heads=4"], ["config.model.blocks.moe.attention.heads: width 30", "heads 4"]),
         (["model.blocks.moe.attention.rope.factor=2", "model.blocks.moe.attention.rope.original=8"],
          ["config.data.seq: 32 tokens", "the 16 that model.blocks.moe.attention.rope"]),
+        (["data.mixture.kind=hedg"], ["config.data.mixture.kind: unknown kind 'hedg'; did you mean "
+                                      "hedge?"]),
+        (["data.mixture.kind=fixed", "data.mixture.weights=a=0.5,b=0.4"],
+         ["config.data.mixture.weights: must sum to 1, 'a=0.5,b=0.4' sums to 0.9"]),
+        (["data.mixture.kind=ado", "data.mixture.lag=2"], ["config.data.mixture.lag: must be at "
+                                                           "least 4", "got 2"]),
+        (["data.mixture.kind=doremi"], ["config.data.mixture.reference: needs the workdir"]),
+        (["data.mixture.kind=exp3", "data.pack=stream"],
+         ["config.data.mixture.kind: 'exp3' needs pack documents, got 'stream'"]),
     ],
 )  # fmt: skip
 def test_checks_across_fields_name_both_numbers(overrides, parts):

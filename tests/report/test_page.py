@@ -64,6 +64,25 @@ def test_tables_are_the_inputs(tmp_path, fake_run, report):
     assert {r[0]: r[1] for r in got.tables["environment"]}["versions.jax"] == "0.12.0"
 
 
+def test_a_mixtures_weights_and_losses_are_drawn(tmp_path, fake_run, report):
+    """One curve a domain, the weights of its rows; without a mixture there is no such section."""
+    made = fake_run.write(tmp_path / "run", steps=40)
+    assert "mixture" not in report(tmp_path / "run").tables
+    lines = []
+    for i, row in enumerate(made["metrics"]):
+        share = 0.5 + 0.01 * i
+        loss = {"prose": 3 - 0.01 * i, "code": None if i % 7 == 0 else 2.0}
+        lines.append(row | {"mixture": {"prose": share, "code": 1 - share}, "domain_loss": loss})
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    summary = made["summary"] | {"mixture": {"prose": 0.7, "code": 0.3}}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    got = report(tmp_path / "run")
+    _, *rows = got.tables["mixture"]
+    assert rows == [["prose", "0.8900", "0.7000"], ["code", "0.1100", "0.3000"]]
+    assert "Mixture of domains" in [a["aria-label"] for t, a in got.tags if t == "svg"]
+    assert {"prose", "code"} <= set(got.text["mixture"].split())
+
+
 def test_loss_by_position_is_the_summarys(tmp_path, fake_run, report):
     made = fake_run.write(tmp_path / "run")
     got = report(tmp_path / "run")

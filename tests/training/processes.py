@@ -39,7 +39,8 @@ def port(among: Iterable[int] = (0,)) -> int:
     raise OSError("no port is free")
 
 
-def start(folder: Path, name: str, *, processes: int, devices: int, mesh: str, steps: int = 6):
+def start(folder: Path, name: str, *, processes: int, devices: int, mesh: str, steps: int = 6,
+          more: tuple[str, ...] = ()):  # fmt: skip
     """The processes of a run in `folder`/`name`, as they are started."""
     config = folder / "tiny.py"
     config.write_text(CONFIG)
@@ -47,7 +48,7 @@ def start(folder: Path, name: str, *, processes: int, devices: int, mesh: str, s
     command = [
         sys.executable, "-m", "sparse_pretrain", "train", f"--config={config}:{steps}",
         "--plan=fsdp_ep", f"--mesh={mesh}", f"--cpu-devices={devices}",
-        f"--workdir={folder / name}", "--quiet",
+        f"--workdir={folder / name}", "--quiet", *more,
     ]
     found = []
     for i in range(processes):

@@ -12,7 +12,7 @@ from sparse_pretrain.training import state, step
 from tests.model.conftest import packed, small
 
 
-def _setup(config, accumulate=1, ema=0.0):
+def _setup(config, accumulate=1, ema=0.0, domains=0):
     definition = lm.define(config)
     table = optim.TABLE["adamw"]
 
@@ -22,7 +22,7 @@ def _setup(config, accumulate=1, ema=0.0):
     tx = table.build(table.Config(lr=1e-3), definition.dims, schedule)
     fresh = state.create(definition, tx, 0, ema=ema > 0)
     run = step.make_train_step(
-        definition, config, tx, schedule=schedule, accumulate=accumulate, ema=ema
+        definition, config, tx, schedule=schedule, accumulate=accumulate, ema=ema, domains=domains
     )
     return definition, fresh, run
 
