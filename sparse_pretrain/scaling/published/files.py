@@ -11,8 +11,13 @@ from sparse_pretrain import data
 
 VARIABLE = "SPARSE_PRETRAIN_DATA"
 
+_DOMAINS = "allenai/OLMoE, scripts/routing_output/text, one file of {}"
 # path below the data folder -> (public repository and path, first 16 digits of its sha256)
 KNOWN = {
+    "domains/arxiv/arxiv.txt": (_DOMAINS.format("arxiv"), "e72dc8afab4b4e5e"),
+    "domains/c4/c4.txt": (_DOMAINS.format("c4"), "ee2fb5542e72c3b6"),
+    "domains/github/github.txt": (_DOMAINS.format("github"), "1a8e4b8eb4d4c67b"),
+    "domains/wikipedia/wikipedia.txt": (_DOMAINS.format("wikipedia"), "9168686a8b48cdca"),
     "names/names.txt": ("karpathy/makemore, names.txt", "0a30b5557f192f32"),
     "tinyshakespeare/input.txt": (
         "karpathy/char-rnn, data/tinyshakespeare/input.txt",
