@@ -124,4 +124,12 @@ def measure(bench):
     )
 
 
-ANALYSIS = ""
+ANALYSIS = (
+    "At the published rate of 1 the game does not settle in 400 steps: one domain at a time has "
+    "most of the rows, while the others are not read and are then found worse than they were last. "
+    "The reference's final losses are below those of most of the run, so that excesses are large, "
+    "and a step multiplies the ratio of two weights by e to their difference. The mean of such "
+    "weights is nearly even, or gives wikipedia, the worst domain, less. The paper's proxy weighs "
+    "losses, and so reads every domain all along. Smaller rates and more smoothing were not tried: "
+    "the rule was fixed beforehand. The minutes hold some twenty in which the process was stopped."
+)

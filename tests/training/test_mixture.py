@@ -158,7 +158,7 @@ def test_a_run_from_before_there_were_mixtures_goes_on(text, tmp_path):
     plain = experiment(text, {"kind": "none"})
     kept = plain.to_dict()
     del kept["data"]["mixture"]
-    (tmp_path / "run.json").write_text(json.dumps({"config": kept, "derived": {}}))
+    (tmp_path / "run.json").write_text(json.dumps({"config": kept, "manifest": {}, "derived": {}}))
     assert run.same_run(plain, tmp_path) == []
     with pytest.raises(ValueError, match=r"data.mixture.kind: 'none' there, 'hedge' here"):
         run.same_run(experiment(text), tmp_path)
