@@ -5,6 +5,8 @@ As on Hopper (mosaic_gpu.py), but that both sums of a tile lie side by side in t
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -48,19 +50,24 @@ def fused(x_RxD, gate_ExDxF, up_ExDxF, layout, *, keep):
                                   accumulate=k > 0)
 
         def finish(tile, place):
-            def write(target, column, take):
-                def rows(_, smem):
+            def write(target, take):
+                def rows(column, smem):
                     products.store_rows(smem, target, tile.first, pl.ds(tile.n + column, COLUMNS),
                                         tile.rows, grain, whole=TILE_M)
 
-                blackwell.write_tile(COLUMNS, take, rows, out_smem)
+                blackwell.write_tile(n, take, rows, out_smem)
 
-            for column in range(0, n, COLUMNS):
-                gate, up = (blackwell.taken(tile, place, i * n + column) for i in range(2))
-                logistic = 1 / (1 + jnp.exp(-gate))
-                for target, values in zip(outs_gmem, (gate * logistic * up, gate, up),
-                                          strict=False):
-                    write(target, column, lambda _, values=values: values)
+            def product(i, column):
+                return blackwell.taken(tile, place, i * n + column)
+
+            def bent(column):
+                gate, up = product(0, column), product(1, column)
+                return gate / (1 + jnp.exp(-gate)) * up
+
+            # each is taken anew: registers do not hold what is written after the result
+            takes = (bent, functools.partial(product, 0), functools.partial(product, 1))
+            for target, take in zip(outs_gmem, takes, strict=False):
+                write(target, take)
 
         blackwell.in_turns(decode, load, multiply, finish, ring=ring, sums=sums, cores=cores,
                            total=count_gmem[0] * n_tiles)
