@@ -8,6 +8,7 @@ and stays in fast memory while its groups take turns: the same bits every time.
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -19,39 +20,56 @@ from kernels_pallas import tpu
 from kernels_pallas.grouped_matmul import visits
 
 
-def _rows_body(steps, transposed, tile, source, matrix, low, high, first, x, w, y, acc):
-    """One contracted step of one visit of a tile of the result."""
+def _parts(refs, *counts):
+    """Part a list into lists of so many."""
+    refs = iter(refs)
+    return [list(itertools.islice(refs, n)) for n in counts]
+
+
+def _rows_body(product, steps, bend, tile, source, matrix, low, high, first, *refs):
+    """One contracted step of one visit of a tile of the results."""
     del tile, source, matrix
     visit, step = pl.program_id(1), pl.program_id(2)
-    product = high[visit] > low[visit]
+    dim = 1 if product in visits.TRANSPOSED else 0
+    xs, ws, ys, accs = _parts(refs, *visits.HELD[product][:4])
+    pairs = [[(xs[0], w)] for w in ws] if bend else [[*zip(xs, ws, strict=True)]]
+    some = high[visit] > low[visit]
 
-    @pl.when(product)
+    @pl.when(some)
     def _():
-        part = tpu.dot(x[...], w[...], (1, 1 if transposed else 0))
-        if steps == 1:
-            acc[...] = part
-        else:
-            acc[...] = jnp.where(step == 0, part, acc[...] + part)
+        for acc, each in zip(accs, pairs, strict=True):
+            part = functools.reduce(jnp.add, [tpu.dot(x[...], w[...], (1, dim)) for x, w in each])
+            if steps == 1:
+                acc[...] = part
+            else:
+                acc[...] = jnp.where(step == 0, part, acc[...] + part)
 
-    @pl.when(product & (step == steps - 1))
+    @pl.when(some & (step == steps - 1))
     def _():
-        row = lax.broadcasted_iota(jnp.int32, y.shape, 0)
+        row = lax.broadcasted_iota(jnp.int32, ys[0].shape, 0)
         mine = (row >= low[visit]) & (row < high[visit])
-        # the groups before, or nothing yet; what nobody uses is zero
-        before = jnp.where(first[visit] == 1, 0.0, y[...].astype(jnp.float32))
-        y[...] = jnp.where(mine, acc[...], before).astype(y.dtype)
+        made = bend(*(acc[...] for acc in accs)) if bend else accs
+        for y, values in zip(ys, made, strict=True):
+            # the groups before, or nothing yet; what nobody uses is zero
+            before = jnp.where(first[visit] == 1, 0.0, y[...].astype(jnp.float32))
+            y[...] = jnp.where(mine, values[...], before).astype(y.dtype)
 
     @pl.when((high[visit] <= low[visit]) & (step == 0) & (first[visit] == 1))
     def _():
-        y[...] = jnp.zeros_like(y)
+        for y in ys:
+            y[...] = jnp.zeros_like(y)
 
 
-def _rows_times(x_RxK, w, layout, *, transposed):
-    """x times each expert's w [E, K, N], or the transpose of its w [E, N, K]: [R, N]."""
-    R, K = x_RxK.shape
-    N = w.shape[1] if transposed else w.shape[2]
-    m, k, n = visits.choose(layout, "transposed" if transposed else "rows", K, N,
-                            x_RxK.dtype.itemsize)
+def rows_times(product, xs, ws, layout, *, bend=None):
+    """Rows times each expert's matrices w [E, K, N], or the transposes of its w [E, N, K].
+
+    `product` is of visits.HELD. Without `bend`, xs [R, K] go with a matrix each and the sum of the
+    products is returned, [R, N]. With it they are one, the products go to `bend` in float32, and
+    what that returns is returned, each [R, N].
+    """
+    held, transposed = visits.HELD[product], product in visits.TRANSPOSED
+    (R, K), N = xs[0].shape, ws[0].shape[1 if transposed else 2]
+    m, k, n = visits.choose(layout, product, K, N, xs[0].dtype.itemsize)
     table = visits.of_rows(layout, m)
     steps = K // k
 
@@ -72,16 +90,17 @@ def _rows_times(x_RxK, w, layout, *, transposed):
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=6,
         grid=(-(-N // n), table.count[0], steps),
-        in_specs=[pl.BlockSpec((m, k), x_map),
-                  pl.BlockSpec((None, n, k) if transposed else (None, k, n), w_map)],
-        out_specs=pl.BlockSpec((m, n), y_map),
-        scratch_shapes=[pltpu.VMEM((m, n), jnp.float32)],
+        in_specs=[pl.BlockSpec((m, k), x_map)] * held.xs + [
+            pl.BlockSpec((None, n, k) if transposed else (None, k, n), w_map)] * held.ws,
+        out_specs=[pl.BlockSpec((m, n), y_map)] * held.ys,
+        scratch_shapes=[pltpu.VMEM((m, n), jnp.float32)] * held.accs,
     )
-    return tpu.call(
-        functools.partial(_rows_body, steps, transposed), "grouped_matmul",
-        jax.ShapeDtypeStruct((R, N), x_RxK.dtype), ("parallel", "arbitrary", "arbitrary"),
-        grid_spec=grid,
-    )(table.tile, table.source, table.matrix, table.low, table.high, table.first, x_RxK, w)
+    made = tpu.call(
+        functools.partial(_rows_body, product, steps, bend), visits.OPS[product],
+        [jax.ShapeDtypeStruct((R, N), xs[0].dtype)] * held.ys,
+        ("parallel", "arbitrary", "arbitrary"), grid_spec=grid,
+    )(table.tile, table.source, table.matrix, table.low, table.high, table.first, *xs, *ws)
+    return made if bend else made[0]
 
 
 def _weights_body(m, tile, expert, low, high, first, last, x, dy, dw, acc):
@@ -135,7 +154,7 @@ def weight_gradient(x_RxD, dy_RxF, layout, dtype):
 @jax.custom_vjp
 def grouped_matmul(x, w, layout):
     """Each row of expert e times w[e], in x's dtype; rows of no group become zero."""
-    return _rows_times(x, w.astype(x.dtype), layout, transposed=False)
+    return rows_times("rows", [x], [w.astype(x.dtype)], layout)
 
 
 def _forward(x, w, layout):
@@ -145,7 +164,7 @@ def _forward(x, w, layout):
 def _backward(residuals, dy):
     x, w, layout = residuals
     dy = dy.astype(x.dtype)
-    dx = _rows_times(dy, w.astype(x.dtype), layout, transposed=True)
+    dx = rows_times("transposed", [dy], [w.astype(x.dtype)], layout)
     return dx, weight_gradient(x, dy, layout, w.dtype), None
 
 

@@ -30,6 +30,28 @@ class Tiles(NamedTuple):
     n: int
 
 
+class Held(NamedTuple):
+    """How many arrays of each kind a product of rows has a tile of: rows, matrices, results, sums.
+
+    `stages` are float32 tiles of a result beside the sums, which bending them takes.
+    """
+
+    xs: int = 1
+    ws: int = 1
+    ys: int = 1
+    accs: int = 1
+    stages: int = 0
+
+
+# By the name of a product: grouped_swiglu's are both products of a row with what becomes of them,
+# alone or with the products themselves, and the rows' gradient by both matrices.
+HELD = {"rows": Held(), "transposed": Held(), "weights": Held(),
+        "swiglu": Held(1, 2, 1, 2, 3), "swiglu_kept": Held(1, 2, 3, 2, 3),
+        "swiglu_rows": Held(2, 2, 1, 1)}
+TRANSPOSED = ("transposed", "swiglu_rows")
+OPS = {name: "grouped_swiglu" if "swiglu" in name else "grouped_matmul" for name in HELD}
+
+
 class Visits(NamedTuple):
     """A table per column, [V] int32 each, of which the first `count` visits are made.
 
@@ -49,48 +71,57 @@ class Visits(NamedTuple):
     last: Any
 
 
-def supports(x, w, layout) -> str | None:
-    """Return None, or why the TPU kernels cannot run this call."""
+def supports(x, w, layout, products=("rows", "transposed")) -> str | None:
+    """Return None, or why the TPU kernels cannot run this call: products of rows, and their own."""
     if lacks := device.lacks_tpu(x=x):
         return lacks
     if layout.split:
         return "needs each expert's rows in one place, the layout was made with split=True"
     if layout.rows == 0 or w.shape[0] == 0:
         return f"needs rows and experts, there are {layout.rows} and {w.shape[0]}"
-    for name, width, columns in (("D", w.shape[1], w.shape[2]), ("F", w.shape[2], w.shape[1])):
-        if not _steps(width, columns, x.dtype.itemsize, _HEIGHTS[-1]):
+    sides = (("D", w.shape[1], w.shape[2]), ("F", w.shape[2], w.shape[1]))
+    for product in products:
+        name, width, columns = sides[product in TRANSPOSED]
+        if not _steps(product, width, columns, x.dtype.itemsize, _HEIGHTS[-1]):
             return f"needs a width that fits in fast memory or a multiple of 128, {name} is {width}"
     return None
 
 
-def _bytes(tiles: Tiles, itemsize: int) -> int:
-    """Fast memory of one product: operands and result twice, and the float32 sum."""
+def supports_swiglu(x, gate, up, layout) -> str | None:
+    """Return None, or why they cannot run this call of grouped_swiglu."""
+    del up
+    return supports(x, gate, layout, ("swiglu_kept", "swiglu_rows"))
+
+
+def _bytes(tiles: Tiles, itemsize: int, held: Held = HELD["rows"]) -> int:
+    """Fast memory of one product: operands and results twice, and the float32 sums and stages."""
     m, k, n = (-(-t // LANES) * LANES for t in tiles)
-    return 2 * itemsize * (m * k + k * n + m * n) + 4 * m * n
+    arrays = held.xs * m * k + held.ws * k * n + held.ys * m * n
+    return 2 * itemsize * arrays + 4 * (held.accs + held.stages) * m * n
 
 
-def _steps(width: int, columns: int, itemsize: int, m: int) -> list[Tiles]:
+def _steps(product: str, width: int, columns: int, itemsize: int, m: int) -> list[Tiles]:
     """The tiles of this height that fit, the contracted width whole or in equal steps."""
     n_all = [n for n in _WIDTHS if n < columns + LANES] if columns > LANES else [columns]
-    found = []
+    held, found = HELD[product], []
     for n in n_all:
         n = min(n, columns)
         for steps in range(1, width // LANES + 1):
             if width % steps == 0 and (steps == 1 or width // steps % LANES == 0):
                 tiles = Tiles(m, width // steps, n)
-                if _bytes(tiles, itemsize) <= VMEM:
+                if _bytes(tiles, itemsize, held) <= VMEM:
                     found.append(tiles)
                     break
         else:
-            if width < LANES and _bytes(Tiles(m, width, n), itemsize) <= VMEM:
+            if width < LANES and _bytes(Tiles(m, width, n), itemsize, held) <= VMEM:
                 found.append(Tiles(m, width, n))
     return found
 
 
 def choose(layout, product: str, contracted: int, columns: int, itemsize: int) -> Tiles:
-    """Return the tiles of a product: tuned ones, or those of least work and traffic.
+    """Return the tiles of a product of HELD: tuned ones, or those of least work and traffic.
 
-    `product` is rows, transposed or weights (where `contracted` is the result's height).
+    Of weights `contracted` is the result's height.
     """
     R, E = layout.rows, layout.sizes.shape[0]
     whole = -(-R // _ROWS) * _ROWS
@@ -107,14 +138,14 @@ def choose(layout, product: str, contracted: int, columns: int, itemsize: int) -
     as_blocks = [t._asdict() for t in every]
     workload = {"product": product, "rows": R, "experts": E, "contracted": contracted,
                 "columns": columns, "itemsize": itemsize}
-    found = blocks.choose("grouped_matmul", "mosaic_tpu", workload,
-                          min(every, key=cost)._asdict(), as_blocks)
+    found = blocks.choose(OPS[product], "mosaic_tpu", workload, min(every, key=cost)._asdict(),
+                          as_blocks)
     return Tiles(**found)
 
 
 def _options(product, m, contracted, columns, itemsize):
     if product != "weights":
-        return _steps(contracted, columns, itemsize, m)
+        return _steps(product, contracted, columns, itemsize, m)
     # of a gradient k is a tile's height in the result, which is float32 at most
     sides = [[n for n in _WIDTHS if n < side + LANES] or [side] for side in (contracted, columns)]
     return [t for k in sides[0] for n in sides[1]

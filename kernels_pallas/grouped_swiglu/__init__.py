@@ -1,6 +1,7 @@
 """grouped_swiglu: silu(x gate) * (x up) of each row's expert: signature and backends."""
 
 from kernels_pallas import generation
+from kernels_pallas.grouped_matmul import visits
 from kernels_pallas.grouped_swiglu import gpu_plan, reference, xla
 from kernels_pallas.op import Backend, Op
 
@@ -9,12 +10,19 @@ def _mosaic_gpu(x, gate, up, layout):
     return generation.kernels(__name__).grouped_swiglu(x, gate, up, layout)
 
 
+def _mosaic_tpu(x, gate, up, layout):
+    from kernels_pallas.grouped_swiglu import mosaic_tpu
+
+    return mosaic_tpu.grouped_swiglu(x, gate, up, layout)
+
+
 op = Op(
     "grouped_swiglu",
     (
         Backend("xla", xla.grouped_swiglu),
-        # Only where it is asked for, until it has run on a chip: PENDING.md.
+        # Only where they are asked for, until they have run on a chip: PENDING.md.
         Backend("mosaic_gpu", _mosaic_gpu, gpu_plan.supports),
+        Backend("mosaic_tpu", _mosaic_tpu, visits.supports_swiglu),
         Backend("reference", reference.grouped_swiglu),
     ),
 )

@@ -1,4 +1,4 @@
-"""grouped_swiglu: every backend, the GPUs' interpreted with race detection, against float64."""
+"""grouped_swiglu: every backend, kernels interpreted with race detection, against float64."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,11 @@ import pytest
 
 from kernels_pallas import device, numerics
 from kernels_pallas.chips import CHIPS
-from kernels_pallas.grouped_matmul import aligned
+from kernels_pallas.grouped_matmul import aligned, visits
 from kernels_pallas.grouped_matmul.layout import row_expert
 from kernels_pallas.grouped_swiglu import explain, gpu_plan, grouped_swiglu, op, specs
 from tests.kernels.test_mosaic_gpu import blackwell, both, hopper, recent, runs
+from tests.kernels.test_mosaic_tpu import chip
 
 NAMES = ("y", "dx", "dgate", "dup")
 SMALL = specs.Spec(sizes=(3, 0, 130), D=64, F=192, w_dtype="float32")
@@ -33,7 +34,7 @@ def oracle(x, gate, up, dy, layout):
     return dict(zip(NAMES, (y, dx, dgate, dup), strict=True))
 
 
-def check(spec, backend, dtype, gpu=None):
+def check(spec, backend, dtype, target=None):
     """Hold values and gradients to the oracle, of the matrices as they are multiplied."""
     (x, gate, up, layout), _ = spec.arguments(dtype=dtype)
     used = np.asarray(row_expert(layout)[1])[:, None]
@@ -46,7 +47,7 @@ def check(spec, backend, dtype, gpu=None):
         def call(x, gate, up):
             return grouped_swiglu(x, gate, up, layout, implementation=backend)
 
-        with device.assume(gpu or device.target()):
+        with device.assume(target or device.target()):
             y, pull = jax.vjp(call, x, gate, up)
             return dict(zip(NAMES, (y, *pull(dy)), strict=True))
 
@@ -57,7 +58,7 @@ def check(spec, backend, dtype, gpu=None):
     got["y"] = jnp.where(used, got["y"], jnp.zeros_like(got["y"]))
     assert [got[n].dtype for n in NAMES] == [x.dtype, x.dtype, gate.dtype, up.dtype]
     want = oracle(x, gate, up, dy, layout)
-    assert numerics.report(got, want, dtype=dtype, factor=0.4 if gpu else 1) is None
+    assert numerics.report(got, want, dtype=dtype, factor=0.4 if target else 1) is None
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [("xla", "float32"), ("xla", "bfloat16"),
@@ -91,6 +92,24 @@ def test_every_spec(name, backend):
     check(specs.PARITY[name], backend, "float32")
 
 
+def test_values_and_gradients_on_a_tpu(monkeypatch):
+    """Several tiles of rows and columns, groups that share a tile, and a width in two steps."""
+    monkeypatch.setattr(visits, "_HEIGHTS", (32,))
+    monkeypatch.setattr(visits, "_WIDTHS", (128,))
+    monkeypatch.setattr(visits, "VMEM", 800_000)
+    spec = specs.Spec(sizes=(3, 0, 70), D=256, F=192, block=16, w_dtype="float32")
+    (*_, layout), _ = spec.arguments()
+    assert visits.choose(layout, "swiglu_kept", spec.D, spec.F, 2) == (32, 128, 128)
+    check(spec, "mosaic_tpu", "bfloat16", chip())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", specs.PARITY)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_spec_on_a_tpu(name, dtype):
+    check(specs.PARITY[name], "mosaic_tpu", dtype, chip())
+
+
 @runs
 @pytest.mark.slow
 @both
@@ -107,16 +126,19 @@ def test_tiles_fit_in_shared_memory():
 
 
 @recent
-@pytest.mark.parametrize(("target", "D", "reason"), [
-    (device.Target("cpu"), 64, "needs an NVIDIA GPU, the device is cpu"),
-    (CHIPS["h200"].target, 96, "widths in multiples of 64, D is 96"),
+@pytest.mark.parametrize(("target", "D", "backend", "reason"), [
+    (device.Target("cpu"), 64, "mosaic_gpu", "needs an NVIDIA GPU, the device is cpu"),
+    (CHIPS["h200"].target, 96, "mosaic_gpu", "widths in multiples of 64, D is 96"),
+    (CHIPS["h200"].target, 64, "mosaic_tpu", "needs a TPU, the device is NVIDIA H200"),
+    (CHIPS["v6e"].target, 40001, "mosaic_tpu", "a multiple of 128, D is 40001"),
 ])
-def test_what_is_not_served_is_refused_with_a_reason(target, D, reason):
-    (x, gate, up, layout), _ = specs.Spec(sizes=(5, 0), D=D, F=64).arguments()
+def test_what_is_not_served_is_refused_with_a_reason(target, D, backend, reason):
+    x, w, layout = (jax.eval_shape(lambda: specs.Spec(sizes=(5, 0), D=D, F=64).arguments()[0])[i]
+                    for i in (0, 1, 3))
     with device.assume(target):
-        assert explain(x, gate, up, layout)["xla"] is None
-        with pytest.raises(ValueError, match=f"'mosaic_gpu' cannot run: .*{reason}"):
-            grouped_swiglu(x, gate, up, layout, implementation="mosaic_gpu")
+        assert explain(x, w, w, layout)["xla"] is None
+        with pytest.raises(ValueError, match=f"'{backend}' cannot run: .*{reason}"):
+            grouped_swiglu(x, w, w, layout, implementation=backend)
 
 
 @pytest.mark.parametrize(("gate", "up", "says"), [
