@@ -394,28 +394,3 @@ def test_it_compiles_for_a_tpu_and_keeps_the_rows(op, spec, tmp_path):
         assert [row["direction"] for row in rows] == ["forward", "gradient"]
         assert all(row["backend"] == "mosaic_tpu" and row["kernels"] for row in rows)
         assert len(file.read_text().splitlines()) == 1 + 2
-
-
-def test_families_of_chips_have_processes_of_their_own(monkeypatch):
-    """What training runs comes first for all of them; the table is made of what was kept."""
-    asked = []
-
-    def supervise(module, argv, quiet=False):
-        assert module == "kernels_pallas.compile"
-        options = command._parser().parse_args(argv)
-        asked.append((options.target, options.main, options.kept_only, quiet))
-        return 0
-
-    monkeypatch.setattr(command.supervised, "supervise", supervise)
-    assert command.command(["--target", "h100", "b200", "h200", "--keep", "kept"]) == 0
-    hopper, blackwell = ["h100", "h200"], ["b200"]
-    assert asked == [(hopper, True, False, True), (blackwell, True, False, True),
-                     (hopper, False, False, True), (blackwell, False, False, True),
-                     (["h100", "b200", "h200"], False, True, False)]
-    asked.clear()
-    assert command.command(["--target", "v6e", "tpu7x", "--json"]) == 0
-    assert asked == [(["v6e", "tpu7x"], False, False, False)]
-    asked.clear()
-    monkeypatch.setattr(command.supervised, "supervise", lambda *a, **k: asked.append(a) or 2)
-    assert command.command(["--main"]) == 2  # packages are missing: told once
-    assert len(asked) == 1

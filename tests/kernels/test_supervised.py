@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 
+from kernels_pallas import compile as compiler
 from kernels_pallas import supervised
 
 COMMAND = """
@@ -61,19 +62,43 @@ def test_alone_nothing_is_noted():
 
 def test_a_compilers_abort_is_a_row_that_failed(tmp_path, monkeypatch):
     """The next child tells what ended the last one, and keeps it."""
-    from kernels_pallas import compile as command
     from kernels_pallas.chips import CHIPS
     from kernels_pallas.compiled import Kept
 
     (tmp_path / "ended").write_text(
         json.dumps(["v5p linear one_row forward xla", "ended the process with SIGABRT"]) + "\n")
     monkeypatch.setenv("KERNELS_PALLAS_SUPERVISED", str(tmp_path))
-    monkeypatch.setattr(command, "_one", lambda chip: None)
-    monkeypatch.setattr(command, "compile_case", lambda case, direction, *_: command.Row(
+    monkeypatch.setattr(compiler, "_one", lambda chip: None)
+    monkeypatch.setattr(compiler, "compile_case", lambda case, direction, *_: compiler.Row(
         "v5p", "linear", "one_row", direction, "xla", seconds=1.0))
-    (case,) = command.cases(("linear",), ("one_row",), abstract=True)
+    (case,) = compiler.cases(("linear",), ("one_row",), abstract=True)
     kept = Kept(str(tmp_path / "kept.jsonl"))
-    rows = [row for row, _ in command.compile_for(CHIPS["v5p"], [(case, "xla")], kept)]
+    rows = [row for row, _ in compiler.compile_for(CHIPS["v5p"], [(case, "xla")], kept)]
     assert [row.state for row in rows] == ["failed", "compiled"]
     assert rows[0].error == "ended the process with SIGABRT"
     assert '"error": "ended' in (tmp_path / "kept.jsonl").read_text()
+
+
+def test_families_of_chips_have_processes_of_their_own(monkeypatch):
+    """What training runs comes first for all of them; the table is made of what was kept."""
+    asked = []
+
+    def supervise(module, argv, quiet=False):
+        assert module == "kernels_pallas.compile"
+        options = compiler._parser().parse_args(argv)
+        asked.append((options.target, options.main, options.kept_only, quiet))
+        return 0
+
+    monkeypatch.setattr(compiler.supervised, "supervise", supervise)
+    assert compiler.command(["--target", "h100", "b200", "h200", "--keep", "kept"]) == 0
+    hopper, blackwell = ["h100", "h200"], ["b200"]
+    assert asked == [(hopper, True, False, True), (blackwell, True, False, True),
+                     (hopper, False, False, True), (blackwell, False, False, True),
+                     (["h100", "b200", "h200"], False, True, False)]
+    asked.clear()
+    assert compiler.command(["--target", "v6e", "tpu7x", "--json"]) == 0
+    assert asked == [(["v6e", "tpu7x"], False, False, False)]
+    asked.clear()
+    monkeypatch.setattr(compiler.supervised, "supervise", lambda *a, **k: asked.append(a) or 2)
+    assert compiler.command(["--main"]) == 2  # packages are missing: told once
+    assert len(asked) == 1
