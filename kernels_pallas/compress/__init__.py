@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from kernels_pallas.compress import gpu_plan, reference, xla
+from kernels_pallas.compress import gpu_plan, reference, tpu_plan, xla
 from kernels_pallas.op import Backend, Op
 
 
@@ -15,12 +15,19 @@ def _mosaic_gpu(*args):
     return mosaic_gpu.compress(*args)
 
 
+def _mosaic_tpu(*args):
+    from kernels_pallas.compress import mosaic_tpu
+
+    return mosaic_tpu.compress(*args)
+
+
 op = Op(
     "compress",
     (
         Backend("xla", xla.compress),
-        # Only where it is asked for, until it has run on a chip: PENDING.md.
+        # Only where they are asked for, until they have run on a chip: PENDING.md.
         Backend("mosaic_gpu", _mosaic_gpu, gpu_plan.supports),
+        Backend("mosaic_tpu", _mosaic_tpu, tpu_plan.supports),
         Backend("reference", reference.compress),
     ),
 )

@@ -7,7 +7,7 @@ import numbers
 import jax.numpy as jnp
 
 from kernels_pallas.op import Backend, Op
-from kernels_pallas.sinkhorn import gpu_plan, reference, xla
+from kernels_pallas.sinkhorn import gpu_plan, reference, tpu_plan, xla
 
 
 def _mosaic_gpu(*args, **kwargs):
@@ -17,12 +17,19 @@ def _mosaic_gpu(*args, **kwargs):
     return mosaic_gpu.sinkhorn(*args, **kwargs)
 
 
+def _mosaic_tpu(*args, **kwargs):
+    from kernels_pallas.sinkhorn import mosaic_tpu
+
+    return mosaic_tpu.sinkhorn(*args, **kwargs)
+
+
 op = Op(
     "sinkhorn",
     (
         Backend("xla", xla.sinkhorn),
-        # Only where it is asked for, until it has run on a chip: PENDING.md.
+        # Only where they are asked for, until they have run on a chip: PENDING.md.
         Backend("mosaic_gpu", _mosaic_gpu, gpu_plan.supports),
+        Backend("mosaic_tpu", _mosaic_tpu, tpu_plan.supports),
         Backend("reference", reference.sinkhorn),
     ),
 )

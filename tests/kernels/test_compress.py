@@ -1,4 +1,4 @@
-"""compress: every backend, the GPU's interpreted with race detection, against float64 loops."""
+"""compress: every backend, kernels interpreted with race detection, against float64 loops."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,9 @@ import pytest
 
 from kernels_pallas import device, numerics
 from kernels_pallas.chips import CHIPS
-from kernels_pallas.compress import compress, explain, op, specs
+from kernels_pallas.compress import compress, explain, op, specs, tpu_plan
 from tests.kernels.test_mosaic_gpu import either, recent, runs
+from tests.kernels.test_mosaic_tpu import chip
 
 ANYWHERE = [backend.name for backend in op.backends if not backend.name.startswith("mosaic")]
 SMALL = specs.Spec(B=1, M=4, R=2, C=128, alone=0.4)
@@ -67,11 +68,28 @@ def test_values_and_gradients_on_a_gpu():
     check(SMALL, "mosaic_gpu", "bfloat16", either(2))
 
 
+def test_values_and_gradients_on_a_tpu():
+    """Two programs, of which the second has one entry, that pools a block of the first."""
+    spec = specs.Spec(B=1, M=tpu_plan.entries(2, 2, 128, 2) + 1, R=2, alone=0.2)
+    (own, _, follows), _ = spec.arguments()
+    assert own.shape[1] == 129
+    assert follows[0, -1]
+    check(spec, "mosaic_tpu", "bfloat16", chip())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ANYWHERE)
 @pytest.mark.parametrize("name", specs.PARITY)
 def test_every_spec(name, backend):
     check(specs.PARITY[name], backend, "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [*specs.PARITY, "long"])
+def test_every_spec_on_a_tpu(name, dtype):
+    long = specs.Spec(B=1, M=3, R=128, S=1, C=256)  # tokens in a loop
+    check((specs.PARITY | {"long": long})[name], "mosaic_tpu", dtype, chip())
 
 
 @runs
@@ -82,18 +100,22 @@ def test_every_spec_on_a_gpu(name):
 
 
 @recent
-@pytest.mark.parametrize(("target", "changes", "reason"), [
-    (device.Target("cpu"), {}, "needs an NVIDIA GPU, the device is cpu"),
-    (CHIPS["h200"].target, {"dtype": "float32"}, "own is float32"),
-    (CHIPS["h200"].target, {"R": 128}, "up to 16 tokens, R is 128"),
-    (CHIPS["h100"].target, {"C": 96}, r"channels in multiples of 128, own is \(2, 2, 4, 2, 2, 96"),
+@pytest.mark.parametrize(("target", "changes", "backend", "reason"), [
+    (device.Target("cpu"), {}, "mosaic_gpu", "needs an NVIDIA GPU, the device is cpu"),
+    (CHIPS["h200"].target, {"dtype": "float32"}, "mosaic_gpu", "own is float32"),
+    (CHIPS["h200"].target, {"R": 128}, "mosaic_gpu", "up to 16 tokens, R is 128"),
+    (CHIPS["h100"].target, {"C": 96}, "mosaic_gpu",
+     r"channels in multiples of 128, own is \(2, 2, 4, 2, 2, 96"),
+    (CHIPS["h100"].target, {}, "mosaic_tpu", "needs a TPU, the device is NVIDIA H100"),
+    (CHIPS["v6e"].target, {"C": 96}, "mosaic_tpu", "channels in multiples of 128"),
+    (CHIPS["v5p"].target, {"R": 999}, "mosaic_tpu", "999 tokens and 2 x 128 channels take [0-9]+"),
 ])
-def test_what_is_not_served_is_refused_with_a_reason(target, changes, reason):
+def test_what_is_not_served_is_refused_with_a_reason(target, changes, backend, reason):
     arguments, _ = specs.Spec(**{"M": 2, "dtype": "bfloat16", **changes}).arguments()
     with device.assume(target):
         assert explain(*arguments)["xla"] is None
-        with pytest.raises(ValueError, match=f"'mosaic_gpu' cannot run: .*{reason}"):
-            compress(*arguments, implementation="mosaic_gpu")
+        with pytest.raises(ValueError, match=f"'{backend}' cannot run: .*{reason}"):
+            compress(*arguments, implementation=backend)
 
 
 @pytest.mark.parametrize(("own", "bias", "follows", "says"), [

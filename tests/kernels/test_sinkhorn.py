@@ -1,4 +1,4 @@
-"""sinkhorn: every backend, the GPU's interpreted with race detection, against numpy in float64."""
+"""sinkhorn: every backend, kernels interpreted with race detection, against numpy in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from kernels_pallas import device, numerics
 from kernels_pallas.chips import CHIPS
 from kernels_pallas.sinkhorn import explain, gpu_plan, op, sinkhorn, specs
 from tests.kernels.test_mosaic_gpu import either, recent, runs
+from tests.kernels.test_mosaic_tpu import chip
 
 ANYWHERE = [backend.name for backend in op.backends if not backend.name.startswith("mosaic")]
 
@@ -66,11 +67,21 @@ def test_values_and_gradients_on_a_gpu(name):
     check(specs.PARITY[name], "mosaic_gpu", either(2))
 
 
+def test_values_and_gradients_on_a_tpu():
+    check(specs.Spec(R=3, iterations=4, T=1030), "mosaic_tpu", chip())  # two programs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ANYWHERE)
 @pytest.mark.parametrize("name", specs.PARITY)
 def test_every_spec(name, backend):
     check(specs.PARITY[name], backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", specs.PARITY)
+def test_every_spec_on_a_tpu(name):
+    check(specs.PARITY[name], "mosaic_tpu", chip())
 
 
 @runs
@@ -80,20 +91,24 @@ def test_every_spec_on_a_gpu(name):
     check(specs.PARITY[name], "mosaic_gpu", either(2))
 
 
-@pytest.mark.parametrize(("target", "shape", "iterations", "reason"), [
-    (device.Target("cpu"), (3, 4, 4), 20, "needs an NVIDIA GPU, the device is cpu"),
-    (device.Target("gpu", "A100", (8, 0)), (3, 4, 4), 20,
+@pytest.mark.parametrize(("target", "shape", "iterations", "backend", "reason"), [
+    (device.Target("cpu"), (3, 4, 4), 20, "mosaic_gpu", "needs an NVIDIA GPU, the device is cpu"),
+    (device.Target("gpu", "A100", (8, 0)), (3, 4, 4), 20, "mosaic_gpu",
      r"needs Hopper \(9.0\) or Blackwell \(10.0\), the device A100 is \(8, 0\)"),
-    (CHIPS["h200"].target, (3, 9, 9), 20, r"up to 8 rows, logits are \(3, 9, 9\)"),
-    (CHIPS["h200"].target, (3, 8, 8), 40, "40 iterations of 8 rows take 327680 bytes of 231424"),
+    (CHIPS["h200"].target, (3, 9, 9), 20, "mosaic_gpu", r"up to 8 rows, logits are \(3, 9, 9\)"),
+    (CHIPS["h200"].target, (3, 8, 8), 40, "mosaic_gpu",
+     "40 iterations of 8 rows take 327680 bytes of 231424"),
+    (CHIPS["h200"].target, (3, 4, 4), 20, "mosaic_tpu", "needs a TPU, the device is NVIDIA H200"),
+    (CHIPS["v6e"].target, (3, 17, 17), 20, "mosaic_tpu", r"up to 16 rows, logits are \(3, 17, 17"),
+    (CHIPS["v5p"].target, (3, 16, 16), 400, "mosaic_tpu", "of 16 rows take 58654720 bytes of"),
 ])
 @recent
-def test_what_is_not_served_is_refused_with_a_reason(target, shape, iterations, reason):
+def test_what_is_not_served_is_refused_with_a_reason(target, shape, iterations, backend, reason):
     with device.assume(target):
         x = jnp.zeros(shape)
         assert explain(x, iterations=iterations, eps=0.0)["xla"] is None
-        with pytest.raises(ValueError, match=f"'mosaic_gpu' cannot run: .*{reason}"):
-            sinkhorn(x, iterations=iterations, eps=0.0, implementation="mosaic_gpu")
+        with pytest.raises(ValueError, match=f"'{backend}' cannot run: .*{reason}"):
+            sinkhorn(x, iterations=iterations, eps=0.0, implementation=backend)
 
 
 def test_memory_of_sums():
