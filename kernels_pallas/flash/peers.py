@@ -21,7 +21,7 @@ _BLOCKS = (512, 256, 128)  # splash's tiles are whole, and wider than a lane is
 _UNASKED = {"return_lse": False, "stride": 1, "span": 1}  # None for all others
 _CUDNN = ("scale", "causal", "window", "block_q", "block_k")
 _TOKAMAX = (*_CUDNN, "softcap")
-_SPLASH = (*_CUDNN, "softcap", "segments_q", "segments_k")
+_SPLASH = (*_CUDNN, "softcap", "sinks_H", "segments_q", "segments_k")
 
 
 def _more(name, known, keywords) -> str | None:
@@ -85,7 +85,7 @@ def splash_supports(q, k, v, **keywords) -> str | None:
 
 
 def splash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=None, scale,
-           causal=True, window=None, softcap=None, **nothing):
+           causal=True, window=None, softcap=None, sinks_H=None, **nothing):
     """Attend by JAX's splash attention: one multi-query kernel for each key head."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernels,
@@ -107,15 +107,17 @@ def splash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=No
     q = (q_BxLxHxDk.astype(jnp.float32) * np.float32(scale)).astype(q_BxLxHxDk.dtype)
     q = q.reshape(B, L, K, H // K, -1).transpose(0, 2, 3, 1, 4)
     k, v = (x.transpose(0, 2, 1, 3) for x in (k_BxSxKxDk, v_BxSxKxDv))
-    if segments_q is None:
-        o = jax.vmap(jax.vmap(attend))(q, k, v)
-    else:
+    ids = None
+    if segments_q is not None:
         # padding, of segment 0, equals nothing and is seen by nothing
         own = jnp.where(segments_q == 0, jnp.full_like(segments_q, -1), segments_q)
-        others = jnp.where(segments_k == 0, jnp.full_like(segments_k, -2), segments_k)
-        ids = kernels.SegmentIds(own, others)
-        o = jax.vmap(lambda q, k, v, ids: jax.vmap(lambda q, k, v: attend(q, k, v, ids))(q, k, v))(
-            q, k, v, ids)
+        theirs = jnp.where(segments_k == 0, jnp.full_like(segments_k, -2), segments_k)
+        ids = kernels.SegmentIds(own, theirs)
+    sinks = None if sinks_H is None else sinks_H.reshape(K, H // K)
+    of_heads = jax.vmap(attend, in_axes=(0, 0, 0, None, None if sinks is None else 0))
+    o = jax.vmap(of_heads, in_axes=(0, 0, 0, None if ids is None else 0, None))(
+        q, k, v, ids, sinks)
+    if segments_q is not None:
         o = jnp.where((segments_q == 0)[:, None, None, :, None], jnp.zeros_like(o), o)
     return o.transpose(0, 3, 1, 2, 4).reshape(B, L, H, -1)
 

@@ -19,13 +19,23 @@ TPU = device.Target("tpu", "interpreted", interpret=object())
 def compare(attend, spec):
     """Values and gradients against the reference in float64."""
     arguments, keywords = spec.arguments()
+    if spec.sinks:
+        arguments = (*arguments, keywords.pop("sinks_H"))
     arguments = tuple(a.astype("float32") for a in arguments)
-    o, pull = jax.vjp(functools.partial(attend, **keywords), *arguments)
+
+    def named(attend):
+        def call(q, k, v, *sinks):
+            more = {"sinks_H": sinks[0]} if sinks else {}
+            return attend(q, k, v, **keywords, **more)
+
+        return call
+
+    o, pull = jax.vjp(named(attend), *arguments)
     d = numerics.uniform_like(o, seed=3)
     got = (o, *pull(d))
     with jax.enable_x64(True):
         wide = tuple(np.asarray(a, np.float64) for a in arguments)
-        o, pull = jax.vjp(functools.partial(flash, implementation="reference", **keywords), *wide)
+        o, pull = jax.vjp(named(functools.partial(flash, implementation="reference")), *wide)
         want = (o, *pull(np.asarray(d, np.float64)))
     assert numerics.report(got, want, floor=0.1) is None
 
@@ -45,6 +55,8 @@ def test_cudnns_arguments_mean_what_ours_do(name):
 SPLASH = {
     "window": specs.Spec(B=1, L=128, S=256, H=2, K=1, Dk=16, Dv=16, window=100, softcap=2.0),
     "padded": specs.Spec(B=2, L=128, H=2, K=2, Dk=24, Dv=16, segments="padded"),
+    "sinks": specs.Spec(B=2, L=128, H=4, K=2, Dk=16, Dv=16, window=40, sinks=True,
+                        segments="packed"),
 }
 
 
@@ -65,7 +77,7 @@ REFUSED = [
     ("splash", "h200", {}, "needs a TPU"),
     ("splash", "v6e", {"L": 64}, "got 64 and 64"),
     ("splash", "v6e", {"L": 256, "S": 128}, "L is 256 and S 128"),
-    ("splash", "v6e", {"L": 128, "sinks": True}, "no sinks_H"),
+    ("splash", "v6e", {"L": 128, "lse": True}, "no return_lse"),
     ("splash", "v6e", {"L": 128, "S": 128, "stride": 4, "span": 4}, "no stride"),
 ]
 
