@@ -1,10 +1,10 @@
 """What the TPU kernel of compress can do, and how it cuts a call.
 
 Tokens are rows of memory as they come, [B x M x R, 2 x S x C]. Compiled, csa_8k still takes as much
-again beside its arguments on v5p and TPU7x (44 MB forward, 80 with gradients; 4 and 9 on v6e), so XLA
-seems to copy them there, which has not been looked into. A program has some entries and all their tokens' numbers: 128 channels of the r-th token of every
-block are rows R apart, which a TPU reads at a stride from 32-bit memory only, so the tokens are
-kept in float32.
+again beside its arguments on v5p and TPU7x (44 MB forward, 80 with gradients; 4 and 9 on v6e), so
+XLA seems to copy them there, which has not been looked into. A program has some entries and all
+their tokens' numbers: 128 channels of the r-th token of every block are rows R apart, which a TPU
+reads at a stride from 32-bit memory only, so the tokens are kept in float32.
 """
 
 from __future__ import annotations

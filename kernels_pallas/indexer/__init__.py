@@ -36,6 +36,12 @@ def _dense_mosaic_gpu(*args, **kwargs):
     return mosaic_gpu_dense.index_kl_dense(*args, **kwargs)
 
 
+def _dense_mosaic_tpu(*args, **kwargs):
+    from kernels_pallas.indexer import mosaic_tpu_dense
+
+    return mosaic_tpu_dense.index_kl_dense(*args, **kwargs)
+
+
 def _listed_mosaic_gpu(*args, **kwargs):
     from kernels_pallas.indexer import mosaic_gpu_listed
 
@@ -63,6 +69,7 @@ dense = Op(
     (
         Backend("xla", xla_dense.index_kl_dense),
         Backend("mosaic_gpu", _dense_mosaic_gpu, gpu_plan.supports_dense),
+        Backend("mosaic_tpu", _dense_mosaic_tpu, tpu_plan.supports_dense),
         Backend("reference", reference.index_kl_dense),
     ),
 )

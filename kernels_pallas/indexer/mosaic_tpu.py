@@ -24,19 +24,30 @@ _F32 = jnp.float32
 _LATER = jnp.iinfo(jnp.int32).max  # where a key ends that nobody may see
 
 
-def _padded(x, length, fill=0, dim=1):
+def padded(x, length, fill=0, dim=1):
     """Fill up a dim with numbers."""
     widths = [(0, 0)] * x.ndim
     widths[dim] = (0, length - x.shape[dim])
     return jnp.pad(x, widths, constant_values=fill)
 
 
+def seen(plan: Plan, tiles: Tiles, row, step):
+    """Return whether a tile's queries from `row` on see any key of a step."""
+    return step * tiles.n * plan.stride + (plan.span - 1) <= row + (tiles.t - 1)
+
+
+def of_keys(plan: Plan, tiles: Tiles, first, tile, step):
+    """Return the keys of a step; those of the tile's last with any where none are to be loaded."""
+    last = first[0] + (tile + 1) * tiles.t - 1  # the last query of the tile
+    last = lax.div(jnp.maximum(last - (plan.span - 1), 0), jnp.int32(plan.stride * tiles.n))
+    return jnp.minimum(step, last)
+
+
 def _body(plan: Plan, tiles: Tiles, first, q, w, own, k, ends, segments, scores, acc):
     row = first[0] + pl.program_id(1) * tiles.t  # where the tile's first query stands
-    earliest = pl.program_id(2) * tiles.n * plan.stride + (plan.span - 1)
-    seen = earliest <= row + (tiles.t - 1)
+    some = seen(plan, tiles, row, pl.program_id(2))
 
-    @pl.when(seen)
+    @pl.when(some)
     def _():
         acc[...] = jnp.zeros_like(acc)
 
@@ -49,7 +60,7 @@ def _body(plan: Plan, tiles: Tiles, first, q, w, own, k, ends, segments, scores,
         may = (ends[...] <= stands) & (segments[...] == own[...])
         scores[...] = jnp.where(may, acc[...].T, -jnp.inf)
 
-    @pl.when(jnp.logical_not(seen))
+    @pl.when(jnp.logical_not(some))
     def _():
         scores[...] = jnp.full_like(scores, -jnp.inf)
 
@@ -60,9 +71,9 @@ def scores(plan: Plan, marks: Marks, first, q_BxCxJxD, k_BxSxD, w_BxCxJ, segment
     tiles = tpu_plan.choose(C, S, J, D, q_BxCxJxD.dtype.itemsize)
     queries, keys, width = whole(C, tiles.t), whole(S, tiles.n), whole(D, LANES)
 
-    q = _padded(_padded(q_BxCxJxD.swapaxes(1, 2), queries, dim=2), width, dim=3)
-    w = _padded((w_BxCxJ.astype(_F32) * plan.scale).swapaxes(1, 2), queries, dim=2)
-    k = _padded(_padded(k_BxSxD, keys), width, dim=2)
+    q = padded(padded(q_BxCxJxD.swapaxes(1, 2), queries, dim=2), width, dim=3)
+    w = padded((w_BxCxJ.astype(_F32) * plan.scale).swapaxes(1, 2), queries, dim=2)
+    k = padded(padded(k_BxSxD, keys), width, dim=2)
     if marks.ends is None:
         ends = lax.iota(jnp.int32, S) * plan.stride + (plan.span - 1)
         ends = jnp.broadcast_to(ends, (B, S))
@@ -74,16 +85,11 @@ def scores(plan: Plan, marks: Marks, first, q_BxCxJxD, k_BxSxD, w_BxCxJ, segment
         own = segments_BxC.astype(jnp.int32)
         own = jnp.where(own == 0, -1, own)
         segments = marks.segments_k[:, :S].astype(jnp.int32)
-    own = _padded(own, queries, -1)[..., None]
-    ends, segments = (_padded(x, keys, fill)[:, None]
+    own = padded(own, queries, -1)[..., None]
+    ends, segments = (padded(x, keys, fill)[:, None]
                       for x, fill in ((ends, _LATER), (segments, 0)))
 
-    def of_keys(i, s, first):
-        """The keys of a step; those of the last step with any, where nothing is to be loaded."""
-        last = first[0] + (i + 1) * tiles.t - 1  # the last query of the tile
-        last = lax.div(jnp.maximum(last - (plan.span - 1), 0), jnp.int32(plan.stride * tiles.n))
-        return jnp.minimum(s, last)
-
+    keys_of = functools.partial(of_keys, plan, tiles)
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1, grid=(B, queries // tiles.t, keys // tiles.n),
         in_specs=[
@@ -91,9 +97,9 @@ def scores(plan: Plan, marks: Marks, first, q_BxCxJxD, k_BxSxD, w_BxCxJ, segment
             pl.BlockSpec((None, J, tiles.t), lambda b, i, s, first: (b, 0, i)),
             pl.BlockSpec((None, tiles.t, 1), lambda b, i, s, first: (b, i, 0)),
             pl.BlockSpec((None, tiles.n, width),
-                         lambda b, i, s, first: (b, of_keys(i, s, first), 0)),
+                         lambda b, i, s, first: (b, keys_of(first, i, s), 0)),
             *[pl.BlockSpec((None, 1, tiles.n),
-                           lambda b, i, s, first: (b, 0, of_keys(i, s, first)))] * 2],
+                           lambda b, i, s, first: (b, 0, keys_of(first, i, s)))] * 2],
         out_specs=pl.BlockSpec((None, tiles.t, tiles.n), lambda b, i, s, first: (b, i, s)),
         scratch_shapes=[pltpu.VMEM((tiles.n, tiles.t), _F32)])
     found = tpu.call(

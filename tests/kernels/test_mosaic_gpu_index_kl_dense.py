@@ -19,9 +19,10 @@ from tests.kernels.test_mosaic_gpu import hopper, recent, runs
 from tests.kernels.test_mosaic_gpu_indexer import NAMES, SMALL, oracle
 
 
-def check(spec, target, first=0):
-    index, where = spec.arguments(dtype="bfloat16")
-    main = spec.main(dtype="bfloat16")
+def check(spec, target, first=0, backend="mosaic_gpu", dtype="bfloat16"):
+    """Hold the divergence and its gradients to the oracle, twice to the same bits."""
+    index, where = spec.arguments(dtype=dtype)
+    main = spec.main(dtype=dtype)
     rng = np.random.default_rng(5)
     lse = rng.normal(size=(spec.B, spec.L, spec.H)).astype(np.float32)
     lse[0, 0] = -1e30  # of a query whose attention saw nothing
@@ -36,7 +37,7 @@ def check(spec, target, first=0):
         with device.assume(target):
             def call(q, k, w):
                 return index_kl_dense(q, k, w, *main, lse, main_scale=MAIN_SCALE, scale=SCALE,
-                                      implementation="mosaic_gpu", **arrays, **options)
+                                      implementation=backend, **arrays, **options)
 
             loss, pull = jax.vjp(call, *index)
             return dict(zip(NAMES, (loss, *pull(g)), strict=True))
@@ -45,7 +46,7 @@ def check(spec, target, first=0):
     got, again = call(), call()
     for n in NAMES:
         assert np.asarray(got[n]).tobytes() == np.asarray(again[n]).tobytes(), n
-    assert [got[n].dtype.name for n in NAMES] == ["float32"] + ["bfloat16"] * 3
+    assert [got[n].dtype.name for n in NAMES] == ["float32"] + [dtype] * 3
     # the same over a list of all visible keys with the heads' mass, a query at a time
     chosen = np.full((spec.B, spec.L, max(spec.keys, 1)), -1)
     mass = np.ones(chosen.shape)
@@ -59,7 +60,7 @@ def check(spec, target, first=0):
     want = oracle(spec, index, chosen, mass, chosen >= 0, g)
     assert (want["loss"] > 0.01).any() or spec.keys < 2  # one key has all of both masses
     np.testing.assert_allclose(got.pop("loss"), want.pop("loss"), atol=2e-5)
-    assert numerics.report(got, want, dtype="bfloat16", factor=0.4) is None
+    assert numerics.report(got, want, dtype=dtype, factor=0.4) is None
 
 
 @runs
