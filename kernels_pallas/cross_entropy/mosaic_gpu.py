@@ -36,6 +36,17 @@ _F32, _BF16 = jnp.float32, jnp.bfloat16
 _ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
+def decode(plan: Plan, number):
+    """Return a tile: in strips of tokens, in each of which all of some entries' come first."""
+    across = grouped.across(plan.T // TILE_M)
+    strip = lax.div(number, hopper.i32(plan.n_tiles * across))
+    within = number - strip * (plan.n_tiles * across)
+    j = lax.div(within, hopper.i32(across))
+    m = (strip * across + within - j * across) * TILE_M
+    return products.Tile(m=pl.multiple_of(m, TILE_M), n=pl.multiple_of(j * plan.n, plan.n), j=j,
+                         steps=hopper.i32(plan.steps), writes=True)
+
+
 def _over_logits(plan: Plan, finish, out, out_smem, x, head, *numbers):
     """A kernel that calls finish(tile, logits, entry, rows, numbers, out, out_smem) for each tile.
 
@@ -44,22 +55,12 @@ def _over_logits(plan: Plan, finish, out, out_smem, x, head, *numbers):
     """
     cores, n, stages = device.target().cores, plan.n, plan.stages
     m_tiles, n_tiles = plan.T // TILE_M, plan.n_tiles
-    across = grouped.across(m_tiles)
     transposed = plan.layout == "VD"
 
     def body(*refs, a_smem, b_smem, out_smem, full, empty):
         x_gmem, head_gmem, *numbers_gmem, out_gmem = refs
         warpgroup = lax.axis_index("warpgroup")
         ring = hopper.Ring(full, empty, stages)
-
-        def decode(number):
-            # tiles of tokens in strips of `across`; in a strip, all of some entries' before more
-            strip = lax.div(number, hopper.i32(n_tiles * across))
-            within = number - strip * (n_tiles * across)
-            j = lax.div(within, hopper.i32(across))
-            m = (strip * across + within - j * across) * TILE_M
-            return products.Tile(m=pl.multiple_of(m, TILE_M), n=pl.multiple_of(j * n, n), j=j,
-                                 steps=hopper.i32(plan.steps), writes=True)
 
         def load(tile, k, slot):
             contracted, entries = pl.ds(k * TILE_K, TILE_K), pl.ds(tile.n, n)
@@ -82,7 +83,7 @@ def _over_logits(plan: Plan, finish, out, out_smem, x, head, *numbers):
             rows = pl.ds(tile.m + warpgroup * HALF, HALF)
             finish(tile, logits, entry, rows, numbers_gmem, out_gmem, out_smem)
 
-        products.in_turns(decode, load,
+        products.in_turns(functools.partial(decode, plan), load,
                           lambda tile, done: products.summed(multiply, ring, tile, done, n),
                           end, ring=ring, cores=cores, total=hopper.i32(m_tiles * n_tiles))
 

@@ -15,10 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import blackwell, device, hopper, products
+from kernels_pallas import blackwell, device, hopper
 from kernels_pallas.cross_entropy import mosaic_gpu
 from kernels_pallas.cross_entropy.gpu_plan import LOG2E, NOTHING, TILE_K, TILE_M, Plan, capped
-from kernels_pallas.grouped_matmul import tiles as grouped
 from kernels_pallas.grouped_matmul.tiles import COLUMNS
 
 _F32, _BF16 = jnp.float32, jnp.bfloat16
@@ -36,20 +35,10 @@ def _over_logits(plan: Plan, finish, out, out_smem, x, head, *numbers):
     """
     cores, n = device.target().cores, plan.n
     m_tiles, n_tiles = plan.T // TILE_M, plan.n_tiles
-    across = grouped.across(m_tiles)
     transposed = plan.layout == "VD"
 
     def body(*refs, a_smem, b_smem, out_smem, ring, sums):
         x_gmem, head_gmem, *numbers_gmem, out_gmem = refs
-
-        def decode(number):
-            # tiles of tokens in strips of `across`; in a strip, all of some entries' before more
-            strip = lax.div(number, hopper.i32(n_tiles * across))
-            within = number - strip * (n_tiles * across)
-            j = lax.div(within, hopper.i32(across))
-            m = (strip * across + within - j * across) * TILE_M
-            return products.Tile(m=pl.multiple_of(m, TILE_M), n=pl.multiple_of(j * n, n), j=j,
-                                 steps=hopper.i32(plan.steps), writes=True)
 
         def load(tile, k, slot):
             contracted, entries = pl.ds(k * TILE_K, TILE_K), pl.ds(tile.n, n)
@@ -75,8 +64,8 @@ def _over_logits(plan: Plan, finish, out, out_smem, x, head, *numbers):
 
             finish(tile, logits, pl.ds(tile.m, TILE_M), numbers_gmem, out_gmem, out_smem)
 
-        blackwell.in_turns(decode, load, multiply, end, ring=ring, sums=sums, cores=cores,
-                           total=hopper.i32(m_tiles * n_tiles))
+        blackwell.in_turns(functools.partial(mosaic_gpu.decode, plan), load, multiply, end,
+                           ring=ring, sums=sums, cores=cores, total=hopper.i32(m_tiles * n_tiles))
 
     stage = {"a_smem": ((TILE_M, TILE_K), _BF16),
              "b_smem": ((n, TILE_K) if transposed else (TILE_K, n), _BF16)}

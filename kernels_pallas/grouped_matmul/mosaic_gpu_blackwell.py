@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import blackwell, hopper, products
 from kernels_pallas.grouped_matmul import tiles
+from kernels_pallas.grouped_matmul.derivative import differentiable
 from kernels_pallas.grouped_matmul.tiles import COLUMNS, TILE_K, TILE_M, Tiles
 
 _BF16 = jnp.bfloat16
@@ -145,21 +146,7 @@ def _launch(body, plan: Tiles, out, a_stage, b_stage):
         out_smem=hopper.shared((plan.out_slots, TILE_M, COLUMNS), out.dtype))
 
 
-@jax.custom_vjp
-def grouped_matmul(x, w, layout):
-    """Each row of expert e times w[e], in bfloat16; rows of no group become finite."""
-    return rows_times([x], [w.astype(x.dtype)], layout, transposed=False)
-
-
-def _forward(x, w, layout):
-    return grouped_matmul(x, w, layout), (x, w, layout)
-
-
-def _backward(residuals, dy):
-    x, w, layout = residuals
-    dy = dy.astype(x.dtype)
-    dx = rows_times([dy], [w.astype(x.dtype)], layout, transposed=True)
-    return dx, weight_gradient(x, dy, layout, w.dtype), None
-
-
-grouped_matmul.defvjp(_forward, _backward)
+# Each row of expert e times w[e]; rows of no group become finite.
+grouped_matmul = differentiable(
+    lambda x, w, layout: rows_times([x], [w], layout, transposed=False),
+    lambda dy, w, layout: rows_times([dy], [w], layout, transposed=True), weight_gradient)

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import tpu
 from kernels_pallas.grouped_matmul import visits
+from kernels_pallas.grouped_matmul.derivative import differentiable
 
 
 def _parts(refs, *counts):
@@ -151,21 +152,7 @@ def weight_gradient(x_RxD, dy_RxF, layout, dtype):
     )(table.tile, table.expert, table.low, table.high, table.first, table.last, x_RxD, dy_RxF)
 
 
-@jax.custom_vjp
-def grouped_matmul(x, w, layout):
-    """Each row of expert e times w[e], in x's dtype; rows of no group become zero."""
-    return rows_times("rows", [x], [w.astype(x.dtype)], layout)
-
-
-def _forward(x, w, layout):
-    return grouped_matmul(x, w, layout), (x, w, layout)
-
-
-def _backward(residuals, dy):
-    x, w, layout = residuals
-    dy = dy.astype(x.dtype)
-    dx = rows_times("transposed", [dy], [w.astype(x.dtype)], layout)
-    return dx, weight_gradient(x, dy, layout, w.dtype), None
-
-
-grouped_matmul.defvjp(_forward, _backward)
+# Each row of expert e times w[e]; rows of no group become zero.
+grouped_matmul = differentiable(
+    lambda x, w, layout: rows_times("rows", [x], [w], layout),
+    lambda dy, w, layout: rows_times("transposed", [dy], [w], layout), weight_gradient)
