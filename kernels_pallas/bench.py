@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import device, others
-from kernels_pallas.cases import DIRECTIONS, OPS, Case, cases
+from kernels_pallas import command, device, others
+from kernels_pallas.cases import DIRECTIONS, Case, cases
 
 EXAMPLES = """examples:
   python -m kernels_pallas.bench --op grouped_matmul
@@ -159,23 +159,12 @@ def table(rows: Sequence[Row]) -> str:
         cells.append((*head, *(f"{1e3 * t:.4g}" for t in (r.median, r.low, r.high)),
                       f"{r.flops_per_second / 1e12:.4g}", f"{r.of_ceiling:.0%}",
                       f"{r.bytes_per_second / 1e9:.4g}", f"{(r.temp_bytes or 0) / 1e6:.4g}"))
-    measured = [line for line in cells if line[-1]]
-    widths = [max(len(line[i]) for line in measured) for i in range(len(names))]
-    widths[:4] = [max(len(line[i]) for line in cells) for i in range(4)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
-                     for line in cells)
+    return command.columns(cells)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels_pallas.bench", description=__doc__, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", nargs="+", required=True, metavar="NAME",
-                        help=f"of {', '.join(OPS)}")
-    parser.add_argument("--spec", nargs="+", default=[], metavar="NAME",
-                        help="workloads in the op's specs.py; those under SPEED unless named")
-    parser.add_argument("--backend", nargs="+", default=[], metavar="NAME",
-                        help="all but the reference unless named")
+    parser = command.parser("bench", __doc__, EXAMPLES)
+    command.add_workloads(parser, specs="SPEED", backends="all but the reference")
     parser.add_argument("--direction", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS,
                         help="both unless named")
     parser.add_argument("--rounds", type=int, default=20, help="timed batches of each (20)")
@@ -198,17 +187,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = list(cases(tuple(asked.op), tuple(asked.spec), speed=not asked.spec))
     except ValueError as e:
         parser.error(str(e))
-    known = {b.name for case in chosen for b in case.op.backends}
-    for name in asked.backend:
-        if name not in known:
-            parser.error(f"backend {name!r} is unknown; there are {', '.join(sorted(known))}")
+    command.check_backends(parser, asked.backend, chosen)
     peak = ceiling(asked.matmul or (2048 if device.platform() == "cpu" else 8192))
     about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__,
              "matmul_flops_per_second": peak}
     rows: list[Row] = []
     for case in chosen:
-        names = [b.name for b in case.op.backends
-                 if b.name in asked.backend or (not asked.backend and b.name != "reference")]
+        names = command.backends(case, asked.backend)
         made = case.make()
         for direction in case.directions:
             if direction in asked.direction:

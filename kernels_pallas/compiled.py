@@ -14,11 +14,12 @@ from typing import Any
 
 from kernels_pallas.cases import Case
 from kernels_pallas.chips import Chip
+from kernels_pallas.command import columns
 
 # Files beside the ops' folders that change no program of a given backend: commands, what describes
 # calls, and the choice among backends.
-_APART = ("bench", "cases", "compile", "compiled", "measure", "op", "parity", "program", "results",
-          "supervised", "tune")
+_APART = ("bench", "cases", "command", "compile", "compiled", "measure", "op", "parity", "program",
+          "results", "supervised", "tune")
 # Files that only one backend's kernels are made of.
 _SHARED = {"blackwell": "mosaic_gpu", "generation": "mosaic_gpu", "hopper": "mosaic_gpu",
            "products": "mosaic_gpu", "tpu": "mosaic_tpu", "others": "tokamax"}
@@ -240,10 +241,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 def table(rows: Sequence[Row]) -> str:
     """Return the rows as text, with what was refused or failed below."""
     cells = [NAMES, *map(_cells, rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(NAMES))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
-             for line in cells]
-    return "\n".join(lines + [line for row in rows for line in row.troubles])
+    return "\n".join([columns(cells), *(line for row in rows for line in row.troubles)])
 
 
 def _grid(names: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
@@ -267,11 +265,11 @@ def markdown(rows: Sequence[Row], asked: int | None = None) -> str:
         count.update([row.state, "same" if row.same_as else "", "earlier" if row.earlier else ""])
         count["seconds"] += round(row.seconds or 0)
         count["spilled"] += row.spilled_bytes or 0
-    columns = {"compiled": "compiled", "same": "of them as another",
+    heads = {"compiled": "compiled", "same": "of them as another",
                "earlier": "of an earlier source", "refused": "refused",
                "failed": "failed", "spilled": "spilled bytes", "seconds": "seconds of compilation"}
-    lines += _grid(("target", "backend", *columns.values()),
-                   [(*key, *(str(c[n]) for n in columns)) for key, c in counts.items()])
+    lines += _grid(("target", "backend", *heads.values()),
+                   [(*key, *(str(c[n]) for n in heads)) for key, c in counts.items()])
     troubles = [line for row in rows for line in row.troubles]
     if troubles:
         lines += ["", "## Not compiled", "", *(f"- {line}" for line in troubles)]

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kernels_pallas import bench, device, parity, supervised
+from kernels_pallas import bench, command, device, parity, supervised
 from kernels_pallas.cases import OPS, Case, cases
 from kernels_pallas.compiled import sources, versions
 from kernels_pallas.results import Result, page
@@ -115,9 +115,7 @@ def _alive() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels_pallas.measure", description=__doc__, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser("measure", __doc__, EXAMPLES)
     parser.add_argument("--op", nargs="+", default=[], metavar="NAME",
                         help=f"all unless named: {', '.join(OPS)}")
     parser.add_argument("--seconds", type=float, default=540,

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import device, numerics
-from kernels_pallas.cases import OPS, Case, cases
+from kernels_pallas import command, device, numerics
+from kernels_pallas.cases import Case, cases
 from kernels_pallas.grouped_matmul.layout import Layout, row_expert
 from kernels_pallas.indexer.reference import _scores, _visible
 
@@ -231,23 +231,13 @@ def table(rows: Sequence[Row]) -> str:
         state = "" if not r.failed else f"FAILED {r.error or ''}".strip()
         cells.append((r.op, r.spec, r.dtype, r.backend, number(r.values), number(r.gradients),
                       r.worst or "-", bits, state))
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names) - 1)] + [0]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
-             for line in cells]
-    lines += [f"{why} ({times} of its workloads)" for why, times in refused.items()]
-    return "\n".join(lines)
+    lines = [f"{why} ({times} of its workloads)" for why, times in refused.items()]
+    return "\n".join([command.columns(cells), *lines])
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels_pallas.parity", description=__doc__, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", nargs="+", default=[], metavar="NAME",
-                        help=f"all unless named: {', '.join(OPS)}")
-    parser.add_argument("--spec", nargs="+", default=[], metavar="NAME",
-                        help="workloads in the ops' specs.py; those under PARITY unless named")
-    parser.add_argument("--backend", nargs="+", default=[], metavar="NAME",
-                        help="all but the reference unless named")
+    parser = command.parser("parity", __doc__, EXAMPLES)
+    command.add_workloads(parser, specs="PARITY", backends="all but the reference", all_ops=True)
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES,
                         help="both unless named")
     parser.add_argument("--json", action="store_true", help="print JSON and not a table")
@@ -265,14 +255,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             pass
     except ValueError as e:
         parser.error(str(e))
-    known = {b.name for _, case in chosen for b in case.op.backends}
-    for name in asked.backend:
-        if name not in known:
-            parser.error(f"backend {name!r} is unknown; there are {', '.join(sorted(known))}")
+    command.check_backends(parser, asked.backend, [case for _, case in chosen])
     rows: list[Row] = []
     for i, (dtype, case) in enumerate(chosen, 1):
-        names = [b.name for b in case.op.backends
-                 if b.name in asked.backend or (not asked.backend and b.name != "reference")]
+        names = command.backends(case, asked.backend)
         found = check_case(case, dtype, names)
         rows += found
         bad = "FAILED" if any(row.failed for row in found) else "done"

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kernels_pallas import bench, blocks, device
-from kernels_pallas.cases import DIRECTIONS, OPS, Case, cases
+from kernels_pallas import bench, blocks, command, device
+from kernels_pallas.cases import DIRECTIONS, Case, cases
 
 EXAMPLES = """examples:
   python -m kernels_pallas.tune --op cross_entropy
@@ -109,15 +109,9 @@ def keep(path: Path, case: Case, direction: str, found: Sequence[Found], rounds:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels_pallas.tune", description=__doc__, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", nargs="+", required=True, metavar="NAME",
-                        help=f"of {', '.join(OPS)}")
-    parser.add_argument("--spec", nargs="+", default=[], metavar="NAME",
-                        help="workloads in the op's specs.py; those under SPEED unless named")
-    parser.add_argument("--backend", nargs="+", default=[], metavar="NAME",
-                        help="all that run here and ask for block sizes, unless named")
+    parser = command.parser("tune", __doc__, EXAMPLES)
+    command.add_workloads(parser, specs="SPEED",
+                          backends="all that run here and ask for block sizes,")
     parser.add_argument("--direction", default="gradient", choices=DIRECTIONS,
                         help="what is timed (gradient, which is forward and backward)")
     parser.add_argument("--rounds", type=int, default=12, help="timed batches of each (12)")
@@ -139,10 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             blocks.load(folder / f"{case.op.name}.json")
     except ValueError as e:
         parser.error(str(e))
-    known = {b.name for case in chosen for b in case.op.backends}
-    for name in asked.backend:
-        if name not in known:
-            parser.error(f"backend {name!r} is unknown; there are {', '.join(sorted(known))}")
+    command.check_backends(parser, asked.backend, chosen)
     broken = searched = 0
     for case in chosen:
         made = case.make()
