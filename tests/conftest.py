@@ -36,18 +36,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_addoption(parser):
     """--smoke, for the oldest Python and JAX."""
     parser.addoption("--smoke", action="store_true",
-                     help="one case, the first, of each of the first four tests of every file")
+                     help="one case, the first, of each of the first two tests of every file")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep the first case of the first four tests of every file under --smoke."""
+    """Keep the first case of the first two tests of every file under --smoke."""
     if not config.getoption("smoke"):
         return
     files: dict[str, dict] = {}
     for item in items:
         file, _, test = item.nodeid.partition("[")[0].partition("::")
         files.setdefault(file, {}).setdefault(test, item)
-    first = {id(item) for tests in files.values() for item in list(tests.values())[:4]}
+    first = {id(item) for tests in files.values() for item in list(tests.values())[:2]}
     kept = [item for item in items if id(item) in first]
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in first])
     items[:] = kept

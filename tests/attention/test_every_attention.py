@@ -79,7 +79,7 @@ SETTINGS = {
 # Up to six compilations of seconds each, of settings that other cases mostly hold too.
 SLOW = (
     "nsa-wide", "moba-full", "csa-dense", "dsa-dense", "full-bare", "full-joint norm", "mla-yarn",
-    "sliding-two", "moba-own", "hca-flat",
+    "sliding-two", "moba-own", "hca-flat", "nsa-all", "csa-all",
 )  # fmt: skip
 CASES = [
     pytest.param(
@@ -104,7 +104,10 @@ defaults = pytest.mark.parametrize(
 # indexer's choice: test_csa_oracle and test_dsa_oracle have their laws.
 OWN_ORACLE = ("csa", "hca", "dsa")
 LAW = [
-    pytest.param(*case.values, dtype, id=f"{case.id}-{dtype}", marks=case.marks)
+    pytest.param(
+        *case.values, dtype, id=f"{case.id}-{dtype}",
+        marks=[pytest.mark.slow] if (case.values[0], dtype) == ("nsa", "bfloat16") else case.marks,
+    )
     for case in CASES
     for dtype in ("float64", "bfloat16")
     if case.values[0] not in OWN_ORACLE and (dtype == "float64" or "default" in case.id)

@@ -51,7 +51,7 @@ sys.exit(cli.main(sys.argv[3:]))
 @pytest.mark.parametrize(
     ("place", "how"),
     [
-        ("sparse_pretrain.data.corpus:_count", "collecting"),
+        pytest.param("sparse_pretrain.data.corpus:_count", "collecting", marks=pytest.mark.slow),
         ("sparse_pretrain.data.store:_write", "politely"),
         ("jax.stages:Lowered.compile", "at once"),
     ],

@@ -117,7 +117,7 @@ def test_how_parameters_start(tied):
     plain = lm.define(dataclasses.replace(config, transfer=transfer.Config()))
     before = _leaves(jax.jit(plain.init)(jax.random.key(0))[0])
     after = {k: v for k, v in _leaves(params).items() if v.ndim > 1 and "scale" not in k}
-    ratio = {k: float(np.std(v) / np.std(before[k])) for k, v in after.items()}
+    ratio = {k: float(np.asarray(v).std() / np.asarray(before[k]).std()) for k, v in after.items()}
     want = {"['stack_0']['ffn']['router']['w']": 2**-0.5, "['embedding']": 2**0.5 if tied else 1.0}
     for name, found in ratio.items():
         end = name.endswith(("['w_o']", "['w_down']"))

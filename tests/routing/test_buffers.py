@@ -33,7 +33,12 @@ def sizes(text):
     return {math.prod(int(n) for n in dims.split(",")) for dims in found}
 
 
-@pytest.mark.parametrize(("E", "T", "C"), [(32, 512, 2), (16, 256, 4), (64, 512, 8)])
+@pytest.mark.parametrize(
+    ("E", "T", "C"),
+    [pytest.param(32, 512, 2, marks=pytest.mark.slow),
+     pytest.param(16, 256, 4, marks=pytest.mark.slow),
+     (64, 512, 8)],
+)  # fmt: skip
 def test_no_array_is_larger_than_the_rows_or_the_experts(E, T, C):
     D, F = 48, 40
     rows, _ = ops.group_rows(T * C, E)

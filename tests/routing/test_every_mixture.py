@@ -24,8 +24,8 @@ from tests.routing.test_every_router import (
 )
 
 # The mixture behind a router is the same code for all; by default each router feeds it once, and
-# those that drop a token or give it other weights. The other settings are the slow tests'.
-FED = ("default", "sign", "few seats", "deepseek v2", "seats")
+# one that drops tokens. The other settings are the slow tests'.
+FED = ("default", "sign", "few seats")
 feeding = pytest.mark.parametrize(
     ("kind", "changes"),
     [

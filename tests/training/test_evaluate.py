@@ -106,9 +106,10 @@ def test_loss_by_position_is_a_loop_over_targets(opened):
     found = score(opened.params, opened.prices, batches)
 
     model = opened.definition.merge(opened.params, opened.prices)
+    by_token = jax.jit(lambda batch: loss.token_losses(model, model(batch)[0], batch)[1])
     want = {}
     for batch in batches:
-        nats = np.asarray(loss.token_losses(model, model(batch)[0], batch)[1], np.float64)
+        nats = np.asarray(by_token(batch), np.float64)
         for at in np.argwhere(batch.weights > 0):
             position = batch.positions[tuple(at)]
             low = 0 if position < 64 else 2 ** int(np.log2(position))
