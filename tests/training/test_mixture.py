@@ -153,6 +153,27 @@ def test_processes_decide_the_same_weights(text, tmp_path):
     assert one[-1]["mixture"]["hard"] > 0.51
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plan", "mesh"), [("fsdp_tp", "fsdp=4,tensor=2"), ("ddp_pp", "data=4,pipe=2")]
+)
+def test_plans_and_pipelines_draw_the_same_rows(plan, mesh, text, tmp_path):
+    """Sums by domain are those of all devices, rows and stages: losses and weights are one's."""
+    model = {
+        "width": 16, "dtype": "float32", "pattern": ["dense"], "repeats": 2,
+        "blocks": {"dense": {"attention": {"kind": "full", "heads": 2},
+                             "ffn": {"kind": "dense", "hidden": 16}}},
+    }  # fmt: skip
+    train(experiment(text, model=model), tmp_path / "one")
+    train(experiment(text, model=model, plan=plan, mesh=mesh), tmp_path / "many")
+    one, many = rows(tmp_path / "one"), rows(tmp_path / "many")
+    for a, b in zip(one, many, strict=True):
+        assert b["mixture"] == pytest.approx(a["mixture"], abs=1e-6)
+        assert b["domain_loss"] == pytest.approx(a["domain_loss"], abs=1e-4)
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+    assert many[-1]["mixture"]["hard"] > 0.51
+
+
 def test_a_run_from_before_there_were_mixtures_goes_on(text, tmp_path):
     """Its record has no such key, which is as none."""
     plain = experiment(text, {"kind": "none"})
