@@ -123,6 +123,29 @@ def in_turns(decode, load, multiply, finish, *, ring, sums, cores, total):
         plgpu.wait_smem_to_gmem(0)
 
 
+def by_role(load, multiply, write):
+    """Call each of these in its warpgroup, with the registers that it needs."""
+    roles = {LOADS: (load, _FEWER, "decrease"), MULTIPLIES: (multiply, _SOME, "decrease"),
+             WRITES: (write, _MORE, "increase")}
+    for role, (call, registers, action) in roles.items():
+        def run(call=call, registers=registers, action=action):
+            plgpu.set_max_registers(registers, action=action)
+            call()
+
+        pl.when(lax.axis_index("warpgroup") == role)(run)
+
+
+def by_tensor_cores(n):
+    """Return so many barriers that products arrive at, or that let them go on."""
+    return plgpu.Barrier(num_arrivals=1, num_barriers=n, orders_tensor_core=True)
+
+
+def places(width):
+    """Return the memory and the barriers of `Sums`, by name."""
+    return {"tmem": plgpu.TMEM((TILE_M, PLACES * width), jnp.float32),
+            "full": by_tensor_cores(PLACES), "free": by_tensor_cores(PLACES)}
+
+
 def taken(tile, place, column):
     """Return COLUMNS of a tile's sums [128, COLUMNS] in float32; zeros where nothing was added."""
     values = plgpu.async_load_tmem(place.at[:, pl.ds(column, COLUMNS)])
@@ -156,9 +179,6 @@ def launch(body, out, *, stages, stage, width, out_smem, cores, approx_math=Fals
     def program(*refs, full, empty, sums_tmem, summed, free, **memory):
         body(*refs, ring=hopper.Ring(full, empty, stages),
              sums=Sums(sums_tmem, summed, free, width), **memory)
-
-    def by_tensor_cores(n):
-        return plgpu.Barrier(num_arrivals=1, num_barriers=n, orders_tensor_core=True)
 
     memory = {name: hopper.shared((stages, *shape), dtype)
               for name, (shape, dtype) in stage.items()}

@@ -21,11 +21,10 @@ def is_blackwell() -> bool:
     return at.platform == "gpu" and at.capability == BLACKWELL
 
 
-def kernels(package: str) -> Any:
+def kernels(package: str, name: str = "mosaic_gpu") -> Any:
     """Return the package's module of kernels for the device: Pallas takes 0.4 s to import, which
     only who runs one pays."""
-    name = "mosaic_gpu_blackwell" if is_blackwell() else "mosaic_gpu"
-    return importlib.import_module(f"{package}.{name}")
+    return importlib.import_module(f"{package}.{name}{'_blackwell' if is_blackwell() else ''}")
 
 
 def lacks_both(*dtypes: str, **arrays: Any) -> str | None:

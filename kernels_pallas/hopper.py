@@ -67,10 +67,10 @@ class Ring:
         plgpu.barrier_arrive(self.empty.at[self.slot(count)])
 
 
-def barriers(copies, slots):
-    """Return the barriers (full, empty) of a ring of so many copies a slot, two consumers."""
+def barriers(copies, slots, consumers=2):
+    """Return the barriers (full, empty) of a ring of so many copies a slot and consumers."""
     return (plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
-            plgpu.Barrier(num_arrivals=2, num_barriers=slots))
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=slots))
 
 
 def interpreted() -> bool:

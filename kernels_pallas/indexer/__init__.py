@@ -13,18 +13,17 @@ import numbers
 
 import jax.numpy as jnp
 
+from kernels_pallas import generation
 from kernels_pallas.indexer import gpu_plan, reference, tpu_plan, xla, xla_dense, xla_listed
 from kernels_pallas.op import Backend, Op
 
 
 def _select_mosaic_gpu(*args, **kwargs):
-    # Pallas takes 0.4 s to import, which only who runs it pays.
-    from kernels_pallas.indexer import mosaic_gpu
-
-    return mosaic_gpu.index_select(*args, **kwargs)
+    return generation.kernels(__name__).index_select(*args, **kwargs)
 
 
 def _select_mosaic_tpu(*args, **kwargs):
+    # Pallas takes 0.4 s to import, which only who runs it pays.
     from kernels_pallas.indexer import mosaic_tpu
 
     return mosaic_tpu.index_select(*args, **kwargs)

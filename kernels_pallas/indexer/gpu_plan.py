@@ -1,4 +1,4 @@
-"""What the Hopper kernels of the indexer can do, and how they cut a call.
+"""What the GPU kernels of the indexer can do, and how they cut a call.
 
 Rows of a product are keys and its columns the heads of a few queries, so that the sum over a
 query's heads goes along a row, where its numbers are in one warp. A program keeps some keys in
@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from kernels_pallas import device
+from kernels_pallas import device, generation
 
 HALF = 64  # keys that a warpgroup multiplies at once
 SHARED = 232448 - 1024  # bytes of shared memory, without what barriers need
@@ -45,8 +45,8 @@ class Scores:
 
     @property
     def heads(self) -> int:
-        """Columns of a query."""
-        return whole(self.J, 8)
+        """Columns of a query: of several queries 16 times some number, as Blackwell's products."""
+        return whole(self.J, 8 if self.J <= COLUMNS // 2 else 16)
 
     @property
     def width(self) -> int:
@@ -83,7 +83,7 @@ class Scores:
 
 
 def _lacks(q) -> str | None:
-    if lacks := device.lacks_hopper(q=q):
+    if lacks := generation.lacks_both(q=q):
         return lacks
     if q.shape[3] > WIDEST:
         return f"needs widths up to {WIDEST}, D is {q.shape[3]}"
@@ -91,7 +91,7 @@ def _lacks(q) -> str | None:
 
 
 def supports_select(q, k, w, **keywords) -> str | None:
-    """Return None, or why the Hopper kernel cannot score this call."""
+    """Return None, or why the kernels cannot score this call."""
     del k, w, keywords
     if lacks := _lacks(q):
         return lacks

@@ -1,6 +1,6 @@
 """The indexer's Mosaic GPU kernels, interpreted with race detection, against loops in float64.
 
-On a machine with a Hopper GPU, JAX_PLATFORMS=cuda runs the same tests on it.
+On a machine with a Hopper GPU or a B200, JAX_PLATFORMS=cuda runs the tests of its generation on it.
 """
 
 import functools
@@ -14,7 +14,7 @@ from kernels_pallas import device, indexer, numerics
 from kernels_pallas.chips import CHIPS
 from kernels_pallas.indexer import gpu_plan, index_kl_listed, index_select, specs
 from tests.kernels.test_indexer import SCALE, divergence, score, visible
-from tests.kernels.test_mosaic_gpu import hopper, recent, runs
+from tests.kernels.test_mosaic_gpu import both, hopper, recent, runs
 
 SMALL = specs.PARITY | {n: s for n, s in specs.HOPPER.items() if n.startswith("tile_")}
 NAMES = ("loss", "dq", "dk", "dw")
@@ -55,24 +55,27 @@ def check_select(spec, target, backend="mosaic_gpu"):
 
 
 @runs
-def test_it_chooses_the_best():
-    check_select(specs.Spec(B=1, L=41, stride=3, span=3, late=True, documents=2), hopper(2))
+@both
+def test_it_chooses_the_best(gpu):
+    check_select(specs.Spec(B=1, L=41, stride=3, span=3, late=True, documents=2), gpu(2))
 
 
 @runs
 @pytest.mark.slow
+@both
 @pytest.mark.parametrize("name", SMALL)
-def test_it_chooses_the_best_of_every_spec(name):
-    check_select(SMALL[name], hopper(3))
+def test_it_chooses_the_best_of_every_spec(name, gpu):
+    check_select(SMALL[name], gpu(3))
 
 
 @runs
 @pytest.mark.slow
+@both
 @pytest.mark.parametrize("first", [1, 470])
-def test_queries_may_be_a_part_of_a_row(first):
+def test_queries_may_be_a_part_of_a_row(first, gpu):
     spec = specs.Spec(B=2, L=150, S=600, J=2, D=16, top=7)
     index, where = spec.arguments(dtype="bfloat16")
-    got = select(spec, index, where, hopper(2), first=jnp.asarray(first, jnp.int32))
+    got = select(spec, index, where, gpu(2), first=jnp.asarray(first, jnp.int32))
     check_chosen(spec, index, where, got, first)
 
 
