@@ -154,13 +154,13 @@ def taken(tile, place, column):
 
 
 def write_tile(width, take, place, out_smem):
-    """Write take(column) [128, COLUMNS] for all of a tile: place(column, memory) starts copies.
+    """Write take(column) [128, columns] for all of a tile: place(column, memory) starts copies.
 
-    `out_smem` is [slots, 128, COLUMNS].
+    `out_smem` is [slots, 128, columns].
     """
-    slots = out_smem.shape[0]
-    for part in range(width // COLUMNS):
-        column, slot = part * COLUMNS, out_smem.at[part % slots]
+    slots, _, columns = out_smem.shape
+    for part in range(width // columns):
+        column, slot = part * columns, out_smem.at[part % slots]
         values = take(column)
         plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
         slot[...] = values.astype(out_smem.dtype)

@@ -30,9 +30,7 @@ def _select_mosaic_tpu(*args, **kwargs):
 
 
 def _dense_mosaic_gpu(*args, **kwargs):
-    from kernels_pallas.indexer import mosaic_gpu_dense
-
-    return mosaic_gpu_dense.index_kl_dense(*args, **kwargs)
+    return generation.kernels(__name__, "mosaic_gpu_dense").index_kl_dense(*args, **kwargs)
 
 
 def _dense_mosaic_tpu(*args, **kwargs):
@@ -42,9 +40,7 @@ def _dense_mosaic_tpu(*args, **kwargs):
 
 
 def _listed_mosaic_gpu(*args, **kwargs):
-    from kernels_pallas.indexer import mosaic_gpu_listed
-
-    return mosaic_gpu_listed.index_kl_listed(*args, **kwargs)
+    return generation.kernels(__name__, "mosaic_gpu_listed").index_kl_listed(*args, **kwargs)
 
 
 def _listed_mosaic_tpu(*args, **kwargs):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from kernels_pallas import device, generation
+from kernels_pallas import generation
 
 HALF = 64  # keys that a warpgroup multiplies at once
 SHARED = 232448 - 1024  # bytes of shared memory, without what barriers need
@@ -101,9 +101,9 @@ def supports_select(q, k, w, **keywords) -> str | None:
 
 
 def supports_dense(q, k, w, main_q, main_k, main_lse, **keywords) -> str | None:
-    """Return None, or why the Hopper kernels cannot run index_kl_dense."""
+    """Return None, or why the kernels cannot run index_kl_dense."""
     del k, w, main_lse, keywords
-    if lacks := _lacks(q) or device.lacks_hopper(main_q=main_q, main_k=main_k):
+    if lacks := _lacks(q) or generation.lacks_both(main_q=main_q, main_k=main_k):
         return lacks
     if q.shape[2] > HALF:
         return f"needs up to {HALF} heads, J is {q.shape[2]}"
@@ -113,7 +113,7 @@ def supports_dense(q, k, w, main_q, main_k, main_lse, **keywords) -> str | None:
 
 
 def supports_listed(q, k, w, chosen, mass, *, scale=1.0) -> str | None:
-    """Return None, or why the Hopper kernels cannot run index_kl_listed."""
+    """Return None, or why the kernels cannot run index_kl_listed."""
     del k, w, chosen, mass, scale
     if lacks := _lacks(q):
         return lacks

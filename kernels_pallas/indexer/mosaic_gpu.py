@@ -25,7 +25,9 @@ from kernels_pallas.indexer.xla import Marks, Plan
 
 _F32, _BF16 = jnp.float32, jnp.bfloat16
 _LATER = jnp.iinfo(jnp.int32).max  # where a key ends that nobody may see
-_PARAMS = {field.name for field in dataclasses.fields(plgpu.CompilerParams)}  # of this JAX
+# Sums here go along rows, which warps do among themselves: no memory for them.
+ALONG_ROWS = {field.name: 0 for field in dataclasses.fields(plgpu.CompilerParams)
+              if field.name == "reduction_scratch_bytes"}
 
 
 class Products(NamedTuple):
@@ -252,10 +254,9 @@ def _kernel(how: Products, size: gpu_plan.Scores, stride, span, L, first, segmen
         k_bar=hopper.barriers(3 * parts, 1, how.writers),
         **how.memory(n),
     )
-    # Sums here go along rows, which warps do among themselves: no memory for them.
-    params = {name: 0 for name in _PARAMS if name == "reduction_scratch_bytes"}
     out = jax.ShapeDtypeStruct((B * L, S), _F32)
-    return hopper.launch(body, out, memory, **params)(first, segment, q, w, k, ends, segments_k)
+    kernel = hopper.launch(body, out, memory, **ALONG_ROWS)
+    return kernel(first, segment, q, w, k, ends, segments_k)
 
 
 def _padded(x, length, fill=0, dim=1):

@@ -1,4 +1,4 @@
-"""The indexer's divergence over all keys on Hopper's tensor cores, forward and backward.
+"""The indexer's divergence over all keys on a GPU's tensor cores, forward and backward.
 
 Queries go by chunks, of which scores, attention's mass and the scores' gradients are held for every
 key (gpu_plan.SCORES): written, read and turned about they are about 60 bytes of a pair in both
@@ -10,10 +10,15 @@ tile sees is left unwritten. For 128 heads of one latent of 576 a tile's keys ar
 head: by arithmetic 1365 cycles of reading the second-level cache for 512 of products, which keys
 that stay in memory would halve. The gradients are those of mosaic_gpu_listed.py with all keys for a
 list: of a query's heads as its rows, 64 of them, and of 64 keys that meet one query after another.
-Each adds up in registers and in one order.
+Each adds up in registers and in one order. That is Hopper's; mosaic_gpu_dense_blackwell.py has the
+kernels for Blackwell, and what is around them is shared.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,18 +46,71 @@ def _laid(x, rows, dim, width):
     return jnp.pad(x, widths)
 
 
-def _mass(plan, first, q_BxCxHxDk, k_BxKxSxDk, lse_BxCxH):
+class Mass(NamedTuple):
+    """How a generation adds up attention's weights over heads.
+
+    Bodies of kernels that `launch` makes get arrays and memory by name, and call `run(heads of a
+    tile are `steps` stages each, scale, total, cores, decode, load, less, mass, **memory)`.
+    """
+
+    launch: Callable[..., Any]
+    run: Callable[..., None]
+
+
+def _mass_tiles(steps, scale, total, cores, decode, load, less_gmem, mass_gmem, *, a_smem, b_smem,
+                out_smem, full, empty):
+    """Hopper's: 64 queries of a tile in each of two warpgroups' registers."""
+    warpgroup = lax.axis_index("warpgroup")
+    ring = hopper.Ring(full, empty, _STAGES)
+
+    def accumulate(tile, done):
+        mine = pl.ds(pl.multiple_of(tile.t + warpgroup * HALF, HALF), HALF)
+
+        def head(h, mass):
+            less = plgpu.load(less_gmem.at[tile.b, h, mine], layout=_ROW)
+            begun = done + h * steps
+
+            def multiply(acc):
+                def stage(k, _):
+                    slot = ring.wait(begun + k)
+                    plgpu.wgmma(acc, a_smem.at[slot, pl.ds(warpgroup * HALF, HALF)],
+                                b_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma_wait(1)
+                    pl.when(k > 0)(lambda: ring.release(begun + k - 1))
+
+                lax.fori_loop(0, steps, stage, None)
+                return acc[...]
+
+            raw = pl.run_scoped(multiply, plgpu.ACC((HALF, X), _F32))
+            ring.release(begun + steps - 1)
+            return mass + jnp.exp2(raw * scale - hopper.spread(less, (HALF, X), 0))
+
+        nothing = plgpu.layout_cast(jnp.zeros((HALF, X), _F32), plgpu.Layout.WGMMA)
+        return lax.fori_loop(0, tile.heads, head, nothing)
+
+    def place(tile, column, smem):
+        plgpu.copy_smem_to_gmem(
+            smem, mass_gmem.at[tile.b, pl.ds(tile.t + warpgroup * HALF, HALF),
+                               pl.ds(tile.s + column, COLUMNS)], commit_group=False)
+
+    products.in_turns(
+        decode, lambda tile, k, slot: load(tile, k, slot, a_smem, b_smem, full), accumulate,
+        lambda tile, mass: products.write_tile(tile, mass, place, out_smem), ring=ring,
+        cores=cores, total=total)
+
+
+_HOPPER = Mass(functools.partial(products.launch, out_smem=products.result_memory(_F32)),
+               _mass_tiles)
+
+
+def mass(plan, first, q_BxCxHxDk, k_BxKxSxDk, lse_BxCxH, *, how: Mass = _HOPPER):
     """Return attention's weights summed over heads [B, C, S]; any number for what is not seen."""
     (B, C, H, Dk), (K, S) = q_BxCxHxDk.shape, k_BxKxSxDk.shape[1:3]
     D, rows, keys = whole(Dk, _STEP), whole(C, X), whole(S, X)
     steps, tiles, blocks, cores = D // _STEP, rows // X, keys // X, device.target().cores
     less = jnp.pad(lse_BxCxH * LOG2E, ((0, 0), (0, rows - C), (0, 0))).swapaxes(1, 2)
 
-    def body(first_gmem, q_gmem, k_gmem, less_gmem, mass_gmem, *, a_smem, b_smem, out_smem, full,
-             empty):
-        warpgroup = lax.axis_index("warpgroup")
-        ring = hopper.Ring(full, empty, _STAGES)
-
+    def body(first_gmem, q_gmem, k_gmem, less_gmem, mass_gmem, **memory):
         def decode(number):
             lane = lax.div(number, hopper.i32(tiles * blocks))
             within = number - lane * (tiles * blocks)
@@ -65,7 +123,7 @@ def _mass(plan, first, q_BxCxHxDk, k_BxKxSxDk, lse_BxCxH):
             return products.Tile(b=lane, t=pl.multiple_of(t, X), s=pl.multiple_of(s, X),
                                  heads=heads, steps=heads * steps, writes=seen)
 
-        def load(tile, k, slot):
+        def load(tile, k, slot, a_smem, b_smem, full):
             head = lax.div(k, hopper.i32(steps))
             part = pl.ds(pl.multiple_of((k - head * steps) * _STEP, _STEP), _STEP)
             plgpu.copy_gmem_to_smem(q_gmem.at[tile.b, pl.ds(tile.t, X), head, part],
@@ -74,52 +132,20 @@ def _mass(plan, first, q_BxCxHxDk, k_BxKxSxDk, lse_BxCxH):
             plgpu.copy_gmem_to_smem(k_gmem.at[tile.b, key_head, pl.ds(tile.s, X), part],
                                     b_smem.at[slot], full.at[slot])
 
-        def accumulate(tile, done):
-            mine = pl.ds(pl.multiple_of(tile.t + warpgroup * HALF, HALF), HALF)
-
-            def head(h, mass):
-                less = plgpu.load(less_gmem.at[tile.b, h, mine], layout=_ROW)
-                begun = done + h * steps
-
-                def multiply(acc):
-                    def stage(k, _):
-                        slot = ring.wait(begun + k)
-                        plgpu.wgmma(acc, a_smem.at[slot, pl.ds(warpgroup * HALF, HALF)],
-                                    b_smem.at[slot].transpose((1, 0)))
-                        plgpu.wgmma_wait(1)
-                        pl.when(k > 0)(lambda: ring.release(begun + k - 1))
-
-                    lax.fori_loop(0, steps, stage, None)
-                    return acc[...]
-
-                raw = pl.run_scoped(multiply, plgpu.ACC((HALF, X), _F32))
-                ring.release(begun + steps - 1)
-                return mass + jnp.exp2(raw * (plan.main_scale * LOG2E)
-                                       - hopper.spread(less, (HALF, X), 0))
-
-            nothing = plgpu.layout_cast(jnp.zeros((HALF, X), _F32), plgpu.Layout.WGMMA)
-            return lax.fori_loop(0, tile.heads, head, nothing)
-
-        def place(tile, column, smem):
-            plgpu.copy_smem_to_gmem(
-                smem, mass_gmem.at[tile.b, pl.ds(tile.t + warpgroup * HALF, HALF),
-                                   pl.ds(tile.s + column, COLUMNS)], commit_group=False)
-
-        products.in_turns(decode, load, accumulate,
-                          lambda tile, mass: products.write_tile(tile, mass, place, out_smem),
-                          ring=ring, cores=cores, total=hopper.i32(B * tiles * blocks))
+        how.run(steps, plan.main_scale * LOG2E, hopper.i32(B * tiles * blocks), cores, decode,
+                load, less_gmem, mass_gmem, **memory)
 
     stage = {"a_smem": ((X, _STEP), _BF16), "b_smem": ((X, _STEP), _BF16)}
-    kernel = products.launch(body, jax.ShapeDtypeStruct((B, rows, keys), _F32), stages=_STAGES,
-                             stage=stage, out_smem=products.result_memory(_F32), cores=cores,
-                             approx_math=True)
-    mass = kernel(jnp.asarray(first, jnp.int32).reshape(1), _laid(q_BxCxHxDk, rows, 1, D),
-                  _laid(k_BxKxSxDk, keys, 2, D), less)
-    return mass[:, :C, :S]
+    kernel = how.launch(body, jax.ShapeDtypeStruct((B, rows, keys), _F32), stages=_STAGES,
+                        stage=stage, cores=cores, approx_math=True)
+    found = kernel(jnp.asarray(first, jnp.int32).reshape(1), _laid(q_BxCxHxDk, rows, 1, D),
+                   _laid(k_BxKxSxDk, keys, 2, D), less)
+    return found[:, :C, :S]
 
 
-def _scores(*arguments):
-    return mosaic_gpu.scores(*arguments), None
+def scores(*arguments, **how):
+    """Return the scores, of which gradients need nothing."""
+    return mosaic_gpu.scores(*arguments, **how), None
 
 
 def _where_hit(raw, slope_smem, e_smem):
@@ -187,7 +213,18 @@ def _key_tiles(k, q, weighted, slope, *, lanes):
     return _sums(k, [q, weighted], slope, add, lanes=lanes)
 
 
-def _gradients(plan, q_BxCxJxD, k_BxSxD, w_BxCxJ, made, d_score):
+class Tiles(NamedTuple):
+    """A generation's sums of gradients: by tile of queries, of so many keys a step, and of keys."""
+
+    queries: Callable[..., Any]
+    step: int
+    keys: Callable[..., Any]
+
+
+_HOPPER_TILES = Tiles(_query_tiles, HALF, _key_tiles)
+
+
+def gradients(plan, q_BxCxJxD, k_BxSxD, w_BxCxJ, made, d_score, *, tiles: Tiles = _HOPPER_TILES):
     """Return gradients of q, k as [B, D, S], and w, of the scores' times the scale."""
     del made
     (B, C, J, D), S = q_BxCxJxD.shape, k_BxSxD.shape[1]
@@ -201,14 +238,15 @@ def _gradients(plan, q_BxCxJxD, k_BxSxD, w_BxCxJ, made, d_score):
 
     k = _laid(k_BxSxD, keys, 1, width).reshape(-1, width)
     slope = jnp.pad(d_score, ((0, 0), (0, rows - C), (0, keys - S)))
-    pairs = slope.reshape(B, rows // 2, 2, keys // HALF, HALF).swapaxes(2, 3).reshape(-1)
-    u = _query_tiles(by_query(q_BxCxJxD), k, pairs, lanes=B)
+    pairs = slope.reshape(B, rows // 2, 2, keys // tiles.step, tiles.step)
+    pairs = pairs.swapaxes(2, 3).reshape(-1)
+    u = tiles.queries(by_query(q_BxCxJxD), k, pairs, lanes=B)
     u = u.reshape(B, rows, HALF, width)[:, :C, :J, :D]
     by_key = slope.reshape(B, rows, keys // X, X).swapaxes(1, 2).reshape(-1)
-    dk = _key_tiles(k, by_query(q_BxCxJxD), by_query(weighted), by_key, lanes=B)
+    dk = tiles.keys(k, by_query(q_BxCxJxD), by_query(weighted), by_key, lanes=B)
     dk = dk.reshape(B, keys, width)[:, :S, :D]
     return u * w[..., None], dk.swapaxes(1, 2), (q_BxCxJxD.astype(_F32) * u).sum(-1)
 
 
 index_kl_dense = xla_dense.comparing(
-    xla_dense.Parts(_scores, _mass, _gradients, gpu_plan.SCORES // 2, lambda q, main_q: 1))
+    xla_dense.Parts(scores, mass, gradients, gpu_plan.SCORES // 2, lambda q, main_q: 1))

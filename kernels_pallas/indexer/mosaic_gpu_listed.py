@@ -1,4 +1,4 @@
-"""The indexer's divergence over listed keys on Hopper's tensor cores, forward and backward.
+"""The indexer's divergence over listed keys on a GPU's tensor cores, forward and backward.
 
 As in token_sparse, a chunk's keys are gathered by XLA in the order in which the kernels read them,
 and each of a program's two multiplying warpgroups has a query of its own. Keys are the rows of its
@@ -7,10 +7,15 @@ scores, and the gradients for given gradients of the scores; the softmax over a 
 
 With e[n, j] = d_score[n] where q[j].k[n] is above 0, and 0 elsewhere: dk[n] = sum_j e[n, j] w[j]
 q[j], and of u[j] = sum_n e[n, j] k[n] come dq[j] = w[j] u[j] and dw[j] = q[j].u[j], both times the
-scale. So no number for every head and key leaves the kernel.
+scale. So no number for every head and key leaves the kernel. That is Hopper's;
+mosaic_gpu_listed_blackwell.py has the kernels for Blackwell, and what is around them is shared.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -94,20 +99,31 @@ def _gradient_tiles(plan: Plan, q, weighted, keys, d_score):
 # Around the kernels.
 
 
+class Kernels(NamedTuple):
+    """A generation's scores and gradients of gathered keys, and sums of gradients by key."""
+
+    scores: Callable[..., Any]
+    gradients: Callable[..., Any]
+    add_up: Callable[..., Any]
+
+
+_HOPPER = Kernels(_score_tiles, _gradient_tiles, mosaic_gpu_bwd.add_up)
+
+
 def _heads(plan: Plan, w):
     """The heads' weights with the scale in them."""
     return w.astype(_F32) * plan.scale
 
 
-def _forward(plan: Plan, q, k, w, at, mass):
+def _forward(kernels: Kernels, plan: Plan, q, k, w, at, mass):
     """Return the loss [B, L] and the scores [B, L, N]."""
     table = chunks.table(plan, k)
 
     def chunk(_, x):
         q, w, at, mass = x
-        found = _score_tiles(plan, gpu_tiles.by_tile(plan, q),
-                             gpu_tiles.by_tile(plan, _heads(plan, w)),
-                             rows.read(table, gpu_tiles.in_steps(plan, at)))
+        found = kernels.scores(plan, gpu_tiles.by_tile(plan, q),
+                               gpu_tiles.by_tile(plan, _heads(plan, w)),
+                               rows.read(table, gpu_tiles.in_steps(plan, at)))
         listed = at < plan.B * plan.S
         scores = jnp.where(listed, gpu_tiles.of_steps(plan, found), xla.NOTHING)
         return None, (xla_listed.divergence(scores, mass, listed), scores)
@@ -116,7 +132,7 @@ def _forward(plan: Plan, q, k, w, at, mass):
     return chunks.scan(plan, chunk, None, xs)[1]
 
 
-def _backward(plan: Plan, kept, cotangent):
+def _backward(kernels: Kernels, plan: Plan, kept, cotangent):
     q, k, w, at, mass, scores = kept
     table = chunks.table(plan, k)
 
@@ -127,10 +143,10 @@ def _backward(plan: Plan, kept, cotangent):
         order = gpu_tiles.in_steps(plan, at)
         widths = ((0, plan.pair * plan.tiles - slope.shape[0]), (0, plan.steps * HALF - plan.N))
         slope = jnp.pad(slope, widths).reshape(plan.tiles, plan.pair, plan.steps, HALF)
-        u, d_keys = _gradient_tiles(
+        u, d_keys = kernels.gradients(
             plan, gpu_tiles.by_tile(plan, q), gpu_tiles.by_tile(plan, weighted),
             rows.read(table, order), slope.swapaxes(1, 2).reshape(-1))
-        d_table += mosaic_gpu_bwd.add_up(d_keys, order, d_table.shape[0])
+        d_table += kernels.add_up(d_keys, order, d_table.shape[0])
         u = gpu_tiles.of_tiles(plan, u)[..., :plan.Dk].astype(_F32)
         dq = (u * _heads(plan, w)[..., None]).astype(_BF16)
         dw = ((q.astype(_F32) * u).sum(-1) * plan.scale).astype(_BF16)
@@ -144,4 +160,10 @@ def _backward(plan: Plan, kept, cotangent):
     return dq, dk.astype(k.dtype), dw, None, None
 
 
-index_kl_listed = xla_listed.diverging(_forward, _backward, plan_of)
+def comparing(kernels: Kernels):
+    """Return index_kl_listed of a generation's kernels."""
+    return xla_listed.diverging(functools.partial(_forward, kernels),
+                                functools.partial(_backward, kernels), plan_of)
+
+
+index_kl_listed = comparing(_HOPPER)

@@ -26,14 +26,12 @@ def whole(tokens):
     return -(-tokens // X) * X
 
 
-def add_up(d_PxD, at_P, tokens):
-    """Return sums [tokens, D] in float32 of the rows d, where `at` is their token.
+def by_owner(d_PxD, at_P, tokens):
+    """Return d and its tokens in the tokens' order, and items [tokens / 128, 2].
 
-    Shapes: P a multiple of 64, tokens of 128, at [P] int32 with `tokens` or more for none.
+    An item is the first 64 rows that belong to 128 tokens, and how many times 64.
     """
-    D, tiles = d_PxD.shape[1], tokens // X
-    width = max(w for w in range(64, _WIDEST + 1, 64) if D % w == 0)
-    blocks = D // width  # of columns; an item is a tile's sum of one of them
+    tiles = tokens // X
     order = jnp.argsort(at_P, stable=True)
     at_P = at_P[order]
     d_PxD = d_PxD.at[order].get(mode="promise_in_bounds")
@@ -41,8 +39,18 @@ def add_up(d_PxD, at_P, tokens):
                              method="scan_unrolled").astype(jnp.int32)
     first = edges[:-1] // HALF
     chunks = jnp.where(edges[1:] > edges[:-1], -(-edges[1:] // HALF) - first, 0)
-    items = jnp.stack([first, chunks], 1)
-    slots = 6
+    return d_PxD, at_P, jnp.stack([first, chunks], 1)
+
+
+def add_up(d_PxD, at_P, tokens):
+    """Return sums [tokens, D] in float32 of the rows d, where `at` is their token.
+
+    Shapes: P a multiple of 64, tokens of 128, at [P] int32 with `tokens` or more for none.
+    """
+    D, tiles, slots = d_PxD.shape[1], tokens // X, 6
+    width = max(w for w in range(64, _WIDEST + 1, 64) if D % w == 0)
+    blocks = D // width  # of columns; an item is a tile's sum of one of them
+    d_PxD, at_P, items = by_owner(d_PxD, at_P, tokens)
 
     def body(items_gmem, at_gmem, d_gmem, out_gmem, *, at_smem, d_smem, out_smem, ones_smem, bar):
         core, warpgroup = lax.axis_index("core"), lax.axis_index("warpgroup")
