@@ -169,12 +169,12 @@ def write_tile(width, take, place, out_smem):
         plgpu.commit_smem_to_gmem_group()
 
 
-def launch(body, out, *, stages, stage, width, out_smem, cores, approx_math=False):
+def launch(body, out, *, stages, stage, width, out_smem, cores, approx_math=False, **more):
     """A kernel of one program per multiprocessor around `body`, with its ring and its sums.
 
     `stage` maps names of shared memory to (shape, dtype) of one stage, each filled by one copy, and
     `width` are the columns of a tile's sums. The body gets the arrays, and by name each stage's
-    memory as [stages, ...], `out_smem`, `ring` and `sums`.
+    memory as [stages, ...], `out_smem`, `ring`, `sums` and what `more` memory is named.
     """
     def program(*refs, full, empty, sums_tmem, summed, free, **memory):
         body(*refs, ring=hopper.Ring(full, empty, stages),
@@ -185,7 +185,7 @@ def launch(body, out, *, stages, stage, width, out_smem, cores, approx_math=Fals
     return plgpu.kernel(
         program, out_type=out,
         scratch_types=dict(
-            memory, out_smem=out_smem,
+            memory, out_smem=out_smem, **more,
             full=plgpu.Barrier(num_arrivals=len(stage), num_barriers=stages),
             empty=by_tensor_cores(stages),
             sums_tmem=plgpu.TMEM((TILE_M, PLACES * width), jnp.float32),

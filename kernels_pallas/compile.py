@@ -198,14 +198,16 @@ def compile_case(case: Case, direction: str, chip: Chip, sharding: Any,
 def backends_for(case: Case, chip: Chip, *, named: bool = False) -> Sequence[str | None]:
     """Return the backends this chip would run, but the reference; [None] where there is none.
 
-    A workload for Hopper's kernels is compiled by them alone, unless its spec is `named`.
+    A workload for tensor cores is compiled by kernels of ours alone, and what is made to be awkward
+    for Hopper's by those, unless its spec is `named`.
     """
     with device.assume(chip.target):
         arguments, keywords = case.shapes()
         verdicts = case.op.explain(*arguments, **keywords)
     names = [n for n, reason in verdicts.items() if reason is None and n != "reference"]
     if case.hopper and not named:
-        return [n for n in names if n == "mosaic_gpu"]
+        ours = ("mosaic_gpu", "mosaic_tpu") if case.main else ("mosaic_gpu",)
+        return [n for n in names if n in ours]
     return names or [None]
 
 

@@ -1,9 +1,11 @@
 """The indexer's divergence over all keys on Blackwell's tensor cores, forward and backward.
 
 What is computed, and all around the kernels, is Hopper's (mosaic_gpu_dense.py). Attention's
-products of a tile, head by head, lie in tensor memory by turns, and their exponentials are added up
-in the registers of one warpgroup: 128 x 128 of them at 16 in a cycle are 1,024 cycles, the products
-of a head of DeepSeek's latent 2,304. The gradients' sums go 128 keys and two queries a step.
+products of a tile, head by head, lie in tensor memory by turns, and so does the sum of their
+exponentials, which one warpgroup adds to: in its registers, where 128 of a thread's held it, 720
+bytes of the kernels were spilled. 128 x 128 exponentials at 16 in a cycle are 1,024 cycles, the
+products of a head of DeepSeek's latent 2,304. The gradients' sums go 128 keys and two queries a
+step.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _COLUMNS = 32  # of a tile that are taken, and written, at once
 
 
 def _mass_tiles(steps, scale, total, cores, decode, load, less_gmem, mass_gmem, *, a_smem, b_smem,
-                out_smem, ring, sums):
+                out_smem, mass_tmem, ring, sums):
     core = lax.axis_index("core")
     share = lax.div(total - core + hopper.i32(cores - 1), hopper.i32(cores))  # total >= 0
 
@@ -59,26 +61,30 @@ def _mass_tiles(steps, scale, total, cores, decode, load, less_gmem, mass_gmem, 
         return tile.heads
 
     def write(tile, done):
-        columns = range(0, X, _COLUMNS)
+        def part(tmem, column):
+            return plgpu.async_load_tmem(tmem.at[:, pl.ds(column, _COLUMNS)], layout=_LAYOUT)
 
-        def head(h, parts):
+        def head(h, _):
             less = plgpu.load(less_gmem.at[tile.b, h, pl.ds(tile.t, X)], layout=_LAYOUT.reduce(1))
-            place, more = sums.wait(done + h), []
-            for column, part in zip(columns, parts, strict=True):
-                raw = plgpu.async_load_tmem(place.at[:, pl.ds(column, _COLUMNS)], layout=_LAYOUT)
-                more.append(part + jnp.exp2(raw * scale - hopper.spread(less, raw.shape, 0)))
+            place = sums.wait(done + h)
+            for column in range(0, X, _COLUMNS):
+                raw, before = part(place, column), part(mass_tmem, column)
+                before = jnp.where(lax.broadcast_in_dim(h, raw.shape, ()) > 0, before,
+                                   jnp.zeros_like(before))
+                more = jnp.exp2(raw * scale - hopper.spread(less, raw.shape, 0))
+                plgpu.wait_load_tmem()
+                plgpu.async_store_tmem(mass_tmem.at[:, pl.ds(column, _COLUMNS)], before + more)
+            plgpu.commit_tmem()
             sums.release(done + h)
-            return tuple(more)
 
         def place(column, smem):
             columns = pl.ds(tile.s + column, _COLUMNS)
             plgpu.copy_smem_to_gmem(smem, mass_gmem.at[tile.b, pl.ds(tile.t, X), columns],
                                     commit_group=False)
 
-        nothing = plgpu.layout_cast(jnp.zeros((X, _COLUMNS), _F32), _LAYOUT)
-        parts = lax.fori_loop(0, tile.heads, head, (nothing,) * len(columns))
+        lax.fori_loop(0, tile.heads, head, None)
         pl.when(tile.writes)(lambda: blackwell.write_tile(
-            X, lambda column: parts[column // _COLUMNS], place, out_smem))
+            X, functools.partial(part, mass_tmem), place, out_smem))
         return tile.heads
 
     def store():
@@ -102,7 +108,8 @@ def _key_tiles(k, q, weighted, slope, *, lanes):
 
 
 _MASS = mosaic_gpu_dense.Mass(
-    functools.partial(blackwell.launch, width=X, out_smem=hopper.shared((2, X, _COLUMNS), _F32)),
+    functools.partial(blackwell.launch, width=X, out_smem=hopper.shared((2, X, _COLUMNS), _F32),
+                      mass_tmem=plgpu.TMEM((X, X), _F32)),
     _mass_tiles)
 index_kl_dense = xla_dense.comparing(xla_dense.Parts(
     functools.partial(mosaic_gpu_dense.scores, how=PRODUCTS),

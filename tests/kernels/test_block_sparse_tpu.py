@@ -14,6 +14,7 @@ import pytest
 from kernels_pallas import device, numerics
 from kernels_pallas.block_sparse import block_sparse, explain, plan, specs
 from kernels_pallas.chips import CHIPS
+from tests.kernels import test_mosaic_gpu_block_sparse as gpu
 from tests.kernels.test_mosaic_gpu_block_sparse import (
     EDGES,
     NAMES,
@@ -27,18 +28,8 @@ from tests.kernels.test_mosaic_tpu import chip
 
 
 def compiled(spec):
-    """Values and gradients from the kernels, for any numbers of one workload's shapes."""
-    @jax.jit
-    def run(q, k, v, blocks, starts, do, d_lse):
-        def call(q, k, v):
-            return block_sparse(q, k, v, blocks, starts, block=spec.block, scale=spec.Dk**-0.5,
-                                return_lse=True, implementation="mosaic_tpu")
-
-        with device.assume(chip()):
-            out, pull = jax.vjp(call, q, k, v)
-            return dict(zip(NAMES, (*out, *pull((do, d_lse))), strict=True))
-
-    return run
+    """What Hopper's tests compute, from these kernels."""
+    return gpu.compiled(spec, target=chip(), backend="mosaic_tpu")
 
 
 def test_tile_edges_repeated_and_absent_choices():

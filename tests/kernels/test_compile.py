@@ -325,11 +325,14 @@ def test_every_op_and_spec_has_shapes():
         assert case.gradient >= case.forward >= 0
 
 
-def test_workloads_for_hopper_are_compiled_by_its_kernels_alone():
-    other, large = cases(("token_sparse",), ("csa_64k", "dsa_4k"), abstract=True)
-    assert (large.hopper, other.hopper) == (True, False)
-    for chip, for_large in (("v5p", []), ("h200", ["mosaic_gpu"] if RECENT else [])):
+def test_workloads_for_tensor_cores_are_compiled_by_kernels_alone():
+    other, awkward, large = cases(("token_sparse",), ("csa_64k", "tile_any", "dsa_4k"),
+                                  abstract=True)
+    assert (large.hopper, awkward.hopper, other.hopper) == (True, True, False)
+    hopper = ["mosaic_gpu"] if RECENT else []
+    for chip, for_large, small in (("v5p", ["mosaic_tpu"], []), ("h200", hopper, hopper)):
         assert list(command.backends_for(large, CHIPS[chip])) == for_large
+        assert list(command.backends_for(awkward, CHIPS[chip])) == small
         assert "xla" in command.backends_for(large, CHIPS[chip], named=True)
         assert "xla" in command.backends_for(other, CHIPS[chip])
 

@@ -45,15 +45,15 @@ def oracle(spec, arguments, cotangents):
     return dict(zip(NAMES, (o, lse, dq, dk, dv), strict=True))
 
 
-def compiled(spec, cores=2):
+def compiled(spec, cores=2, target=None, backend="mosaic_gpu"):
     """Values and gradients from the kernels, for any numbers of one workload's shapes."""
     @jax.jit
     def run(q, k, v, blocks, starts, do, d_lse):
         def call(q, k, v):
             return block_sparse(q, k, v, blocks, starts, block=spec.block, scale=spec.Dk**-0.5,
-                                return_lse=True, implementation="mosaic_gpu")
+                                return_lse=True, implementation=backend)
 
-        with device.assume(hopper(cores)):
+        with device.assume(target or hopper(cores)):
             out, pull = jax.vjp(call, q, k, v)
             return dict(zip(NAMES, (*out, *pull((do, d_lse))), strict=True))
 

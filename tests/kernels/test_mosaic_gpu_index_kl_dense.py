@@ -1,7 +1,7 @@
 """The divergence over all keys on Mosaic GPU, interpreted with race detection, against loops in
 float64.
 
-On a machine with a Hopper GPU, JAX_PLATFORMS=cuda runs the same tests on it.
+On a machine with a Hopper GPU or a B200, JAX_PLATFORMS=cuda runs the tests of its generation on it.
 """
 
 import functools
@@ -15,7 +15,7 @@ from kernels_pallas import device, indexer, numerics
 from kernels_pallas.chips import CHIPS
 from kernels_pallas.indexer import index_kl_dense, specs
 from tests.kernels.test_indexer import MAIN_SCALE, SCALE, of_heads, visible
-from tests.kernels.test_mosaic_gpu import hopper, recent, runs
+from tests.kernels.test_mosaic_gpu import blackwell, both, hopper, recent, runs
 from tests.kernels.test_mosaic_gpu_indexer import NAMES, SMALL, oracle
 
 
@@ -64,33 +64,36 @@ def check(spec, target, first=0, backend="mosaic_gpu", dtype="bfloat16"):
 
 
 @runs
-def test_the_divergence_and_its_gradients():
-    check(specs.Spec(B=2, L=13, stride=2, span=3, S=6, late=True, documents=2, H=2, K=1), hopper(2))
+@pytest.mark.parametrize("gpu", [hopper, pytest.param(blackwell, marks=pytest.mark.slow)])
+def test_the_divergence_and_its_gradients(gpu):
+    check(specs.Spec(B=2, L=13, stride=2, span=3, S=6, late=True, documents=2, H=2, K=1), gpu(2))
 
 
 @runs
 @pytest.mark.slow
+@both
 @pytest.mark.parametrize("name", [n for n in SMALL if n != "parts"])
-def test_every_spec(name):
-    check(SMALL[name], hopper(3))
+def test_every_spec(name, gpu):
+    check(SMALL[name], gpu(3))
 
 
 @runs
 @pytest.mark.slow
-def test_more_than_a_tile_of_queries_and_keys_and_of_attentions_width():
+@both
+def test_more_than_a_tile_of_queries_and_keys_and_of_attentions_width(gpu):
     """Tiles of which nothing is seen, and a head's products in several steps."""
-    check(specs.Spec(B=1, L=150, J=5, D=72, H=3, K=3, Dk=136), hopper(2))
+    check(specs.Spec(B=1, L=150, J=5, D=72, H=3, K=3, Dk=136), gpu(2))
 
 
 @runs
 @pytest.mark.slow
-def test_queries_may_be_a_part_of_a_row():
-    check(specs.Spec(B=1, L=20, S=300, J=2, D=16), hopper(2), first=140)
+@both
+def test_queries_may_be_a_part_of_a_row(gpu):
+    check(specs.Spec(B=1, L=20, S=300, J=2, D=16), gpu(2), first=140)
 
 
 REFUSED = {
     "tpu": ("v5p", {}, "the device is TPU v5"),
-    "blackwell": ("b200", {}, "needs Hopper's tensor cores"),
     "dtype": ("h200", {"dtype": "float32"}, "q is float32"),
     "attention": ("h200", {"main": "float32"}, "main_q is float32"),
     "heads": ("h100", {"J": 65}, "up to 64 heads, J is 65"),

@@ -44,18 +44,18 @@ def oracle(spec, arguments, cotangents):
     return dict(zip(NAMES, (o, lse, dq, dkv, weights), strict=True))
 
 
-def compiled(spec, cores=2):
+def compiled(spec, cores=2, target=None, backend="mosaic_gpu"):
     """Values, gradients and masses from the kernels, for any numbers of one workload's shapes."""
     @jax.jit
     def run(q, kv, chosen, do, d_lse):
         def call(q, kv):
             return token_sparse(q, kv, chosen, v_dim=spec.v_dim, scale=spec.Dk**-0.5,
-                                return_lse=True, implementation="mosaic_gpu")
+                                return_lse=True, implementation=backend)
 
-        with device.assume(hopper(cores)):
+        with device.assume(target or hopper(cores)):
             out, pull = jax.vjp(call, q, kv)
             weights = token_mass(q, kv, chosen, out[1], scale=spec.Dk**-0.5,
-                                 implementation="mosaic_gpu")
+                                 implementation=backend)
             return dict(zip(NAMES, (*out, *pull((do, d_lse)), weights), strict=True))
 
     return run

@@ -14,6 +14,7 @@ import pytest
 from kernels_pallas import device, numerics
 from kernels_pallas.chips import CHIPS
 from kernels_pallas.token_sparse import mass, op, specs, token_mass, token_sparse, tpu_plan
+from tests.kernels import test_mosaic_gpu_token_sparse as gpu
 from tests.kernels.test_mosaic_gpu_token_sparse import (
     EDGES,
     NAMES,
@@ -27,20 +28,8 @@ from tests.kernels.test_mosaic_tpu import chip
 
 
 def compiled(spec):
-    """Values, gradients and masses from the kernels, for any numbers of one workload's shapes."""
-    @jax.jit
-    def run(q, kv, chosen, do, d_lse):
-        def call(q, kv):
-            return token_sparse(q, kv, chosen, v_dim=spec.v_dim, scale=spec.Dk**-0.5,
-                                return_lse=True, implementation="mosaic_tpu")
-
-        with device.assume(chip()):
-            out, pull = jax.vjp(call, q, kv)
-            weights = token_mass(q, kv, chosen, out[1], scale=spec.Dk**-0.5,
-                                 implementation="mosaic_tpu")
-            return dict(zip(NAMES, (*out, *pull((do, d_lse)), weights), strict=True))
-
-    return run
+    """What Hopper's tests compute, from these kernels."""
+    return gpu.compiled(spec, target=chip(), backend="mosaic_tpu")
 
 
 def test_list_edges_repeated_and_absent_tokens():
