@@ -1,10 +1,15 @@
 """What the TPU kernel of compress can do, and how it cuts a call.
 
-Tokens are rows of memory as they come, [B x M x R, 2 x S x C]. Compiled, csa_8k still takes as much
-again beside its arguments on v5p and TPU7x (44 MB forward, 80 with gradients; 4 and 9 on v6e), so
-XLA seems to copy them there, which has not been looked into. A program has some entries and all
-their tokens' numbers: 128 channels of the r-th token of every block are rows R apart, which a TPU
-reads at a stride from 32-bit memory only, so the tokens are kept in float32.
+Tokens are rows of memory, [B x M x R, 2 x S x C]. csa_8k, whose tokens are an argument of six dims,
+takes as much again beside its arguments (44 MB forward on v5p, 43 on TPU7x): memory of its last
+dims is tiled 2 x 128, and XLA's reshape to rows copies it; on v6e into fast memory, which is not
+counted. Given as [B, M x R, 2 x S x C] and reshaped, the same program copies nothing: a bitcast,
+and 9.5 MB. After two products of 1,024 stacked, as in the model, XLA lays the stack the other way
+round and turns it about once (v5p), which taking values and logits apart would save.
+
+A program has some entries and all their tokens' numbers: 128 channels of the r-th token of every
+block are rows R apart, which a TPU reads at a stride from 32-bit memory only, so the tokens are
+kept in float32.
 """
 
 from __future__ import annotations
