@@ -6,6 +6,7 @@ They are peers to measure against and run only where they are asked for by name.
 from __future__ import annotations
 
 import ctypes.util
+import functools
 import importlib.util
 
 import jax
@@ -21,7 +22,7 @@ _BLOCKS = (512, 256, 128)  # splash's tiles are whole, and wider than a lane is
 _UNASKED = {"return_lse": False, "stride": 1, "span": 1}  # None for all others
 _CUDNN = ("scale", "causal", "window", "block_q", "block_k")
 _TOKAMAX = (*_CUDNN, "softcap")
-_SPLASH = (*_CUDNN, "softcap", "sinks_H", "segments_q", "segments_k")
+_SPLASH = (*_CUDNN, "softcap", "sinks_H", "segments_q", "segments_k", "return_lse")
 
 
 def _more(name, known, keywords) -> str | None:
@@ -81,11 +82,14 @@ def splash_supports(q, k, v, **keywords) -> str | None:
         return f"splash leaves rows that see nothing undefined: L is {L} and S {S}"
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"splash needs bfloat16 or float32, q is {q.dtype}"
+    if keywords.get("return_lse") and device.jax_version() < (0, 12):
+        # the oldest whose backward kernels were tried by themselves
+        return f"splash's log-sum-exp needs jax 0.12, this is {jax.__version__}"
     return _more("splash", _SPLASH, keywords)
 
 
 def splash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=None, scale,
-           causal=True, window=None, softcap=None, sinks_H=None, **nothing):
+           causal=True, window=None, softcap=None, sinks_H=None, return_lse=False, **nothing):
     """Attend by JAX's splash attention: one multi-query kernel for each key head."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernels,
@@ -103,7 +107,9 @@ def splash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=No
                                block_q_dq=m, block_kv_dq=n)
     attend = kernels.make_splash_mqa_single_device(
         masks.MultiHeadMask([mask] * (H // K)), block_sizes=sizes, attn_logits_soft_cap=softcap,
-        interpret=device.target().interpret is not None)
+        save_residuals=return_lse, interpret=device.target().interpret is not None)
+    if return_lse:
+        attend = functools.partial(_with_lse(kernels), attend)
     q = (q_BxLxHxDk.astype(jnp.float32) * np.float32(scale)).astype(q_BxLxHxDk.dtype)
     q = q.reshape(B, L, K, H // K, -1).transpose(0, 2, 3, 1, 4)
     k, v = (x.transpose(0, 2, 1, 3) for x in (k_BxSxKxDk, v_BxSxKxDv))
@@ -115,11 +121,55 @@ def splash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=No
         ids = kernels.SegmentIds(own, theirs)
     sinks = None if sinks_H is None else sinks_H.reshape(K, H // K)
     of_heads = jax.vmap(attend, in_axes=(0, 0, 0, None, None if sinks is None else 0))
-    o = jax.vmap(of_heads, in_axes=(0, 0, 0, None if ids is None else 0, None))(
+    found = jax.vmap(of_heads, in_axes=(0, 0, 0, None if ids is None else 0, None))(
         q, k, v, ids, sinks)
-    if segments_q is not None:
-        o = jnp.where((segments_q == 0)[:, None, None, :, None], jnp.zeros_like(o), o)
-    return o.transpose(0, 3, 1, 2, 4).reshape(B, L, H, -1)
+    o, lse = found if return_lse else (found, None)
+    padding = None if segments_q is None else (segments_q == 0)[:, None, None]
+    if padding is not None:
+        o = jnp.where(padding[..., None], jnp.zeros_like(o), o)
+    o = o.transpose(0, 3, 1, 2, 4).reshape(B, L, H, -1)
+    if not return_lse:
+        return o
+    if padding is not None:
+        nothing = np.float32(-1e30) if sinks is None else sinks.astype(lse.dtype)[None, ..., None]
+        lse = jnp.where(padding, jnp.broadcast_to(nothing, lse.shape), lse)
+    return o, lse.transpose(0, 3, 1, 2).reshape(B, L, H)
+
+
+def _with_lse(kernels):
+    """Return attend(kernel, q, k, v, ids, sinks), which gives o and the log-sum-exp, both with
+    gradients, of a kernel that saves it.
+
+    Splash itself has no gradient then. Its backward kernels take, of every row, the sum of o times
+    its gradient, and the log-sum-exp's gradient is one more number to take off it.
+    """
+    def forward(kernel, *arrays):
+        o, (lse,) = kernel(*arrays)
+        return (o, lse), (kernel, arrays, o, lse)
+
+    def backward(kept, cotangents):
+        (kernel, arrays, o, lse), (do, d_lse) = kept, cotangents
+        sizes, sinks = kernel.kwargs["block_sizes"], arrays[4]
+        names = ("is_mqa", "mask_value", "attn_logits_soft_cap", "mask_function", "interpret")
+        known = {name: kernel.kwargs[name] for name in names} | {
+            f"{x}_layout": getattr(sizes, f"{x}_layout") for x in "qkv"}
+        delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1) - d_lse
+        _, dk, dv = kernels._splash_attention_bwd_dkv(
+            *arrays, lse, do, delta, bq=sizes.block_q_dkv, bkv=sizes.block_kv_dkv,
+            bkv_compute=sizes.block_kv_dkv_compute, mask_info=kernel.dkv_mask_info,
+            use_fused_bwd_kernel=False, **known)
+        dq = kernels._splash_attention_bwd_dq(
+            *arrays, lse, do, delta, bq=sizes.block_q_dq, bkv=sizes.block_kv_dq,
+            mask_info=kernel.dq_mask_info, **known)
+        d_sinks = None
+        if sinks is not None:
+            of_sinks = jnp.exp(sinks.astype(jnp.float32)[:, None] - lse)
+            d_sinks = -(of_sinks * delta).sum(-1).astype(sinks.dtype)
+        return None, dq, dk, dv, None, d_sinks
+
+    attend = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
+    attend.defvjp(forward, backward)
+    return attend
 
 
 def tokamax_supports(q, k, v, **keywords) -> str | None:

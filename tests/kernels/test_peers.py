@@ -31,12 +31,13 @@ def compare(attend, spec):
         return call
 
     o, pull = jax.vjp(named(attend), *arguments)
-    d = numerics.uniform_like(o, seed=3)
-    got = (o, *pull(d))
+    d = jax.tree.map(lambda x: numerics.uniform_like(x, seed=3 + x.ndim), o)
+    got = (*jax.tree.leaves(o), *pull(d))
     with jax.enable_x64(True):
         wide = tuple(np.asarray(a, np.float64) for a in arguments)
         o, pull = jax.vjp(named(functools.partial(flash, implementation="reference")), *wide)
-        want = (o, *pull(np.asarray(d, np.float64)))
+        d = jax.tree.map(lambda x: np.asarray(x, np.float64), d)
+        want = (*jax.tree.leaves(o), *pull(d))
     assert numerics.report(got, want, floor=0.1) is None
 
 
@@ -57,6 +58,9 @@ SPLASH = {
     "padded": specs.Spec(B=2, L=128, H=2, K=2, Dk=24, Dv=16, segments="padded"),
     "sinks": specs.Spec(B=2, L=128, H=4, K=2, Dk=16, Dv=16, window=40, sinks=True,
                         segments="packed"),
+    "lse": specs.Spec(B=1, L=128, S=256, H=2, K=1, Dk=16, Dv=16, window=100, softcap=2.0, lse=True),
+    "lse_of_sinks": specs.Spec(B=2, L=128, H=2, K=1, Dk=16, Dv=24, sinks=True, segments="padded",
+                               lse=True),
 }
 
 
@@ -77,7 +81,6 @@ REFUSED = [
     ("splash", "h200", {}, "needs a TPU"),
     ("splash", "v6e", {"L": 64}, "got 64 and 64"),
     ("splash", "v6e", {"L": 256, "S": 128}, "L is 256 and S 128"),
-    ("splash", "v6e", {"L": 128, "lse": True}, "no return_lse"),
     ("splash", "v6e", {"L": 128, "S": 128, "stride": 4, "span": 4}, "no stride"),
 ]
 
