@@ -40,6 +40,6 @@ def _run(fill, issue, write, *, k_smem, q_smem, columns, tmem, full, free):
     blackwell.by_role(fill, lambda: issue(product), store)
 
 
-PRODUCTS = mosaic_gpu.Products(_LAYOUT, writers=1, rows=X, at_once=gpu_plan.COLUMNS // 2,
+PRODUCTS = mosaic_gpu.Products(_LAYOUT, writers=1, rows=X, at_once=gpu_plan.COLUMNS // 4,
                                memory=blackwell.places, run=_run)
 index_select = xla.selecting(functools.partial(mosaic_gpu.scores, how=PRODUCTS), gpu_plan.SCORES)
