@@ -213,6 +213,14 @@ def layers(
     return Layers(wrap(run), params, (prices, jnp.arange(repeats)))
 
 
+def part(stack: Layers, first: int, last: int) -> Layers:
+    """Layers `first` to `last`, exclusive; all of them are the stack as it is."""
+    if first == 0 and last == jax.tree.leaves(stack.params)[0].shape[0]:
+        return stack
+    own = (stack.params, stack.fixed)
+    return Layers(stack.run, *jax.tree.map(lambda a: a[first:last], own))
+
+
 def scan_layers(
     stack: Layers, carry: Any, *, scan: bool, extra: Any = None, rows: Any = None
 ) -> tuple[Any, Any]:

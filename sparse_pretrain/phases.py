@@ -126,6 +126,10 @@ def check(phases: Mapping[str, Phase], model: lm.Config, seq: int) -> None:
         spec.require(ok, f"phases: {rule}; got {name[:120]!r}")
         ok = seq % (phase.seq or seq) == 0
         spec.require(ok, f"{path}.seq: {phase.seq} does not divide data.seq {seq}")
+        spec.require(
+            not (model.memory.layers and phase.seq not in (0, seq)),
+            f"{path}.seq: {phase.seq} cuts rows of {seq} whose n-grams model.memory has hashed",
+        )
         for block, section in phase.attention.items():
             where = f"{path}.attention.{block}"
             near = sections.nearest(block, model.blocks)

@@ -4,8 +4,9 @@ Array names are `noun_DIMS`: B sequences, L query and S key length, D width, H q
 heads, Dh head width, Dv value width, Dc latent width, Dr rotary width, F hidden width, V
 vocabulary, N layers, T tokens (B x L), E experts, C seats, P (token, expert) pairs, M key blocks,
 W window, J indexer heads, G groups, 2D two widths side by side, R residual streams, RD their
-widths side by side, Mix and Part the numbers that mix them. An `axis` belongs to a mesh, a `dim` to
-an array.
+widths side by side, Mix and Part the numbers that mix them, Row the rows of a memory's tables, Dm
+their width, A how many of them a token reads and U all of those of a memory side by side. An `axis`
+belongs to a mesh, a `dim` to an array.
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +28,9 @@ def copy_dims(dims: tuple[str, ...]) -> tuple[str, ...]:
 class Batch(NamedTuple):
     """Packed rows of documents with next-token targets.
 
-    Shapes: every field [B, L]; numpy on the host, jax arrays inside the step.
+    `memory` are the rows that each token reads of the model's tables (model/engram.py).
+    Shapes: every field [B, L], `memory` [B, L, A] or None; numpy on the host, jax arrays inside the
+        step.
     Units: `bytes` UTF-8 bytes the target token stands for; `weights` 1 where the target counts.
     """
 
@@ -38,6 +41,15 @@ class Batch(NamedTuple):
     weights: Float[AnyArray, "B L"]
     bytes: Int[AnyArray, "B L"]
     domains: Int[AnyArray, "B L"]
+    memory: Int[AnyArray, "B L A"] | None = None
+
+    @property
+    def fields(self) -> tuple[Any, ...]:
+        """Those that every batch has, all [B, L]."""
+        return self[:-1]
+
+
+FIELDS = Batch._fields[:-1]
 
 
 class Aux(NamedTuple):

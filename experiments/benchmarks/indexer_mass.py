@@ -25,7 +25,7 @@ from rich.progress import track
 from scipy import stats
 
 from sparse_pretrain.attention import base, dsa
-from sparse_pretrain.model import lm
+from sparse_pretrain.model import layers, lm
 from sparse_pretrain.training import evaluate, run, trained
 
 MASS_BAR, COST_BAR = 0.90, 0.005
@@ -89,7 +89,7 @@ def measure(config: lm.Config, params, prices, top: int):
     def call(params, prices, batch):
         model, dense = definition.merge(params, prices), reader.merge(params, prices)
         context = base.Context(batch.segments, batch.positions, batch.tokens)
-        x = lm.embed(lm.nn.read(model.embedding), batch.tokens).astype(lm.DTYPES[config.dtype])
+        x = layers.embed(lm.nn.read(model.embedding), batch.tokens).astype(lm.DTYPES[config.dtype])
         told = []
 
         def through(block, reading, x):

@@ -13,29 +13,23 @@ Result: PASS at cdef768: 5.792B and 18.534B.
 """
 
 from sparse_pretrain.claims import base
+from sparse_pretrain.model import engram
 
 VOCAB = 129_280  # DeepSeek-V3's tokenizer
 ROWS = {"Engram-27B": 35 * VOCAB // 2, "Engram-40B": 56 * VOCAB}
 PUBLISHED = {"Engram-27B": 5.79e9, "Engram-40B": 18.53e9}
-HEADS, ORDERS, LAYERS, WIDTH = 8, 2, 2, 1280
-
-
-def primes(start, count):
-    """The first `count` primes from `start` on."""
-    found, n = [], start
-    while len(found) < count:
-        if n > 1 and all(n % d for d in range(2, int(n**0.5) + 1)):
-            found.append(n)
-        n += 1
-    return found
+HEADS, ORDERS, LAYERS, WIDTH = 8, (2, 3), (2, 15), 1280
 
 
 def measure(bench):
     """Rows times width over all tables."""
     del bench
-    tables = HEADS * ORDERS * LAYERS
-    each = WIDTH // (HEADS * ORDERS)
-    found = {name: sum(primes(rows, tables)) * each for name, rows in ROWS.items()}
+    found = {}
+    for name, rows in ROWS.items():
+        memory = engram.Config(
+            layers=LAYERS, orders=ORDERS, heads=HEADS, width=WIDTH, rows=rows
+        )
+        found[name] = sum(map(sum, engram.tables(memory))) * memory.row_width
     off = {name: found[name] / PUBLISHED[name] - 1 for name in found}
     return base.Outcome(
         passed=all(abs(x) <= 0.005 for x in off.values()),

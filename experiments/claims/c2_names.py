@@ -59,11 +59,11 @@ def task(names):
             for part in np.array_split(
                 rng.permutation(size)[: size // BATCH * BATCH], size // BATCH
             ):
-                yield Batch(*(field[part] for field in train))
+                yield Batch(*(field[part] for field in train.fields))
 
     def heldout():
         for part in np.split(np.arange(HELDOUT), HELDOUT // 125):
-            yield Batch(*(field[part] for field in rest))
+            yield Batch(*(field[part] for field in rest.fields))
 
     facts = {"source": "names", "seq": LONGEST, "batch": BATCH, "heldout": HELDOUT}
     return arms.Task(name="names", vocab=27, train=batches, heldout=heldout, facts=facts)

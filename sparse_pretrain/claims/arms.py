@@ -18,6 +18,7 @@ import numpy as np
 from sparse_pretrain import config, data, nn, optim, shapes
 from sparse_pretrain.claims import ngram
 from sparse_pretrain.claims.bench import Bench
+from sparse_pretrain.data import ngrams
 from sparse_pretrain.model import lm
 from sparse_pretrain.optim import schedules
 from sparse_pretrain.planning import flops
@@ -30,7 +31,8 @@ SEQ, BATCH, WIDTH, LAYERS = 128, 16, 64, 2
 class Task:
     """Where batches come from. `name` and `facts` are what a kept run is known by.
 
-    `train` gives the endless batches of a seed, `heldout` always the same ones.
+    `train` gives the endless batches of a seed, `heldout` always the same ones; memories address
+    their rows by `tokenizer`.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Task:
     heldout: Callable[[], Iterable[shapes.Batch]]
     facts: dict[str, Any]
     accuracy: bool = False
+    tokenizer: Any = None
 
 
 def text(
@@ -63,6 +66,7 @@ def text(
         heldout=lambda: opened.heldout(limit),
         facts={"source": source, "corpus": opened.manifest["hash"], "seq": seq, "batch": batch},
         accuracy=not opened.tokenizer.is_text,
+        tokenizer=opened.tokenizer,
     )
 
 
@@ -106,6 +110,8 @@ class Arm:
         self.tokens = steps * seq * batch
         self.flops = flops.train_flops_per_token(e.model, seq).model * self.tokens
         self.rate = e.optim.lr
+        memory = e.model.memory
+        self._addresses = ngrams.addresses(memory, task.tokenizer) if memory.layers else None
         self._programs: tuple[Any, ...] | None = None
 
     def _compiled(self) -> tuple[Any, ...]:
@@ -145,10 +151,16 @@ class Arm:
         )
         return found
 
+    def _carried(self, batches: Iterable[shapes.Batch]) -> Iterator[shapes.Batch]:
+        """With the rows that the model's memories read, if it has any."""
+        found = self._addresses
+        return iter(batches) if found is None else map(found.carried, batches)
+
     def _run(self, seed: int, rate: float, probe: Callable | None) -> dict[str, Any]:
         began, cpu = time.perf_counter(), time.process_time()
         definition, init, step_, score = self._compiled()
-        now, batches, told = init(jax.random.key(seed)), self.task.train(seed), []
+        now, told = init(jax.random.key(seed)), []
+        batches = self._carried(self.task.train(seed))
         marks = {round(self.steps * (i + 1) / self.evaluations) for i in range(self.evaluations)}
         curve, scores = [], {}
         for n in range(1, self.steps + 1):
@@ -157,7 +169,7 @@ class Arm:
             if n % 16 == 0:  # the device's queue stays short
                 jax.block_until_ready(out)
             if n in marks:
-                scores = score(now.params, now.router, self.task.heldout())
+                scores = score(now.params, now.router, self._carried(self.task.heldout()))
                 curve.append([n, scores["nats_per_token"]])
         told = jax.device_get(told)
         losses = [float(t["loss"]) for t in told]

@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   sparse-pretrain train --plan=fsdp_ep --mesh=fsdp=2,expert=4 --cpu-devices=8
   sparse-pretrain train --plan=fsdp_pp --mesh=pipe=4 --pipeline=zero_bubble \\
       --config.accumulate=8 --cpu-devices=4
+  sparse-pretrain train --config=engram --workdir=runs/engram
 
 The same command again resumes an interrupted run. `sparse-pretrain config` lists every key.
 """

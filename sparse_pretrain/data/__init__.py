@@ -6,13 +6,14 @@ import dataclasses
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparse_pretrain import spec
 from sparse_pretrain.games import mixtures
 
 if TYPE_CHECKING:
     from sparse_pretrain.data.pipeline import Dataset
+    from sparse_pretrain.model import engram
 
 PACKS = ("documents", "stream", "random_crop")
 TOKENIZERS = "bytes, char, bpe:SIZE or file:PATH"
@@ -95,15 +96,32 @@ def vocab(config: Config, *, seed: int) -> int:
     return load(config, seed=seed).vocab
 
 
-def load(config: Config, *, seed: int, process_index: int = 0, process_count: int = 1) -> Dataset:
+def load(
+    config: Config,
+    *,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    memory: engram.Config | None = None,
+) -> Dataset:
     """The dataset that `config` describes, with this process's share of every batch.
+
+    Batches carry the rows that tokens read in the `memory` of a model that has one.
 
     Errors: ValueError naming the field and the values when a source, a tokenizer or a file is not
     there, or when the batch does not divide over the processes.
     """
+    from sparse_pretrain.data import ngrams, pipeline
+
+    found = _load(config, seed, pipeline.Share(process_index, process_count))
+    if memory is not None:
+        found.addresses = ngrams.addresses(memory, found.tokenizer)
+    return found
+
+
+def _load(config: Config, seed: int, share: Any) -> Dataset:
     from sparse_pretrain.data import pipeline
 
-    share = pipeline.Share(process_index, process_count)
     if config.source.startswith("synthetic:"):
         from sparse_pretrain.data import synthetic
 

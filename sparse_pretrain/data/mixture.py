@@ -27,7 +27,7 @@ import numpy as np
 
 from sparse_pretrain.data import AHEAD, draws, pipeline
 from sparse_pretrain.games import mixtures
-from sparse_pretrain.shapes import Batch
+from sparse_pretrain.shapes import FIELDS, Batch
 
 UNITS = 1 << 24  # weights as whole numbers of these: draws are exact, and the same everywhere
 
@@ -82,10 +82,11 @@ class Mixed(pipeline.Dataset):
             else:
                 found.append(self._parts[k].train_rows(index_B[place]))
         back = np.argsort(np.concatenate(places))
-        return Batch(*(np.concatenate(fields)[back] for fields in zip(*found, strict=True)))
+        fields = zip(*(batch.fields for batch in found), strict=True)
+        return Batch(*(np.concatenate(field)[back] for field in fields))
 
     def heldout(self, limit_tokens: int | None = None) -> Iterator[Batch]:
-        return self._whole.heldout(limit_tokens)
+        return map(self.carried, self._whole.heldout(limit_tokens))
 
     def train(self, cursor: dict[str, Any] | None = None) -> MixedIterator:
         return MixedIterator(self, cursor)
@@ -121,7 +122,7 @@ class Mixed(pipeline.Dataset):
 
 def _padding(rows: int, seq: int) -> Batch:
     kinds = {"weights": np.float32}
-    return Batch(*(np.zeros((rows, seq), kinds.get(f, np.int32)) for f in Batch._fields))
+    return Batch(*(np.zeros((rows, seq), kinds.get(f, np.int32)) for f in FIELDS))
 
 
 class _Place(NamedTuple):
@@ -218,7 +219,9 @@ class MixedIterator(pipeline.TrainIterator):
             return False
         self._drawn = _Place(before.step + 1, before.rows + size, used)
         mine = slice(dataset._start, dataset._start + dataset.local_batch)
-        made = self._pool.submit(dataset.rows_of, domain[mine], index[mine])
+        made = self._pool.submit(
+            lambda d, i: dataset.carried(dataset.rows_of(d, i)), domain[mine], index[mine]
+        )
         self._made.append((self._drawn, made))
         return True
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import grain
 import numpy as np
 
-from sparse_pretrain.data import AHEAD, draws, store, tokenize
+from sparse_pretrain.data import AHEAD, draws, ngrams, store, tokenize
 from sparse_pretrain.data.pack import Line
 from sparse_pretrain.shapes import Batch
 
@@ -61,6 +61,7 @@ class Dataset:
     domains: tuple[str, ...]
     manifest: dict[str, Any]
     train_tokens: int
+    addresses: ngrams.Addresses | None = None  # of the model's memories, where it has any
 
     def __init__(self, config: Config, *, seed: int, share: Share):
         if seed < 0:
@@ -94,6 +95,10 @@ class Dataset:
         """
         raise NotImplementedError
 
+    def carried(self, batch: Batch) -> Batch:
+        """The batch with the rows that its tokens read in the model's memories, if it has any."""
+        return batch if self.addresses is None else self.addresses.carried(batch)
+
     def text(self, text: str) -> Iterator[Batch]:
         """A text as batches of the same form; its end carries no weight, its domain is 0.
 
@@ -103,7 +108,7 @@ class Dataset:
         if piece.targets < 1 or not piece.widths[1:].any():
             raise ValueError(f"text: {len(text)} characters hold no token to predict")
         line = self._plain_line(piece)
-        return map(line.batch, self._shares(np.arange(line.rows)))
+        return map(self.carried, map(line.batch, self._shares(np.arange(line.rows))))
 
     def train(self, cursor: dict[str, Any] | None = None) -> TrainIterator:
         """This process's training batches, from the start or a cursor, to the end unless `repeat`.
@@ -191,7 +196,8 @@ class TrainIterator:
         first = rows + dataset._start
 
         def make(i: int) -> Batch:
-            return dataset.train_rows(first + i * size + np.arange(dataset.local_batch))
+            numbers = first + i * size + np.arange(dataset.local_batch)
+            return dataset.carried(dataset.train_rows(numbers))
 
         self._batches = iter(
             grain.MapDataset.range(-(-left // size))
@@ -266,7 +272,7 @@ class TextDataset(Dataset):
         line = self._plain_line(self._heldout)
         order = draws.permutation(line.rows, 0, HELDOUT)
         order = limited(order, limit_tokens, self.config.seq)
-        return map(line.batch, self._shares(order))
+        return map(self.carried, map(line.batch, self._shares(order)))
 
     def _make_line(self, epoch: int) -> Line:
         if self.config.pack != "documents":
@@ -304,4 +310,5 @@ def limited(order: np.ndarray, limit_tokens: int | None, seq: int) -> np.ndarray
 def _concatenate(batches: list[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
-    return Batch(*(np.concatenate(fields) for fields in zip(*batches, strict=True)))
+    fields = zip(*(batch.fields for batch in batches), strict=True)
+    return Batch(*map(np.concatenate, fields))

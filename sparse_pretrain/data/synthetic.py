@@ -304,12 +304,13 @@ class SyntheticDataset(Dataset):
         if self._short is None or not early.any():
             return rows
         short = self._rows(numbers, (self.seed, RAMP), self._short)
-        return Batch(*(np.where(early[:, None], a, b) for a, b in zip(short, rows, strict=True)))
+        pairs = zip(short.fields, rows.fields, strict=True)
+        return Batch(*(np.where(early[:, None], a, b) for a, b in pairs))
 
     def heldout(self, limit_tokens: int | None = None) -> Iterator[Batch]:
         order = limited(np.arange(self.args["heldout"]), limit_tokens, self.config.seq)
         for numbers in self._shares(order):
-            yield self._rows(numbers, (0, HELDOUT), self._whole)
+            yield self.carried(self._rows(numbers, (0, HELDOUT), self._whole))
 
     def _rows(self, numbers: np.ndarray, key: tuple[int, int], layout: Layout) -> Batch:
         B, L = len(numbers), self.config.seq

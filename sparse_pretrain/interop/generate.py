@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparse_pretrain import nn
-from sparse_pretrain.model import decode
+from sparse_pretrain.data import ngrams
+from sparse_pretrain.model import decode, engram
 
 
 def sample(
@@ -29,20 +30,29 @@ def sample(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
-def _generate(definition, params, prices, prompt_P, tokens, temperature, top_p, key):
+def _generate(definition, params, prices, prompt_P, tokens, temperature, top_p, key, found):
     model = definition.merge(params, prices)
     length = prompt_P.shape[0] + tokens
+    memory = model.config.memory
 
     def step(carry, position):
-        cache, token, key = carry
-        logits, cache = decode.decode(model, token, cache, position)
+        cache, token, key, last = carry
+        rows = None
+        if found is not None:  # the last tokens' ids, the newest first
+            last = jnp.concatenate([found.ids[token][:, None], last], axis=1)
+            rows = engram.hashed(memory, found, last)
+            last = last[:, :-1]
+        logits, cache = decode.decode(model, token, cache, position, rows)
         key, use = jax.random.split(key)
         sampled = sample(logits, use, temperature, top_p)
         known = prompt_P[jnp.minimum(position + 1, prompt_P.shape[0] - 1)]
         token = jnp.where(position + 1 < prompt_P.shape[0], known, sampled)
-        return (cache, token, key), token[0]
+        return (cache, token, key, last), token[0]
 
-    carry = (decode.init_cache(model, 1, length), prompt_P[:1], key)
+    last = None
+    if found is not None:
+        last = jnp.broadcast_to(found.pad, (1, memory.orders[-1] - 1))
+    carry = (decode.init_cache(model, 1, length), prompt_P[:1], key, last)
     _, out = jax.lax.scan(step, carry, jnp.arange(length - 1))
     return out[prompt_P.shape[0] - 1 :]
 
@@ -74,6 +84,8 @@ def generate(
         ids = np.concatenate([[tokenizer.eos], ids])
     if not ids.size:
         raise ValueError("prompt: must not be empty with a tokenizer that has no end-of-text token")
+    known = ngrams.addresses(definition.merge(params, prices).config.memory, tokenizer)
+    found = None if known is None else jax.tree.map(jnp.asarray, known.on_device())
     out = _generate(
         definition,
         params,
@@ -83,6 +95,7 @@ def generate(
         float(temperature),
         float(top_p),
         jax.random.key(seed),
+        found,
     )
     out = np.asarray(out)
     if tokenizer.eos is not None and (out == tokenizer.eos).any():

@@ -84,6 +84,8 @@ def to_hf_config(config: lm.Config, *, max_positions: int = 4096) -> dict[str, A
     """
     spec.require(config.vocab > 0, f"vocab: must be the tokenizer's, got {config.vocab}")
     spec.require(not config.softcap, f"softcap: {MODEL_TYPE} has none, got {config.softcap}")
+    memories = config.memory.layers
+    spec.require(not memories, f"memory.layers: {MODEL_TYPE} has none, got {memories}")
     sections = config.layer_list
     dense = next((i for i, s in enumerate(sections) if s.ffn.KIND != "dense"), len(sections))
     attention = sections[0].attention

@@ -260,3 +260,25 @@ class ShortConv(nn.Module):
         x32 = window.astype(wide(x_Bx1xD.dtype))
         y = x32[:, -1:] + jnp.einsum("bwd,wd->bd", x32, taps[::-1].astype(x32.dtype))[:, None]
         return narrow(y, x_Bx1xD.dtype), window[:, 1:].astype(past_BxWxD.dtype)
+
+
+@jax.custom_vjp
+def embed(
+    table_VxD: Float[Array, "V D"], tokens_BxL: Int[AnyArray, "B L"]
+) -> Float[Array, "B L D"]:
+    """Rows of the table; the gradient is added up in float32."""
+    return table_VxD[tokens_BxL]
+
+
+def _embed_forward(table, tokens):
+    return embed(table, tokens), (tokens, jnp.zeros((table.shape[0], 0), table.dtype))
+
+
+def _embed_backward(residuals, dy):
+    tokens, shape = residuals
+    rows = dy.reshape(-1, dy.shape[-1]).astype(shape.dtype)
+    zeros = jnp.zeros((shape.shape[0], dy.shape[-1]), shape.dtype)
+    return zeros.at[tokens.reshape(-1)].add(rows), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)

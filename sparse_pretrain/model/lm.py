@@ -1,6 +1,7 @@
 """The language model: embedding, a prefix of blocks, a repeated pattern of blocks, a head."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from sparse_pretrain import attention, nn, routing, shapes, spec
 from sparse_pretrain.attention import base
-from sparse_pretrain.model import block, ffn, layers, mtp, precision, residual, transfer
+from sparse_pretrain.model import block, engram, ffn, layers, mtp, precision, residual, transfer
+from sparse_pretrain.model.engram import Config as MemoryConfig
 from sparse_pretrain.model.mtp import Config as MTPConfig
 from sparse_pretrain.model.precision import Config as PrecisionConfig
 from sparse_pretrain.model.residual import PlainConfig
@@ -48,6 +50,7 @@ class Config(spec.Config):
     mtp: MTPConfig = MTPConfig()
     transfer: TransferConfig = TransferConfig()
     residual: spec.Config = PlainConfig()
+    memory: MemoryConfig = MemoryConfig()
     precision: PrecisionConfig = PrecisionConfig()
 
     def __post_init__(self):
@@ -79,6 +82,7 @@ class Config(spec.Config):
                     name in self.blocks, f"{field}: block {name!r} is not in blocks ({known})"
                 )
         spec.require(self.layers > 0, f"repeats: the model has no layer (pattern {self.pattern})")
+        self.memory.check(len(self.prefix), len(self.pattern), self.repeats)
         name = self.mtp.block
         held = ", ".join(self.blocks) or "none"
         ok = name == "" or name in self.blocks
@@ -97,6 +101,12 @@ class Config(spec.Config):
         return [self.blocks[n] for n in (*self.prefix, *(self.pattern * self.repeats))]
 
     @property
+    def memory_cuts(self) -> list[int]:
+        """Repeats before which a memory stands, between 0 and their number."""
+        at = [(n - len(self.prefix)) // len(self.pattern) for n in self.memory.layers]
+        return [0, *(n for n in at if n > 0), self.repeats]
+
+    @property
     def mtp_block(self) -> str:
         """The name of the type of the layers that predict further ahead."""
         return self.mtp.block or (self.pattern if self.repeats else self.prefix)[-1]
@@ -105,28 +115,6 @@ class Config(spec.Config):
     def mtp_list(self) -> list[block.Config]:
         """The section of each layer that only training runs, to predict further ahead."""
         return [self.blocks[self.mtp_block]] * self.mtp.depth
-
-
-@jax.custom_vjp
-def embed(
-    table_VxD: Float[Array, "V D"], tokens_BxL: Int[AnyArray, "B L"]
-) -> Float[Array, "B L D"]:
-    """Rows of the table; the gradient is added up in float32."""
-    return table_VxD[tokens_BxL]
-
-
-def _embed_forward(table, tokens):
-    return embed(table, tokens), (tokens, jnp.zeros((table.shape[0], 0), table.dtype))
-
-
-def _embed_backward(residuals, dy):
-    tokens, shape = residuals
-    rows = dy.reshape(-1, dy.shape[-1]).astype(shape.dtype)
-    zeros = jnp.zeros((shape.shape[0], dy.shape[-1]), shape.dtype)
-    return zeros.at[tokens.reshape(-1)].add(rows), None
-
-
-embed.defvjp(_embed_forward, _embed_backward)
 
 
 class Told(NamedTuple):
@@ -195,6 +183,10 @@ class LM(nn.Module):
         for k in range(c.mtp.depth):
             setattr(self, f"mtp_{k}", mtp.Module(c.blocks[c.mtp_block], c.width, keys, **given))
         self.end = residual.end(c.residual, c.width, keys, eps=c.norm_eps)
+        more = {"eps": c.norm_eps, "out_gain": gain, "streams": c.residual.streams}
+        for k in range(len(c.memory.layers)):  # last, so that all else starts as it does without
+            made = engram.Memory(c.memory, c.width, keys, place=k, **more)
+            setattr(self, f"memory_{k}", made)
 
     def __call__(
         self, batch: shapes.Batch, *, train: bool = False
@@ -215,10 +207,11 @@ class LM(nn.Module):
         x = residual.spread(c.residual, embedding)
         told = Told({})
         for i in range(len(c.prefix)):
+            x = self._remember(i, x, batch)
             layer = getattr(self, f"prefix_{i}")
             x, report, own = ops.kept_apart(lambda x, layer=layer: layer(x, context))(x)
             told = told.add(f"prefix_{i}", report, own)
-        return x, embedding, told
+        return self._remember(len(c.prefix), x, batch), embedding, told
 
     @precision.kept
     def through(
@@ -229,11 +222,28 @@ class LM(nn.Module):
         if not c.repeats:
             return x, Told({})
         zero = jnp.zeros((), jnp.float32)
-        (x, sums), out = nn.scan_layers(
-            self.layers(train=train), (x, (zero, zero)), scan=c.scan,
-            rows=_context(batch, train)[:3],
-        )
+        sums, outs, stack = (zero, zero), [], self.layers(train=train)
+        for first, last in itertools.pairwise(c.memory_cuts):
+            if first:
+                x = self._remember(len(c.prefix) + first * len(c.pattern), x, batch)
+            (x, sums), out = nn.scan_layers(
+                nn.part(stack, first, last), (x, sums), scan=c.scan,
+                rows=_context(batch, train)[:3],
+            )
+            outs.append(out)
+        out = outs[0] if len(outs) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *outs)
         return x, told(sums, out, ops.microbatches())
+
+    def _remember(self, layer: int, x, batch: shapes.Batch):
+        """x and what the memory before this layer adds to it, if one stands there."""
+        c = self.config.memory
+        if layer not in c.layers:
+            return x
+        assert batch.memory is not None, "memory: the batch carries no rows of its tables"
+        place = c.layers.index(layer)
+        rows = batch.memory[..., place * c.reads : (place + 1) * c.reads]
+        run = _remat(self.config.remat)(getattr(self, f"memory_{place}"))
+        return run(x, rows, batch.segments)
 
     def layers(self, *, train: bool) -> nn.Layers:
         """The repeats; each carries (x, (balance of the routers, own losses of the attentions))."""
@@ -281,7 +291,8 @@ class LM(nn.Module):
         return hidden, tuple(ahead), told
 
     def _embed(self, tokens: Int[AnyArray, "B L"]) -> Float[Array, "B L D"]:
-        return ops.embed(embed, nn.stored(self.embedding), tokens).astype(DTYPES[self.config.dtype])
+        found = ops.embed(layers.embed, nn.stored(self.embedding), tokens)
+        return found.astype(DTYPES[self.config.dtype])
 
     def head_weight(self, dtype: Any = None) -> tuple[jax.Array, str]:
         """(the output matrix, its layout 'DV' or 'VD'); `dtype` is what its reader rounds it to."""
@@ -382,5 +393,6 @@ def work_per_token(config: Config, length: int) -> base.Work:
     carried = residual.TABLE[config.residual.KIND]
     linear += 2 * len(sections) * carried.work(config.residual, config.width)
     linear += (1 + config.mtp.depth) * carried.head_work(config.residual, config.width)
+    linear += engram.work(config.memory, config.width, config.residual.streams)
     total = base.Work(*(sum(values) for values in zip(*works, strict=True)))
     return total._replace(linear=total.linear + linear)

@@ -71,7 +71,7 @@ class Rules:
     def rate(self, dims: tuple[str, ...]) -> float:
         """What Adam's rate is multiplied with."""
         kind = _kind(dims)
-        if kind in ("embed", "vector"):
+        if kind in ("embed", "rows", "vector"):
             return 1.0
         lead = len(dims) - len(shapes.copy_dims(dims))
         reads = range(lead, lead + _reads(dims))
@@ -108,6 +108,8 @@ def _kind(dims: tuple[str, ...]) -> str:
     one = shapes.copy_dims(dims)
     if len(one) <= 1 or one[0] == "W":
         return "vector"
+    if one[0] == "Row":
+        return "rows"
     if one[0] == "V":
         return "embed"
     if one[-1] == "E":

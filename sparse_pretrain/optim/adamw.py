@@ -16,8 +16,8 @@ from sparse_pretrain.optim.schedules import Schedule
 class Config(spec.Config):
     """AdamW, decay decoupled but scaled by the learning rate.
 
-    Units: `lr` peak learning rate; `embed_lr`, `head_lr`, `router_lr` multiples of it; `clip`
-    largest global gradient norm, 0 for none.
+    Units: `lr` peak learning rate; `embed_lr`, `head_lr`, `router_lr`, `memory_lr` multiples of it;
+    `clip` largest global gradient norm, 0 for none.
     """
 
     KIND: ClassVar[str] = "adamw"
@@ -26,15 +26,16 @@ class Config(spec.Config):
     embed_lr: float = 1.0
     head_lr: float = 1.0
     router_lr: float = 1.0
+    memory_lr: float = groups.MEMORY_LR
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    decay_embed: bool = False  # the head is always decayed, norms and biases never
+    decay_embed: bool = False  # the head is always decayed, norms, biases and memory never
     clip: float = 1.0
 
     def __post_init__(self):
-        spec.positive(self, "lr", "embed_lr", "head_lr", "router_lr", "eps")
+        spec.positive(self, "lr", "embed_lr", "head_lr", "router_lr", "memory_lr", "eps")
         check_adam(self)
 
 
@@ -76,7 +77,7 @@ def adam(config: Any) -> optax.GradientTransformation:
 def decayed(config: Any, dims: tuple[str, ...]) -> bool:
     """Whether a parameter of these dims decays."""
     kind = groups.group(dims)
-    return kind != "vector" and (kind != "embed" or config.decay_embed)
+    return kind not in ("vector", "memory") and (kind != "embed" or config.decay_embed)
 
 
 def finish(
@@ -134,8 +135,8 @@ def factor(config: Any, dims: tuple[str, ...]) -> float:
     base = 1.0
     if getattr(config, "adam_lr", None) is not None and not config.orthogonal(dims):
         base = config.adam_lr / config.lr
-    named = {"embed": config.embed_lr, "head": config.head_lr, "router": config.router_lr}
-    return base * named.get(kind, 1.0)
+    own = getattr(config, f"{kind}_lr") if kind in ("embed", "head", "router", "memory") else 1.0
+    return base * own
 
 
 def standard_promotion(

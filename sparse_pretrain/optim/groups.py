@@ -10,13 +10,15 @@ from sparse_pretrain.shapes import copy_dims as core
 # A head dim belongs to the dim after it: D -> (H Dh) in projections, (H Dv) -> D in outputs.
 HEADS = ("H", "K", "J")
 
-GROUPS = ("matrix", "router", "embed", "head", "vector", "unknown")
+GROUPS = ("matrix", "router", "embed", "head", "memory", "vector", "unknown")
+MEMORY_LR = 5.0  # 2601.07372, section 4.1
 
 
 def group(dims: tuple[str, ...]) -> str:
     """One of GROUPS for a parameter of these dims.
 
     `embed` reads the vocabulary (V, D), `head` writes it (D, V), `router` scores experts (D, E),
+    `memory` are the rows of a memory's tables (Row, Dm),
     `vector` is every norm scale, bias and tap (W, D) of a short convolution, `matrix` every linear
     map; a parameter whose copies have three or more dims that say nothing of what is reduced is
     `unknown`.
@@ -24,6 +26,8 @@ def group(dims: tuple[str, ...]) -> str:
     one = core(dims)
     if len(one) <= 1 or one[0] == "W":
         return "vector"
+    if one[0] == "Row":
+        return "memory"
     if "V" in one:
         return "embed" if one[0] == "V" else "head"
     if len(one) == 2:

@@ -22,9 +22,9 @@ class Config(spec.Config):
     """Muon's matrices and the AdamW of the rest.
 
     Units: `lr` peak learning rate of the matrices; `adam_lr` that of the rest, None for the same;
-    `embed_lr`, `head_lr`, `router_lr` multiples of their group's rate; `rms` root mean square of
-    an update before the rate, 0 for Jordan's sqrt(max(1, out / in)); `clip` largest global
-    gradient norm, 0 for none.
+    `embed_lr`, `head_lr`, `router_lr`, `memory_lr` multiples of their group's rate; `rms` root mean
+    square of an update before the rate, 0 for Jordan's sqrt(max(1, out / in)); `clip` largest
+    global gradient norm, 0 for none.
     """
 
     KIND: ClassVar[str] = "muon"
@@ -34,6 +34,7 @@ class Config(spec.Config):
     embed_lr: float = 1.0
     head_lr: float = 1.0
     router_lr: float = 1.0
+    memory_lr: float = groups.MEMORY_LR
     momentum: float = 0.95
     nesterov: bool = True
     rms: float = 0.2  # Moonlight 2502.16982; DeepSeek-V4 uses 0.18
@@ -51,7 +52,7 @@ class Config(spec.Config):
     clip: float = 1.0
 
     def __post_init__(self):
-        spec.positive(self, "lr", "embed_lr", "head_lr", "router_lr", "eps")
+        spec.positive(self, "lr", "embed_lr", "head_lr", "router_lr", "memory_lr", "eps")
         adamw.check_adam(self)
         ok = self.adam_lr is None or self.adam_lr > 0
         spec.require(ok, f"adam_lr: must be positive or None, got {self.adam_lr}")

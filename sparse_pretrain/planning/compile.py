@@ -147,8 +147,11 @@ def compiled(
         placed.check(definition, rows=rows, length=length)
     ema = experiment.ema > 0
     with device.assume(chosen.target):
-        fields = dict.fromkeys(shapes.Batch._fields, jnp.int32) | {"weights": jnp.float32}
+        fields = dict.fromkeys(shapes.FIELDS, jnp.int32) | {"weights": jnp.float32}
         like_rows: Any = {f: jax.ShapeDtypeStruct((rows, length), d) for f, d in fields.items()}
+        if model.memory.layers:
+            read = (rows, length, model.memory.carried)
+            like_rows["memory"] = jax.ShapeDtypeStruct(read, jnp.int32)
         batch = shapes.Batch(**like_rows)
         host = experiment.offload == "optimizer"
         like = state.abstract(definition, tx, ema=ema, placed=placed, host=host)

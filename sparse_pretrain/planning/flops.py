@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_pretrain import attention, nn
-from sparse_pretrain.model import ffn, lm, residual
+from sparse_pretrain.model import engram, ffn, lm, residual
 
 
 class Counts(NamedTuple):
@@ -23,8 +23,9 @@ def parameters(config: lm.Config, definition: nn.Definition | None = None) -> Co
     """Parameter counts, from the abstract model, which is its definition's where one is given.
 
     `active` leaves out the input embedding (a look-up, no FLOPs) and the routed experts a token
-    did not choose, and the modules of MTP, which only training runs; a tied head counts, since it
-    is multiplied with. Copies of experts do not.
+    did not choose, a memory's tables (look-ups too), and the modules of MTP, which only training
+    runs; a tied head counts, since it is multiplied with. Copies of experts do not, nor a memory's
+    rows that nothing points to.
     """
     shapes = (definition or lm.define(config)).shapes
     total, ahead = (
@@ -38,7 +39,9 @@ def parameters(config: lm.Config, definition: nn.Definition | None = None) -> Co
     ahead -= over("copied", config.mtp_list)
     total -= over("copied", [*config.layer_list, *config.mtp_list])
     embedding = 0 if config.tied else config.vocab * config.width
-    active = total - ahead - over("inactive", config.layer_list) - embedding
+    rows, unused = engram.looked_up(config.memory)
+    total -= unused
+    active = total - ahead - over("inactive", config.layer_list) - embedding - (rows - unused)
     return Counts(total, active, active + embedding, ahead)
 
 

@@ -179,7 +179,8 @@ def weight_bytes(
             stacked = dims[0] == "N"
             inner, sides = dims[stacked:], shape[stacked:]
             cut = {u: network.cuts(plan, sizes, inner, sides, u) for u in ("used", "stored")}
-            if cut["used"] == cut["stored"] or inner == ("V", "D"):  # looked up where it lies
+            looked_up = inner in (("V", "D"), ("Row", "Dm"))  # where they lie
+            if cut["used"] == cut["stored"] or looked_up:
                 continue
             total += math.prod(sides) / cut["used"] * (itemsize + 4)
         largest = max(largest, total)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_pretrain import attention, nn, optim, spec
-from sparse_pretrain.model import block, ffn, lm
+from sparse_pretrain.model import block, engram, ffn, lm
 
 
 def training_bytes(
@@ -63,6 +63,8 @@ def _activations(config: lm.Config) -> int:
             kept += ends + 2 * config.width + (products if config.remat == "dots" else 0)
             again = max(again, whole)
     elements = sum(_whole(b, config.width) + mixed for b in prefix) + kept + again
+    if config.remat == "none":
+        elements += engram.kept(config.memory, config.width, config.residual.streams)
     return elements * jnp.dtype(lm.DTYPES[config.dtype]).itemsize
 
 

@@ -126,8 +126,8 @@ def parameters(
 
 
 def gathers(config: lm.Config, dims: tuple[str, ...]) -> bool:
-    """Whether a parameter that lies in parts is put together: all but an untied table."""
-    return config.tied or dims != ("V", "D")
+    """Whether a parameter that lies in parts is put together: all but look-ups' tables."""
+    return dims[0] != "Row" and (config.tied or dims != ("V", "D"))
 
 
 def passes(config: lm.Config, dims: tuple[str, ...]) -> int:

@@ -136,7 +136,7 @@ class Planner:
         if axis == "expert":
             whole = math.gcd(*(s.ffn.experts for s in sections if s.ffn.KIND == "moe"), 0)
         elif axis == "pipe":
-            whole = self.model.repeats
+            whole = 1 if self.model.memory.layers else self.model.repeats
         elif axis == "context":
             whole = self.length
         else:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from sparse_pretrain import attention, nn
-from sparse_pretrain.model import ffn, lm
+from sparse_pretrain.model import engram, ffn, lm
 
 
 class Work(NamedTuple):
@@ -43,6 +43,7 @@ def of(config: lm.Config, definition: nn.Definition, length: int) -> Work:
     head = 2.0 * config.width * config.vocab * (1 + config.mtp.depth)
     linear = forward.linear + sum(2 * x.conv * config.width for x in sections)
     linear += 4.0 * config.width**2 * config.mtp.depth  # the join
+    linear += engram.work(config.memory, config.width, config.residual.streams)
     return Work(
         (1 + BACKWARD) * linear,
         (1 + BACKWARD) * forward.experts,
@@ -96,7 +97,7 @@ def elements(config: lm.Config, definition: nn.Definition) -> float:
             into = math.prod(sizes[:-1]) if inner[-1][0] == "D" else sizes[0]
             out = math.prod(sizes) // into
             total += times * (seats if "E" in dims else 1) * (into + out)
-    return total
+    return total + engram.kept(config.memory, config.width, config.residual.streams)
 
 
 def weights(definition: nn.Definition, group: str = "") -> list[tuple[tuple[str, ...], tuple]]:

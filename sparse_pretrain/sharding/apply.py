@@ -232,6 +232,11 @@ class Placed:
         n, name = self.sizes, self.plan.name
         if self.stages > 1:
             ticks.chosen(self.pipeline, n.get("context", 1))
+            if any(dims[0] == "Row" for dims, _, _ in _listed(definition)):
+                raise ValueError(
+                    f"mesh: pipe={self.stages} of plan {name}: a pipeline carries no rows of "
+                    "model.memory; take a plan without stages"
+                )
         for dims, shape, path in _listed(definition):
             for dim, size in zip(dims, shape, strict=True):
                 whole = {"E": "experts", "N": "layers of the pattern", "H": "heads"}.get(dim)

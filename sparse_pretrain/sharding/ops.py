@@ -43,6 +43,7 @@ from sparse_pretrain.sharding.products import (
     grouped_swiglu,
     linear,
 )
+from sparse_pretrain.sharding.rows import lookup
 
 __all__ = [
     "GroupLayout",
@@ -70,6 +71,7 @@ __all__ = [
     "kept_apart",
     "laid",
     "linear",
+    "lookup",
     "microbatches",
     "one_softmax",
     "own_block_keys_per_query",

@@ -65,7 +65,8 @@ PARTS = {
     "zero1": Plan("zero1", batch=("data",), optimizer=("data", "expert", "context")),
     "fsdp": Plan("fsdp", batch=("data", "fsdp"), stored=_CUT, optimizer=_CUT),
     "tp": Plan("tp", dims=dict.fromkeys(("H", "K", "F", "V"), ("tensor",))),
-    "ep": Plan("ep", batch=("expert",), dims={"E": ("expert",)}),
+    # a memory's rows lie as experts do: whoever has a token asks whoever has the row
+    "ep": Plan("ep", batch=("expert",), dims=dict.fromkeys(("E", "Row"), ("expert",))),
     "cp": Plan("cp", dims={"L": ("context",)}),
     "pp": Plan("pp", dims={"N": ("pipe",)}),
 }
@@ -140,6 +141,7 @@ def parameter(
         taken = set(itertools.chain(*cut))
         left = tuple(a for a in extra if a not in taken and sizes.get(a, 1) > 1)
         order = sorted(inner, key=lambda i: (dims[i] != "D", -shape[i]))
+        order = [dims.index("Row")] if "Row" in dims else order  # rows are looked up whole
         for count in range(len(left), 0, -1):
             at = [i for i in order if _divides((*cut[i], *left[:count]), sizes, shape[i])]
             if at:

@@ -77,7 +77,8 @@ class Interrupted(RuntimeError):
 def save_batch(workdir: Path, step: int, batch: shapes.Batch) -> Path:
     """The batch that broke step `step`, as an .npz to look at."""
     path = workdir / f"nonfinite_step_{step}.npz"
-    arrays: dict[str, Any] = {k: np.asarray(v) for k, v in batch._asdict().items()}
+    fields = {k: v for k, v in batch._asdict().items() if v is not None}
+    arrays: dict[str, Any] = {k: np.asarray(v) for k, v in fields.items()}
     np.savez_compressed(path, **arrays)
     return path
 

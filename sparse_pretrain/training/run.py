@@ -9,8 +9,8 @@ import jax
 from kernels_pallas import device
 from sparse_pretrain import checkpoint, data, nn, optim, phases, spec
 from sparse_pretrain import config as configs
-from sparse_pretrain.model import lm
-from sparse_pretrain.optim import schedules
+from sparse_pretrain.model import engram, lm
+from sparse_pretrain.optim import groups, schedules
 from sparse_pretrain.planning import flops, memory
 from sparse_pretrain.sharding import apply, offload, placement
 from sparse_pretrain.training import processes, progress
@@ -49,8 +49,9 @@ def prepare(experiment: configs.Experiment, workdir: Path | None = None) -> Prep
     placed = place(experiment)
     index, count = share(placed, experiment)
     dataset = data.load(
-        experiment.data, seed=experiment.seed, process_index=index, process_count=count
-    )
+        experiment.data, seed=experiment.seed, process_index=index, process_count=count,
+        memory=experiment.model.memory,
+    )  # fmt: skip
     experiment, run = configs.complete(
         experiment, vocab=dataset.vocab, train_tokens=dataset.train_tokens
     )
@@ -258,7 +259,10 @@ def same_run(experiment: configs.Experiment, workdir: Path) -> list[str]:
         saved = (checkpoint.read_record(workdir) or {}).get("config")
     if saved is None:
         return []
-    saved["data"].setdefault("mixture", {"kind": "none"})  # of before there were any
+    # of before there were any
+    saved["data"].setdefault("mixture", {"kind": "none"})
+    saved["model"].setdefault("memory", engram.Config().to_dict())
+    saved["optim"].setdefault("memory_lr", groups.MEMORY_LR)
     return checkpoint.check_compatible(saved, experiment.to_dict(), workdir)
 
 

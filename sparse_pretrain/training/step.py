@@ -26,7 +26,8 @@ def cut(batch: shapes.Batch, length: int) -> shapes.Batch:
     where data/pack.py cuts rows.
     Shapes: [B, L] to [B * L / length, length].
     """
-    new = shapes.Batch(*(jnp.asarray(field).reshape(-1, length) for field in batch))
+    assert batch.memory is None, "the rows of a memory go by where documents begin"
+    new = shapes.Batch(*(jnp.asarray(field).reshape(-1, length) for field in batch.fields))
     segments, positions = new.segments, new.positions
     first = segments[:, :1]
     goes_on = segments == first

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_pretrain import checkpoint, config, data, nn, phases
-from sparse_pretrain.data import tokenize
+from sparse_pretrain.data import ngrams, tokenize
 from sparse_pretrain.games import mixtures
 from sparse_pretrain.model import lm
 from sparse_pretrain.shapes import Batch
@@ -73,7 +73,8 @@ def dataset(opened: Trained, source: str = "") -> Any:
             section = dataclasses.replace(
                 section, tokenizer=f"file:{opened.workdir / run.TOKENIZER}"
             )
-    found = data.load(section, seed=opened.experiment.seed)
+    memory = opened.experiment.model.memory
+    found = data.load(section, seed=opened.experiment.seed, memory=memory)
     if not source:
         for name in ("hash", "tokenizer_hash"):
             then, now = opened.record["manifest"].get(name), found.manifest.get(name)
@@ -136,6 +137,7 @@ def scores(
         from sparse_pretrain.data import pipeline
 
         found = pipeline.OnlyText(opened.experiment.data, tokenizer(opened))
+        found.addresses = ngrams.addresses(opened.experiment.model.memory, found.tokenizer)
         batches = found.text(text)
     task = not found.tokenizer.is_text
     score = evaluate.Evaluator(opened.definition, found.domains, accuracy=task)
@@ -151,11 +153,17 @@ def choices(opened: Trained, where: str) -> dict[str, Any]:
     Errors: ValueError naming the file and the line, or the count.
     """
     todo, nats = _tasks(opened, where), tasks.row_nats(opened.definition)
-    section = opened.experiment.data
+    section, reader = opened.experiment.data, tokenizer(opened)
+    known = ngrams.addresses(opened.experiment.model.memory, reader)
+
+    def of_rows(batch: Batch) -> Any:
+        batch = batch if known is None else known.carried(batch)
+        return nats(opened.params, opened.prices, batch)
+
     return tasks.score(
         todo,
-        tokenizer(opened),
-        lambda batch: nats(opened.params, opened.prices, batch),
+        reader,
+        of_rows,
         seq=section.seq,
         batch=section.batch,
     )

@@ -181,7 +181,7 @@ def _loss(key, held):
     definition = _define(repr(model), _Held(model))
     kinds = {"weights": jnp.float32}
     batch = shapes.Batch(
-        *(jax.ShapeDtypeStruct(size, kinds.get(f, jnp.int32)) for f in shapes.Batch._fields)
+        *(jax.ShapeDtypeStruct(size, kinds.get(f, jnp.int32)) for f in shapes.FIELDS)
     )
 
     def scalar(params, prices, batch):

@@ -44,7 +44,8 @@ def build(corpus, tmp_path):
 
 
 def stack(batches):
-    return Batch(*(np.concatenate(fields) for fields in zip(*batches, strict=True)))
+    fields = zip(*(b.fields for b in batches), strict=True)
+    return Batch(*map(np.concatenate, fields))
 
 
 def same(a: Batch, b: Batch):
@@ -133,7 +134,7 @@ def test_processes_together_read_what_one_reads(build, pack, repeat):
             same(stack([p[step] for p in parts]), expected[step])
         for mine, all_ in ((list(s.heldout()), list(alone.heldout())) for s in shares[:1]):
             assert len(mine) == len(all_)
-            same(mine[-1], Batch(*(f[: 6 // count] for f in all_[-1])))
+            same(mine[-1], Batch(*(f[: 6 // count] for f in all_[-1].fields)))
 
 
 @pytest.mark.parametrize("pack", data.PACKS)
@@ -174,7 +175,7 @@ def test_resume_on_other_processes_and_batch_size(build):
     for part in parts:
         part.set_state(state)
     got = stack([stack([next(p) for p in parts]) for _ in range(4)])
-    same(got, Batch(*(f[18:58] for f in expected)))
+    same(got, Batch(*(f[18:58] for f in expected.fields)))
 
 
 def test_seed_decides_the_order_and_nothing_else(build):
@@ -194,9 +195,9 @@ def test_repeat_goes_on_with_another_order(build):
     many = build(repeat=True)
     assert many.batches is None
     read = stack(batches(many, -(-3 * rows // 6)))
-    epochs = [Batch(*(f[e * rows : (e + 1) * rows] for f in read)) for e in range(3)]
+    epochs = [Batch(*(f[e * rows : (e + 1) * rows] for f in read.fields)) for e in range(3)]
     first = stack(list(once.train()))
-    same(epochs[0], Batch(*(f[:rows] for f in first)))
+    same(epochs[0], Batch(*(f[:rows] for f in first.fields)))
     for epoch in epochs:
         assert epoch.weights.sum() == once.train_tokens
         assert sorted(epoch.targets[epoch.weights > 0]) == sorted(first.targets[first.weights > 0])
@@ -273,7 +274,7 @@ def test_text_has_the_form_of_heldout(build, make_corpus):
 def test_what_is_handed_out_is_the_readers_own(build):
     iterator = build(repeat=True).train()
     batch = next(iterator)
-    for field in batch:
+    for field in batch.fields:
         assert field.flags.writeable
         assert field.flags.c_contiguous
 

@@ -70,7 +70,7 @@ SOURCES = {
 
 def examples(batch: Batch):
     """(inputs, [(slot, target)], targets) of every example."""
-    for row in zip(*batch, strict=True):
+    for row in zip(*batch.fields, strict=True):
         tokens, targets, segments, positions, weights, sizes, _ = row
         np.testing.assert_array_equal(sizes, weights)
         assert (weights[segments == 0] == 0).all()
@@ -147,7 +147,7 @@ def test_training_begins_with_short_examples_that_parts_of_a_row_do_not_cut():
     dataset = load(source, seq=60, batch=8)
     iterator = dataset.train()
     batches = [next(iterator) for _ in range(4)]
-    rows = [np.concatenate(f) for f in zip(*batches, strict=True)]
+    rows = [np.concatenate(f) for f in zip(*(b.fields for b in batches), strict=True)]
     tokens, segments, weights = rows[0], rows[2], rows[4]
     for n in range(32):
         starts = [i for i in range(60) if segments[n, i] and (i == 0 or tokens[n, i] == 0)]
@@ -174,7 +174,8 @@ def test_same_interface_resume_shares_and_seeds(source):
         for half in halves:
             half.set_state(state)
         for want in expected[step:]:
-            got = Batch(*(np.concatenate(f) for f in zip(*map(next, halves), strict=True)))
+            fields = zip(*(next(half).fields for half in halves), strict=True)
+            got = Batch(*map(np.concatenate, fields))
             for a, b in zip(got, want, strict=True):
                 np.testing.assert_array_equal(a, b)
     other = next(load(source, seed=1).train())

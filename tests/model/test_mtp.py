@@ -60,7 +60,7 @@ def _layer(p, x, segments, positions):
 def _reference(params, batch):
     """The whole loss of a packed batch."""
     total, count = 0.0, batch.weights.sum()
-    for tokens, targets, segments, positions, weights, *_ in zip(*batch, strict=True):
+    for tokens, targets, segments, positions, weights, *_ in zip(*batch.fields, strict=True):
         embedded = params["embedding"][tokens]
         stack = jax.tree.map(lambda a: a[0], params["stack_0"])
         h = _norm(_layer(stack, embedded, segments, positions), params["norm"]["scale"])

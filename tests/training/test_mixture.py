@@ -66,7 +66,7 @@ def test_the_steps_sums_are_those_of_a_loop_over_targets(rng):
 
     wanted = np.zeros((2, 3))
     for half in (slice(0, 2), slice(2, 4)):
-        part = type(batch)(*(field[half] for field in batch))
+        part = type(batch)(*(field[half] for field in batch.fields))
         nats = np.asarray(each(params, prices, part), np.float64)
         for n, weight, k in zip(nats.flat, part.weights.flat, part.domains.flat, strict=True):
             wanted[:, k] += (n * weight, weight)

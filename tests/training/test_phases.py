@@ -179,7 +179,7 @@ def _cut(batch, length):
     rows = []
     for r in range(batch.tokens.shape[0]):
         for start in range(0, batch.tokens.shape[1], length):
-            piece = shapes.Batch(*(np.array(f[r, start : start + length]) for f in batch))
+            piece = shapes.Batch(*(np.array(f[r, start : start + length]) for f in batch.fields))
             document, place, last = 0, 0, None
             for i, old in enumerate(batch.segments[r, start : start + length]):
                 if i and old == last:
@@ -189,7 +189,8 @@ def _cut(batch, length):
                 piece.segments[i] = document if old else 0
                 piece.positions[i], last = place, old
             rows.append(piece)
-    return shapes.Batch(*(np.stack(field) for field in zip(*rows, strict=True)))
+    fields = zip(*(row.fields for row in rows), strict=True)
+    return shapes.Batch(*map(np.stack, fields))
 
 
 @pytest.mark.parametrize("length", [8, 12, 24])
