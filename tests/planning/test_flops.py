@@ -11,7 +11,7 @@ from kernels_pallas.flash.xla import keys_per_query
 from kernels_pallas.grouped_matmul import aligned
 from sparse_pretrain import shapes
 from sparse_pretrain.attention import full, mla
-from sparse_pretrain.model import block, ffn, lm
+from sparse_pretrain.model import block, engram, ffn, lm, residual
 from sparse_pretrain.planning import flops
 from sparse_pretrain.routing import moe
 from sparse_pretrain.sharding import ops
@@ -61,6 +61,28 @@ def test_dense_models(attention, length):
     ours = flops.train_flops_per_token(config, length)
     assert ours.executed == pytest.approx(counted, rel=0.02)
     assert ours.model <= ours.executed
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_memories(streams):
+    """What they add, projections above all."""
+    rows, length, vocab = 2, 64, 64
+    memory = engram.Config(layers=(0, 1), heads=2, width=1024, rows=64)
+    carried = residual.PLAIN if streams == 1 else residual.MHCConfig(streams=2)
+    plain = lm.Config(
+        width=512, vocab=vocab, dtype="float32", scan=False, residual=carried,
+        blocks={"b": block.Config(attention=ATTENTION["full"], ffn=ffn.DenseConfig(hidden=64))},
+        pattern=("b",), repeats=2,
+    )  # fmt: skip
+    config = dataclasses.replace(plain, memory=memory)
+    batch = _batch(rows, length, vocab)
+    zeros = np.zeros((rows, length, memory.carried), np.int32)
+    with_, without = (
+        _counted(config, batch._replace(memory=zeros), rows, length),
+        _counted(plain, batch, rows, length),
+    )
+    ours = [flops.train_flops_per_token(c, length).executed for c in (config, plain)]
+    assert ours[0] - ours[1] == pytest.approx(with_ - without, rel=0.03)
 
 
 def test_experts(monkeypatch):
