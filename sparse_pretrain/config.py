@@ -17,7 +17,7 @@ from sparse_pretrain import attention, optim, routing, sections, spec
 from sparse_pretrain import phases as phased
 from sparse_pretrain.checkpoint import Config as CheckpointConfig
 from sparse_pretrain.data import Config as DataConfig
-from sparse_pretrain.games import mixtures
+from sparse_pretrain.games import mixtures, shapley
 from sparse_pretrain.model import ffn, lm, residual
 from sparse_pretrain.optim import schedules
 from sparse_pretrain.sharding import apply, offload, plans
@@ -125,6 +125,7 @@ class Experiment(spec.Config):
     log: LogConfig = LogConfig()
     sample: SampleConfig = SampleConfig()
     placement: PlacementConfig = PlacementConfig()
+    credit: shapley.Config = shapley.Config()
 
     def __post_init__(self):
         ok = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name) is not None
@@ -135,9 +136,8 @@ class Experiment(spec.Config):
         spec.positive(self, "accumulate")
         spec.require(0 <= self.ema < 1, f"ema: must be in [0, 1), got {self.ema}")
         plans.find("single" if self.plan == plans.AUTO else self.plan)
-        for field, known in apply.CHOICES.items():
+        for field, known in (apply.CHOICES | {"offload": offload.KINDS}).items():
             one_of(field, getattr(self, field), known)
-        one_of("offload", self.offload, offload.KINDS)
         products = self.model.precision.products
         where = f"{products} runs on one device, under plan=single; got plan {self.plan}"
         ok = products == "model" or self.plan == "single"

@@ -7,7 +7,7 @@ from typing import Any
 
 SHOWN = 6  # differing keys of a refusal: another experiment differs in dozens
 # Sections that change neither the arrays nor what they are trained on.
-FREE = ("checkpoint", "log", "eval", "sample", "name", "workdir")
+FREE = ("checkpoint", "log", "eval", "sample", "credit", "name", "workdir")
 FREE_KEYS = ("data.cache",)  # where prepared text is kept
 # A longer run stretches the schedule, and another split of the work rounds differently: allowed,
 # and said.

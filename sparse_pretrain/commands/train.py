@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   sparse-pretrain train --plan=fsdp_pp --mesh=pipe=4 --pipeline=zero_bubble \\
       --config.accumulate=8 --cpu-devices=4
   sparse-pretrain train --config=engram --workdir=runs/engram
+  sparse-pretrain train --config.credit.every=50 --config.credit.text=FILE --workdir=runs/worth
 
 The same command again resumes an interrupted run. `sparse-pretrain config` lists every key.
 """

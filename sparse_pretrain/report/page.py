@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_pretrain.report import advice, charts, html, market, mixture, positions, workdir
+from sparse_pretrain.report import advice, charts, credit, html, market, mixture, positions, workdir
 from sparse_pretrain.report.axes import mark_phases, tokens_axis
 from sparse_pretrain.report.charts import Chart, numbers
 
@@ -40,6 +40,7 @@ def render(run: workdir.Run) -> str:
         _accuracy(run),
         _domains(run),
         mixture.section(run),
+        credit.section(run),
         positions.section(run),
         _optimisation(run),
         _balance(run),

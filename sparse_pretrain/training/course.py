@@ -4,10 +4,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+
 from sparse_pretrain import nn, phases
 from sparse_pretrain.model import lm
 from sparse_pretrain.sharding import peers
-from sparse_pretrain.training import evaluate, record, run, step
+from sparse_pretrain.training import credit, evaluate, record, run, step
 
 
 class Course:
@@ -23,6 +25,8 @@ class Course:
         ]
         self._steps: list[tuple[Any, Any]] = []
         self._evaluators: list[tuple[Any, evaluate.Evaluator]] = []
+        self._creditors: list[tuple[Any, credit.Creditor]] = []
+        self._targets: list[Any] = []  # of credits
         self._flops = [row["train_flops_per_token"] for row in prepared.derived.get("phases", [])]
 
     def stage(self, n: int) -> phases.Stage:
@@ -55,6 +59,25 @@ class Course:
                 self.definition(n), data.domains, accuracy=task, placed=self._p.placed
             ),
         )
+
+    def credits(self, n: int) -> bool:
+        """Whether what the rows of step `n` are worth is measured."""
+        every = self._p.experiment.credit.every
+        return every > 0 and n % every == 0 and self.stage(n).train == "all"
+
+    def credit(self, n: int, state: Any, batch: Any) -> dict[str, Any]:
+        """What the rows of step `n` are worth, for metrics.jsonl, from the state before it."""
+        e, stage, data = self._p.experiment, self.stage(n), self._p.dataset
+        if not self._targets:
+            self._targets = credit.targets(e.credit, data)
+        seq = stage.seq if stage.seq != e.data.seq else 0
+        made = _once(
+            self._creditors,
+            (stage.model, seq),
+            lambda: credit.Creditor(self.definition(n), e.credit, seq=seq),
+        )
+        rate = float(self._p.schedule(jnp.asarray(n - 1, jnp.int32)))
+        return made(state.params, state.router, batch, self._targets, data.domains, rate)
 
     def compiled(self, n: int) -> bool:
         """Whether the function of step `n` is there."""

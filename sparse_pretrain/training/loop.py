@@ -17,6 +17,7 @@ from sparse_pretrain.planning import chips
 from sparse_pretrain.training import (
     auto,
     course,
+    credit,
     metrics,
     processes,
     progress,
@@ -107,6 +108,7 @@ class Trainer:
             self.replacer = replace.Replacer(where, prepared.definition, prepared.placed)
         self.peak = 0.0  # FLOP/s, as measured before the first step
         self.scores: dict[str, Any] | None = None  # of the last evaluation
+        self.credit: dict[str, Any] = {}  # of the rows of the last step that it was measured for
         self.begun = False  # whether the workdir is known to be this run's, and run.json its record
 
     # --- before the first step ---
@@ -202,11 +204,15 @@ class Trainer:
         pending, first, clock = None, int(train_state.step), _clock()
         stop = processes.Stop(asked)
         for n in range(first + 1, self.steps + 1):
-            if not self.course.compiled(n):  # a phase begins
+            begins, credits = not self.course.compiled(n), self.course.credits(n)
+            if begins or credits:  # no part of a step's time
                 if pending is not None:
                     self._report(*pending, clock, bar)
                     pending = None
-                self.course.step(n, train_state, self.p.put(batch))
+                if begins:  # a phase
+                    self.course.step(n, train_state, self.p.put(batch))
+                if credits:
+                    self.credit = self.course.credit(n, train_state, batch)
                 clock = _clock()
             rows_here = self.p.put(batch)
             train_state, out = self.course.step(n, train_state, rows_here)(train_state, rows_here)
@@ -257,6 +263,7 @@ class Trainer:
         row |= rows.of_step(out, tokens=per_step, seconds=seconds, cpu=cpu)
         if "domains" in out:
             row |= self.batches.learn(*out["domains"])
+        row |= self.credit if self.course.credits(n) else {}
         row["mfu"] = row["tokens_per_second"] * self.course.flops_per_token(n) / self.peak
         if out["max_vio"] and (n % max(1, self.steps // 100) == 0 or n in (1, self.steps)):
             self.writer.moe(n, rows.of_experts(out))
@@ -330,6 +337,7 @@ class Trainer:
             "total_params": d["total_params"],
             "active_params": d["active_params"],
             **({"mixture": self.batches.mean_weights} if self.experiment.data.mixed else {}),
+            **credit.totals(steps),
             "manifest_hash": self.p.dataset.manifest.get("hash"),
             "commit": self.record.commit,
             "sample": sample,

@@ -1,0 +1,188 @@
+"""Credit in a run: gradients dotted one by one, leave-one-out of a step, resume, what is left."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from sparse_pretrain import checkpoint, config
+from sparse_pretrain.games import shapley
+from sparse_pretrain.model import lm
+from sparse_pretrain.report import write_report
+from sparse_pretrain.training import credit, loop, loss
+from tests.model.conftest import EXPERTS, packed, small
+
+EVERY, STEPS = 2, 6
+
+
+def model():
+    """One layer of experts, float32."""
+    c = small(prefix=(), pattern=("mixed",), repeats=1)
+    section = dataclasses.replace(EXPERTS, experts=4, hidden=8)
+    return dataclasses.replace(
+        c, blocks={"mixed": dataclasses.replace(c.blocks["mixed"], ffn=section)}
+    )
+
+
+def test_credits_are_gradients_dotted_and_what_leaving_a_row_out_costs(rng):
+    c = model()
+    definition = lm.define(c)
+    params, prices = definition.init(jax.random.key(0))
+    batch, target = packed(rng, rows=3, length=8), packed(rng, rows=3, length=8)
+    names = np.array([0, 1, 1])[:, None] * np.ones((1, 8), np.int32)
+    batch = batch._replace(domains=names.astype(np.int32))
+    section = shapley.Config(every=1, experts=True)
+    rate = 0.25
+    got = credit.Creditor(definition, section)(
+        params, prices, batch, [target], ("prose", "code"), rate
+    )
+
+    @jax.jit
+    def nats(params, batch):
+        m = definition.merge(params, prices)
+        _, each = loss.token_losses(m, m(batch)[0], batch)
+        return each * batch.weights
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, batch):
+        m = definition.merge(params, prices)
+        return loss.token_losses(m, m(batch)[0], batch)[0]
+
+    def alone(row):
+        """The batch with the weights of this row only."""
+        kept = np.zeros_like(batch.weights)
+        kept[row] = batch.weights[row]
+        return batch._replace(weights=kept)
+
+    def flat(tree):
+        return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
+
+    ahead, weight = gradient(params, target), float(batch.weights.sum())
+    of_rows = [gradient(params, alone(row)) for row in range(3)]
+    share = rate / weight / float(target.weights.sum())
+    wanted = np.array([share * flat(ahead) @ flat(g) for g in of_rows])
+    assert np.abs(wanted[:2]).min() > 1e-3
+    np.testing.assert_allclose(got["credit_rows"][0], wanted, rtol=2e-4, atol=1e-7)
+    np.testing.assert_allclose(got["credit"]["prose"], wanted[0], rtol=2e-4, atol=1e-7)
+    np.testing.assert_allclose(got["credit"]["code"], wanted[1:].sum(), rtol=2e-4, atol=1e-7)
+    assert got["credit_tokens"] == {
+        "prose": int(batch.weights[0].sum()), "code": int(batch.weights[1:].sum())
+    }
+    # experts: the same over their own weights alone
+    tree = jax.tree.map(
+        lambda a, *b: sum(np.float64(x) for x in b) * np.float64(a), ahead, *of_rows
+    )
+    own = [v for k, v in _named(tree["stack_0"]) if _dims(definition, k)[:2] == ("N", "E")]
+    assert len(own) == 3
+    by_hand = share * sum(v.reshape(1, 4, -1).sum(-1) for v in own)
+    np.testing.assert_allclose(got["credit_experts"], by_hand, rtol=2e-3, atol=1e-7)
+    # leave-one-out: a tiny step with all rows, and without one; the second difference is left
+    tiny = 0.05
+
+    def after(rows):
+        moved = jax.tree.map(
+            lambda p, *g: p - tiny * sum(g) / weight, params, *[of_rows[r] for r in rows]
+        )
+        each = np.asarray(nats(moved, target), np.float64)
+        return each.sum() / float(target.weights.sum())
+
+    for row in range(3):
+        others = [r for r in range(3) if r != row]
+        cost = after(others) - after([0, 1, 2])
+        assert cost == pytest.approx(wanted[row] / rate * tiny, rel=0.1, abs=1e-5)
+
+
+def _named(tree, path=()):
+    for k, v in tree.items():
+        if isinstance(v, dict):
+            yield from _named(v, (*path, k))
+        else:
+            yield (*path, k), v
+
+
+def _dims(definition, path):
+    found = definition.dims["stack_0"]
+    for key in path:
+        found = found[key]
+    return found
+
+
+def test_a_row_of_several_domains_is_its_own(rng):
+    weights = np.ones((3, 4), np.float32)
+    names = np.array([[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]], np.int32)
+    weights[1, 2:] = 0  # what of it counts is of one
+    owner, called = credit._owners(weights, names, ("a", "b"))
+    assert [called[k] for k in owner] == ["b", "a", "a"]
+    owner, called = credit._owners(np.ones((3, 4)), names, ("a", "b"))
+    assert [called[k] for k in owner] == ["b", "(several)", "a"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Two domains; the target is text like one of them."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    for domain, letters in (("near", "abab "), ("far", "vwxyz")):
+        (folder / domain).mkdir()
+        for i in range(8):
+            (folder / domain / f"{i}.txt").write_text("".join(rng.choice(list(letters), 3000)))
+    aim = folder.parent / "aim.txt"
+    aim.write_text("".join(rng.choice(list("abab "), 2000)))
+    return folder, aim
+
+
+def experiment(text, **changes):
+    """A dense model of a few thousand parameters, its rows drawn evenly by domain."""
+    folder, aim = text
+    dense = {"attention": {"kind": "full", "heads": 2}, "ffn": {"kind": "dense", "hidden": 16}}
+    values = {
+        "name": "credited", "steps": STEPS,
+        "data": {"source": f"text_folder:{folder}", "tokenizer": "bytes", "seq": 32, "batch": 8,
+                 "mixture": {"kind": "fixed"}},
+        "model": {"width": 16, "blocks": {"dense": dense}, "pattern": ["dense"], "repeats": 1},
+        "optim": {"kind": "adamw", "lr": 0.01}, "checkpoint": {"every": 3, "keep": 9},
+        "eval": {"tokens": 256}, "sample": {"tokens": 0},
+        "credit": {"every": EVERY, "tokens": 512, "text": str(aim)},
+    }  # fmt: skip
+    return config.from_config_dict(values | changes)
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_says_which_domain_helps_and_resumes_to_the_bit(text, tmp_path):
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    summary = loop.train(experiment(text), whole, [], quiet=True)
+    told = rows(whole)
+    assert [r["step"] for r in told if "credit" in r] == [2, 4, 6]
+    first = told[1]
+    assert set(first["credit"]) == set(first["credit_tokens"]) == {"near", "far"}
+    per_token = {k: first["credit"][k] / first["credit_tokens"][k] for k in first["credit"]}
+    assert per_token["near"] > per_token["far"]
+    np.testing.assert_allclose(sum(first["credit_rows"][0]), sum(first["credit"].values()))
+    found = summary["credit"]
+    assert found["near"]["tokens"] == sum(r["credit_tokens"]["near"] for r in told if "credit" in r)
+    page = write_report(whole).read_text()
+    assert 'id="credit"' in page
+    # from the checkpoint at step 3
+    shutil.copytree(whole, again)
+    shutil.rmtree(checkpoint.folder(again) / f"{STEPS:08d}")
+    (again / "summary.json").unlink()
+    loop.train(experiment(text), again, [], quiet=True)
+    keys = ("step", "loss", "credit", "credit_tokens", "credit_rows")
+    ours, theirs = ([[row.get(k) for k in keys] for row in rows(w)] for w in (again, whole))
+    assert ours == theirs
+
+
+def test_what_has_no_credit_is_refused_in_one_line(text):
+    wanted = experiment(text)
+    with pytest.raises(ValueError, match=r"config.credit.every: 2 takes .*; got plan ddp"):
+        credit.check(dataclasses.replace(wanted, plan="ddp"))
+    section = dataclasses.replace(wanted.credit, text="nowhere.txt")
+    with pytest.raises(ValueError, match=r"config.credit.text: cannot read nowhere.txt: No such"):
+        credit.targets(section, None)
