@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_pretrain import nn, optim, spec
-from sparse_pretrain.model import lm
+from sparse_pretrain.model import engram, lm
 from sparse_pretrain.planning import network, work
 from sparse_pretrain.planning.memory import held
 from sparse_pretrain.sharding import plans
@@ -104,7 +104,8 @@ def shapes(config: lm.Config, definition: nn.Definition) -> Shapes:
     )
     # two norms and two sums of each layer
     repeat = repeat._replace(whole=repeat.whole + 4 * config.width * len(stack))
-    beside = beside._replace(whole=beside.whole + 4 * config.width * len(other))
+    own = engram.kept(config.memory, config.width, config.residual.streams)
+    beside = beside._replace(whole=beside.whole + 4 * config.width * len(other) + own)
     return Shapes(repeat, beside, config.width * max(len(stack), 1), config.repeats)
 
 

@@ -91,6 +91,12 @@ def activations(config: lm.Config, sizes: Mapping[str, int], load: Load) -> list
                 numbers += dealt * load.passes * BFLOAT16 * (1 - 1 / n["context"])
         size = numbers * stage * tokens / n["tensor"]
         out.append(Message("context", GATHER, "keys and values", size))
+    cut = [axis for axis in ("fsdp", "expert", "context") if n[axis] > 1]
+    if config.memory.layers and cut:
+        # every part of a table sends what it has for each token, zeros but from one of them
+        parts, read = math.prod(n[axis] for axis in cut), config.memory.width
+        size = load.passes * BFLOAT16 * read * len(config.memory.layers) * tokens * (parts - 1)
+        out.append(Message("+".join(cut), GATHER, "rows of memories", size))
     if n["pipe"] > 1:
         out.append(Message("pipe", EXCHANGE, "activations", 2 * BFLOAT16 * width * tokens))
     return [m for m in out if m.size > 0]

@@ -13,7 +13,8 @@ def lookup(table: Any, rows_BxLxA: Any, dims: tuple[str, str], dtype: Any) -> An
     """The rows of these numbers, in `dtype`; the table's gradient is added up in its own.
 
     Each device looks up what it holds for all tokens of those that share its part, and adds what
-    they find: of all parts one holds a row, so the sum is that row to the bit.
+    they find: of all parts one holds a row, so the sum is that row to the bit. What travels grows
+    with the number of parts.
     Shapes: table [Row, Dm], rows [B, L, A] -> [B, L, A, Dm].
     """
     placed = apply.current()

@@ -10,7 +10,7 @@ import pytest
 from sparse_pretrain import config, nn, optim, shapes
 from sparse_pretrain.model import decode, engram, lm, residual
 from sparse_pretrain.optim import groups
-from sparse_pretrain.planning import flops
+from sparse_pretrain.planning import flops, layout, network
 from sparse_pretrain.sharding import apply, mesh, ops, plans
 from tests.model.conftest import packed, small
 
@@ -115,7 +115,7 @@ def test_the_module_is_its_equations(streams, rng):
     assert np.abs(grads["taps"]).min() > 0
 
 
-@pytest.mark.parametrize("kind", STREAMS)
+@pytest.mark.parametrize("kind", ["plain", pytest.param("mhc", marks=pytest.mark.slow)])
 def test_a_model_with_memories_is_causal_keeps_documents_apart_and_decodes_alike(kind, rng):
     c = layered(memory=MEMORY, residual=STREAMS[kind])
     assert c.memory_cuts == [0, 2, 3]  # the second stands before the first of the repeats
@@ -215,6 +215,25 @@ def test_tables_have_primes_of_their_own_and_the_published_sizes():
     own = 3 * (16 * 32 * 2 + 3 * 32 + 4 * 32)
     assert counts.total - without.total == tables + own
     assert counts.active - without.active == own
+
+
+def test_plans_count_what_a_memory_sends_and_keeps():
+    """On four parts of a table three send what is not there: 2 passes of 16 numbers in bfloat16."""
+    c, plain = layered(memory=MEMORY), layered()
+    load = network.Load(tokens=100, micro=1, passes=2)
+    sizes = {"data": 2, "fsdp": 2, "expert": 2}
+    sent = {m.what: m for m in network.activations(c, sizes, load)}
+    assert sent["rows of memories"].axis == "fsdp+expert"
+    assert sent["rows of memories"].size == 2 * 2 * 16 * 3 * 100 * 3
+    assert "rows of memories" not in {m.what for m in network.activations(plain, sizes, load)}
+    assert network.activations(c, {"data": 8}, load) == []
+    definition = lm.define(c)
+    more = layout.shapes(c, definition).beside.whole
+    more -= layout.shapes(plain, lm.define(plain)).beside.whole
+    assert more == engram.kept(MEMORY, 32, 1) == 3 * (16 + 32 + 4 * 32)
+    # tables are looked up where they lie, not gathered
+    assert not network.gathers(c, ("Row", "Dm"))
+    assert network.gathers(c, ("U", "D"))
 
 
 def test_tables_learn_faster_do_not_decay_and_are_no_matrix_of_muons():

@@ -155,6 +155,7 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_says_which_domain_helps_and_resumes_to_the_bit(text, tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
     summary = loop.train(experiment(text), whole, [], quiet=True)

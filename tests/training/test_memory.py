@@ -10,6 +10,7 @@ import pytest
 from sparse_pretrain import checkpoint, config, shapes
 from sparse_pretrain.data import ngrams
 from sparse_pretrain.interop import generate
+from sparse_pretrain.model import engram
 from sparse_pretrain.training import loop, tasks, trained
 
 STEPS = 6
@@ -41,6 +42,7 @@ def experiment(folder, **changes):
     return config.from_config_dict(values | changes)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_one_that_was_not_and_writes_text_by_the_same_rows(text, tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
     summary = loop.train(experiment(text), whole, [], quiet=True)
@@ -60,11 +62,13 @@ def test_a_resumed_run_equals_one_that_was_not_and_writes_text_by_the_same_rows(
     assert ours == theirs
     a, b = (trained.open_run(w) for w in (again, whole))
     jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
-    fresh, _ = b.definition.init(jax.random.key(0))
-    for place in range(2):  # it learns: rows that were read moved, and no other
-        moved = np.abs(b.params[f"memory_{place}"]["table"] - fresh[f"memory_{place}"]["table"])
-        read = (moved.max(1) > 0).sum()
-        assert 0 < read < moved.shape[0]
+    early = trained.open_run(whole, "3").params
+    tables = engram.tables(b.experiment.model.memory)
+    for place, sizes in enumerate(tables):  # it learns, but for rows that nothing points to
+        name = f"memory_{place}"
+        moved = np.abs(b.params[name]["table"] - early[name]["table"]).max(1) > 0
+        assert moved[: sum(sizes)].mean() > 0.2
+        assert not moved[sum(sizes) :].any()
     # written greedily, every byte is the likeliest after those before it, by the host's rows
     reader = trained.tokenizer(b)
     prompt = "abcd "
