@@ -6,6 +6,7 @@ known before the step: data/ngrams.py finds them on the host, and a batch carrie
 
 import dataclasses
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -84,13 +85,14 @@ class Config(spec.Config):
     def check(self, prefix: int, pattern: int, repeats: int) -> None:
         """Errors: ValueError where a memory does not stand before a whole repeat of the pattern."""
         last = prefix + pattern * repeats
-        fits = [*range(prefix), *range(prefix, last, max(pattern, 1))]
+        whole = range(prefix, last, max(pattern, 1))  # of which there may be billions
+        first = [*itertools.islice(itertools.chain(range(prefix), whole), 12)]
         for layer in self.layers:
             spec.require(layer < last, f"memory.layers: {layer} is not below {last} layers")
             spec.require(
-                layer in fits,
+                layer < prefix or layer in whole,
                 f"memory.layers: {layer} lies within a repeat of {pattern} layers; a memory stands "
-                f"before one, at {', '.join(map(str, fits[:12]))}",
+                f"before one, at {', '.join(map(str, first))}",
             )
 
 
