@@ -28,8 +28,12 @@ def fast_bytes(R: int, S: int, C: int, itemsize: int, entries: int) -> int:
 
 
 def entries(R: int, S: int, C: int, itemsize: int) -> int | None:
-    """Return the entries of a program, None where no number of them fits."""
-    return next((n for n in _ENTRIES if fast_bytes(R, S, C, itemsize, n) <= VMEM // 2), None)
+    """Return the entries of a program, None where no number of them fits.
+
+    Half of the fast memory has room for enough of them, but for HCA's, of 128 tokens each.
+    """
+    sizes = [(n, fast_bytes(R, S, C, itemsize, n)) for n in _ENTRIES]
+    return next((n for limit in (VMEM // 2, VMEM) for n, taken in sizes if taken <= limit), None)
 
 
 def supports(own, bias, follows) -> str | None:
@@ -42,6 +46,6 @@ def supports(own, bias, follows) -> str | None:
         return f"needs channels in multiples of {LANES}, own is {own.shape}"
     if entries(R, S, C, own.dtype.itemsize) is None:
         least = fast_bytes(R, S, C, own.dtype.itemsize, _ENTRIES[-1])
-        return (f"needs at most {VMEM // 2} bytes of fast memory, blocks of {R} tokens and {S} x "
+        return (f"needs at most {VMEM} bytes of fast memory, blocks of {R} tokens and {S} x "
                 f"{C} channels take {least}")
     return None
