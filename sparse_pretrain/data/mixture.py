@@ -18,7 +18,7 @@ import collections
 import functools
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,8 +163,12 @@ class MixedIterator(pipeline.TrainIterator):
         self._handed, batch = self._made.popleft()
         return batch.result()
 
-    def learn(self, nats_K: np.ndarray, tokens_K: np.ndarray) -> dict[str, dict[str, float]]:
+    def learn(
+        self, nats_K: np.ndarray, tokens_K: np.ndarray, worth: Mapping[str, float] | None = None
+    ) -> dict[str, dict[str, float]]:
         """Tells the game the sums of the next step not told; what it says of it, by domain.
+
+        `worth` is the credit per target of each domain that the step held, if it was measured.
 
         `mixture`: the weights that the step's rows were drawn by; `domain_loss`: nats per target,
         NaN where the batch held none.
@@ -173,7 +177,12 @@ class MixedIterator(pipeline.TrainIterator):
         units = np.array(self._weights[0], np.float64)
         played = units / units.sum()
         nats_K, tokens_K = (np.asarray(x, np.float64) for x in (nats_K, tokens_K))
-        self._game = mixtures.update(dataset.mixture, self._game, nats_K, tokens_K, played)
+        worth_K = None
+        if worth is not None:
+            worth_K = np.array([worth.get(name, np.nan) for name in names])
+        self._game = mixtures.update(
+            dataset.mixture, self._game, nats_K, tokens_K, played, worth_K
+        )
         self._told += 1
         self._weights.append(_units(self._game))
         self._weights.popleft()

@@ -7,6 +7,7 @@ them. After every step the chooser is told each domain's loss and plays again:
     doremi  by max(loss - reference, 0): by what a reference run shows can still be learned
     exp3    by loss / weight of what was drawn: a bandit that knows only what it played
     ado     gives most where a scaling law, fitted as training goes, says the loss falls fastest
+    doge    grows weights by the credit of a domain's tokens (games/shapley.py), where measured
     fixed   stays
 
 A solver is a pure function of a State and of one step's sums. Host code in float64: a game is a few
@@ -24,9 +25,9 @@ from jaxtyping import Float64
 
 from sparse_pretrain import sections, spec
 from sparse_pretrain.games import curves
+from sparse_pretrain.games.typed import named
 
 PerDomain = Float64[np.ndarray, " K"]
-TOLERANCE = 1e-3  # of the sum of weights that someone typed
 
 
 class State(NamedTuple):
@@ -309,6 +310,34 @@ class Ado:
         return state._replace(weight=smoothed(weight, config.smoothing), score=past)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DogeConfig(HedgeConfig):
+    """DoGE: weights grow with what a domain's tokens are worth to the target of `credit`.
+
+    Units: `rate` per measured step, of the domain that is worth most, or does most harm.
+    """
+
+    KIND: ClassVar[str] = "doge"
+
+
+class Doge:
+    """Exponentiated gradient on credit per token, over the largest of its size.
+
+    Source: 2310.15393, algorithm 1, with a target of its own as in its section 4.2.
+    Differs: there the products of gradients are not scaled, and are taken of a batch per domain.
+    """
+
+    Config = DogeConfig
+
+    @staticmethod
+    def play(config: Any, state: State, worth_K, tokens_K, played_K) -> State:
+        """As Hedge in a step that was measured; else the state as it is."""
+        size = np.fmax.reduce(np.abs(worth_K), initial=0.0)  # NaN left out
+        if not size > 0:
+            return state
+        return Hedge.play(config, state, worth_K / size, tokens_K, played_K)
+
+
 TABLE: dict[str, Any] = {
     "none": Nothing,
     "fixed": Fixed,
@@ -316,47 +345,30 @@ TABLE: dict[str, Any] = {
     "doremi": Doremi,
     "exp3": Exp3,
     "ado": Ado,
+    "doge": Doge,
 }
 
 
 def update(
-    config: Any, state: State, nats_K: PerDomain, tokens_K: PerDomain, played_K: PerDomain
-) -> State:
+    config: Any, state: State, nats_K: PerDomain, tokens_K: PerDomain, played_K: PerDomain,
+    worth_K: PerDomain | None = None,
+) -> State:  # fmt: skip
     """The game after a step whose batch, drawn by the weights `played_K`, had these sums.
 
-    Units: nats and targets per domain, over the whole batch.
+    Units: nats and targets per domain, over the whole batch; `worth` credit per target, NaN or None
+    where it was not measured.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         loss_K = np.where(tokens_K > 0, nats_K / tokens_K, np.nan)
     state = state._replace(updates=state.updates + 1, tokens=state.tokens + tokens_K)
-    state = TABLE[config.KIND].play(config, state, loss_K, tokens_K, played_K)
+    told_K = loss_K
+    if config.KIND == "doge":
+        told_K = np.full_like(loss_K, np.nan) if worth_K is None else worth_K
+    state = TABLE[config.KIND].play(config, state, told_K, tokens_K, played_K)
     return state._replace(mean=state.mean + (state.weight - state.mean) / state.updates)
 
 
 # --- weights that someone typed
-
-
-def named(text: str) -> dict[str, float]:
-    """Domain -> weight of DOMAIN=WEIGHT,DOMAIN=WEIGHT..
-
-    Errors: ValueError of one line naming `weights` and what is wrong with it.
-    """
-    found: dict[str, float] = {}
-    for part in filter(None, text.split(",")):
-        name, _, value = part.rpartition("=")
-        name = name.strip()
-        try:
-            weight = float(value)
-        except ValueError:
-            weight = -1.0
-        ok = bool(name) and 0 <= weight <= 1
-        spec.require(ok, f"weights: {part!r} is not DOMAIN=WEIGHT with a weight in [0, 1]")
-        spec.require(name not in found, f"weights: {name!r} is named twice")
-        found[name] = weight
-    total = sum(found.values())
-    ok = not found or abs(total - 1) <= TOLERANCE
-    spec.require(ok, f"weights: must sum to 1, {text!r} sums to {total:.6g}")
-    return found
 
 
 def weights(config: Any, domains: tuple[str, ...]) -> PerDomain:

@@ -101,6 +101,8 @@ def _owners(weights_BxL, names_BxL, domains) -> tuple[np.ndarray, tuple[str, ...
 def check(experiment: config.Experiment) -> None:
     """Errors: ValueError naming the field of what has no exact credit."""
     if not experiment.credit.every:
+        ok = experiment.data.mixture.KIND != "doge"
+        spec.require(ok, "config.credit.every: 0, but data.mixture.kind doge goes by credit")
         return
     every, plan = experiment.credit.every, experiment.plan
     spec.require(
@@ -139,6 +141,11 @@ def targets(section: shapley.Config, dataset: Any) -> list[shapes.Batch]:
         any(np.any(b.weights > 0) for b in found), "config.credit: its target holds no text"
     )
     return found
+
+
+def per_token(row: dict[str, Any]) -> dict[str, float]:
+    """A measured step's credit per target, by domain."""
+    return {k: v / row["credit_tokens"][k] for k, v in row["credit"].items()}
 
 
 def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:

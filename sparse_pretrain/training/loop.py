@@ -262,7 +262,8 @@ class Trainer:
         row = {"step": n, "tokens": n * per_step, **self.course.name(n)}
         row |= rows.of_step(out, tokens=per_step, seconds=seconds, cpu=cpu)
         if "domains" in out:
-            row |= self.batches.learn(*out["domains"])
+            worth = credit.per_token(self.credit) if self.course.credits(n) else None
+            row |= self.batches.learn(*out["domains"], worth)
         row |= self.credit if self.course.credits(n) else {}
         row["mfu"] = row["tokens_per_second"] * self.course.flops_per_token(n) / self.peak
         if out["max_vio"] and (n % max(1, self.steps // 100) == 0 or n in (1, self.steps)):

@@ -169,7 +169,9 @@ def test_every_kind(kind):
         tokens = rng.integers(1, 50, 4).astype(np.float64)
         tokens[rng.integers(4)] = 0
         tokens[3] *= step > 5  # not seen at first
-        state = mixtures.update(config, state, tokens * rng.uniform(1, 3, 4), tokens, state.weight)
+        worth = np.sin(step + np.arange(4))  # read by doge alone
+        nats = tokens * rng.uniform(1, 3, 4)
+        state = mixtures.update(config, state, nats, tokens, state.weight, worth)
         decided.append(state.weight)
         again = mixtures.from_plain(json.loads(json.dumps(mixtures.to_plain(state))))
         for field, a, b in zip(mixtures.State._fields, state, again, strict=True):
@@ -200,3 +202,17 @@ def test_errors():
         mixtures.DoremiConfig()
     fixed = mixtures.weights(mixtures.FixedConfig(weights="b=0.25,a=0.75"), ("a", "b", "c"))
     np.testing.assert_array_equal(fixed, [0.75, 0.25, 0])
+
+
+def test_doge_follows_credit_and_only_where_it_was_measured():
+    """Two measured steps of four: weights are the start's times exp(rate x sum of gains)."""
+    config = mixtures.DogeConfig(rate=0.5, smoothing=1e-12)
+    state = mixtures.start(EVEN)
+    worth = [np.array([3.0, -6.0, 0.0, 1.5]), np.array([1e-9, 0.0, np.nan, -2e-9])]
+    for told in (worth[0], None, np.full(4, np.nan), worth[1]):
+        state = mixtures.update(config, state, np.ones(4), np.ones(4), EVEN, told)
+    # the second time the third domain was not there, and keeps its gain of the first: 0
+    gains = np.array([0.5, -1.0, 0.0, 0.25]) + np.array([0.5, 0.0, 0.0, -1.0])
+    wanted = np.exp(0.5 * gains)
+    np.testing.assert_allclose(state.weight, wanted / wanted.sum(), rtol=1e-9)
+    assert state.updates == 4

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparse_pretrain import checkpoint, config
-from sparse_pretrain.games import shapley
+from sparse_pretrain.games import mixtures, shapley
 from sparse_pretrain.model import lm
 from sparse_pretrain.report import write_report
 from sparse_pretrain.training import credit, loop, loss
@@ -178,6 +178,23 @@ def test_a_run_says_which_domain_helps_and_resumes_to_the_bit(text, tmp_path):
     keys = ("step", "loss", "credit", "credit_tokens", "credit_rows")
     ours, theirs = ([[row.get(k) for k in keys] for row in rows(w)] for w in (again, whole))
     assert ours == theirs
+
+
+@pytest.mark.slow
+def test_a_mixture_goes_where_credit_is(text, tmp_path):
+    game = {"kind": "doge", "rate": 1.0, "lag": 4}
+    wanted = experiment(text, steps=10)
+    section = dataclasses.replace(wanted.data, mixture=mixtures.DogeConfig(rate=1.0, lag=4))
+    wanted = dataclasses.replace(wanted, data=section)
+    assert wanted.to_dict()["data"]["mixture"] == mixtures.DogeConfig().to_dict() | game
+    loop.train(wanted, tmp_path, [], quiet=True)
+    told = rows(tmp_path)
+    drawn = [row["mixture"]["near"] for row in told]
+    assert drawn[:5] == [0.5] * 5  # the first credit, of step 2, is in force 4 steps later
+    assert drawn[5] > 0.6
+    assert drawn[6] == drawn[5]
+    with pytest.raises(ValueError, match=r"config.credit.every: 0, but data.mixture.kind doge"):
+        credit.check(dataclasses.replace(wanted, credit=shapley.Config()))
 
 
 def test_what_has_no_credit_is_refused_in_one_line(text):
