@@ -93,7 +93,7 @@ def test_packed_documents_equal_separate_rows(batch):
         where = np.flatnonzero(batch.segments[row] == segment)
         # alone at the start of a row, in a batch of the same shape that is padding otherwise
         alone = shapes.Batch(*(np.zeros_like(np.asarray(f)) for f in batch.fields))
-        for held, field in zip(alone, batch, strict=True):
+        for held, field in zip(alone.fields, batch.fields, strict=True):
             held[0, : where.size] = np.asarray(field)[row, where]
         alone.segments[0, : where.size] = 1
         ours = _logits(definition, params, prices, alone)
