@@ -68,6 +68,16 @@ class Sums:
         plgpu.barrier_arrive(self.free.at[self._place(count)])
 
 
+def fill(decode, load, *, ring, cores, total):
+    """What the warpgroup does that loads: start the copies of every stage of its tiles."""
+    def tile_of(i, done):
+        tile = decode(lax.axis_index("core") + i * cores)
+        lax.fori_loop(0, tile.steps, lambda k, _: load(tile, k, ring.acquire(done + k)), None)
+        return done + tile.steps
+
+    lax.fori_loop(0, hopper.share(total), tile_of, hopper.i32(0))
+
+
 def in_turns(decode, load, multiply, finish, *, ring, sums, cores, total):
     """One program's share of the tiles: every `cores`-th.
 
@@ -76,18 +86,12 @@ def in_turns(decode, load, multiply, finish, *, ring, sums, cores, total):
     issues its products into a place of tensor memory; `finish(tile, place)` writes the result.
     """
     core, warpgroup = lax.axis_index("core"), lax.axis_index("warpgroup")
-    share = lax.div(total - core + hopper.i32(cores - 1), hopper.i32(cores))  # total >= 0
+    share = hopper.share(total)
 
     @pl.when(warpgroup == LOADS)
     def _():
         plgpu.set_max_registers(_FEWER, action="decrease")
-
-        def fill(i, done):
-            tile = decode(core + i * cores)
-            lax.fori_loop(0, tile.steps, lambda k, _: load(tile, k, ring.acquire(done + k)), None)
-            return done + tile.steps
-
-        lax.fori_loop(0, share, fill, hopper.i32(0))
+        fill(decode, load, ring=ring, cores=cores, total=total)
 
     @pl.when(warpgroup == MULTIPLIES)
     def _():
@@ -135,9 +139,9 @@ def by_role(load, multiply, write):
         pl.when(lax.axis_index("warpgroup") == role)(run)
 
 
-def by_tensor_cores(n):
+def by_tensor_cores(n, arrivals=1):
     """Return so many barriers that products arrive at, or that let them go on."""
-    return plgpu.Barrier(num_arrivals=1, num_barriers=n, orders_tensor_core=True)
+    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=n, orders_tensor_core=True)
 
 
 def places(width):
@@ -169,12 +173,14 @@ def write_tile(width, take, place, out_smem):
         plgpu.commit_smem_to_gmem_group()
 
 
-def launch(body, out, *, stages, stage, width, out_smem, cores, approx_math=False, **more):
+def launch(body, out, *, stages, stage, width, out_smem, cores, approx_math=False, writers=1,
+           **more):
     """A kernel of one program per multiprocessor around `body`, with its ring and its sums.
 
     `stage` maps names of shared memory to (shape, dtype) of one stage, each filled by one copy, and
-    `width` are the columns of a tile's sums. The body gets the arrays, and by name each stage's
-    memory as [stages, ...], `out_smem`, `ring`, `sums` and what `more` memory is named.
+    `width` are the columns of a tile's sums, which so many `writers`, a warpgroup each, release
+    together. The body gets the arrays, and by name each stage's memory as [stages, ...],
+    `out_smem`, `ring`, `sums` and what `more` memory is named.
     """
     def program(*refs, full, empty, sums_tmem, summed, free, **memory):
         body(*refs, ring=hopper.Ring(full, empty, stages),
@@ -189,8 +195,8 @@ def launch(body, out, *, stages, stage, width, out_smem, cores, approx_math=Fals
             full=plgpu.Barrier(num_arrivals=len(stage), num_barriers=stages),
             empty=by_tensor_cores(stages),
             sums_tmem=plgpu.TMEM((TILE_M, PLACES * width), jnp.float32),
-            summed=by_tensor_cores(PLACES), free=by_tensor_cores(PLACES)),
-        grid=(cores,), grid_names=("core",), num_threads=3, thread_name="warpgroup",
-        interpret=device.target().interpret,
+            summed=by_tensor_cores(PLACES), free=by_tensor_cores(PLACES, writers)),
+        grid=(cores,), grid_names=("core",), num_threads=WRITES + writers,
+        thread_name="warpgroup", interpret=device.target().interpret,
         compiler_params=plgpu.CompilerParams(
             approx_math=approx_math, lowering_semantics=plgpu.LoweringSemantics.Warpgroup))

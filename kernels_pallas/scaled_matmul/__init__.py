@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from kernels_pallas import generation
 from kernels_pallas.op import Backend, Op
 from kernels_pallas.scaled_matmul import gpu_plan, reference, xla
 from kernels_pallas.scaled_matmul.tiles import TILE, dequantize, quantize
 
 
 def _mosaic_gpu(*args, **kwargs):
-    # Pallas takes 0.4 s to import, which only who runs it pays.
-    from kernels_pallas.scaled_matmul import mosaic_gpu
-
-    return mosaic_gpu.scaled_matmul(*args, **kwargs)
+    return generation.kernels(__name__).scaled_matmul(*args, **kwargs)
 
 
 op = Op(

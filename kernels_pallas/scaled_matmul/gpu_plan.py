@@ -1,10 +1,10 @@
-"""What the Hopper kernels of scaled_matmul can do, and the tables of their work."""
+"""What the GPU kernels of scaled_matmul can do, and the tables of their work."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 
-from kernels_pallas import device
+from kernels_pallas import generation
 from kernels_pallas.grouped_matmul import tiles as grouped
 from kernels_pallas.scaled_matmul.tiles import TILE
 
@@ -18,9 +18,9 @@ def whole(n: int, unit: int = TILE) -> int:
 
 
 def supports(x, w, layout, *, power_of_two=False) -> str | None:
-    """Return None, or why the Hopper kernels cannot run this call."""
+    """Return None, or why the kernels for Hopper and Blackwell cannot run this call."""
     del power_of_two
-    if lacks := device.lacks_hopper("bfloat16", "float32", x=x, w=w):
+    if lacks := generation.lacks_both("bfloat16", "float32", x=x, w=w):
         return lacks
     for name, a in (("x", x), ("w", w)):
         if a.size == 0:
@@ -36,6 +36,20 @@ def stages(out_itemsize: int, vectors: int) -> int:
     out = 2 * 64 * grouped.COLUMNS * out_itemsize
     left = grouped.SHARED - _BARRIERS - out
     return left // (2 * TILE * TILE + vectors * 4 * TILE)
+
+
+def width(columns: int) -> int:
+    """Return the columns of Blackwell's tiles of a result of so many, in whole tiles of 128.
+
+    A wide one reads 3/4 of the bytes for a product; an estimate, as of grouped_matmul's tiles.
+    """
+    return 2 * TILE if 1.3 * columns > whole(columns, 2 * TILE) else TILE
+
+
+def wide_stages(out_itemsize: int, n: int) -> int:
+    """Return how many stages fit on Blackwell: 128 rows and n columns, 128 bytes of each."""
+    left = grouped.SHARED - _BARRIERS - 2 * TILE * grouped.COLUMNS * out_itemsize
+    return min(left // (TILE * (TILE + n)), 8)
 
 
 def row_tiles(layout):

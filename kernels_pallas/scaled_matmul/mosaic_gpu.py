@@ -4,12 +4,15 @@ Numbers are rounded to E4M3 by XLA before the kernels. Tensor cores add up E4M3 
 14 bits, so that their sum over every 128 of the contracted dim is brought to float32 registers,
 scaled there and added; while one warpgroup does that, the other's products run. 8-bit operands are
 multiplied along their last dim only: XLA writes transposes of what is contracted along another.
+Blackwell's kernels are in mosaic_gpu_blackwell.py; what is around both is here.
 Letters beside the house's: K the contracted dim and N the result's columns, in whole tiles of 128.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +122,16 @@ def _rows_times(a_RxK, a_scale, b_ExNxK, b_scale, layout, dtype):
     return kernel(items, count, a_RxK, a_scale, b_ExNxK, b_scale)
 
 
+def group_tile(groups, m_tiles, n_tiles, n, number):
+    """Decode a tile of 128 x n of the groups' gradients, `groups` as gpu_plan.row_tiles has."""
+    item = lax.div(number, hopper.i32(m_tiles * n_tiles))
+    within = number - item * (m_tiles * n_tiles)
+    m = lax.div(within, hopper.i32(n_tiles))
+    return products.Tile(
+        expert=groups[item, 0], first=groups[item, 1], steps=groups[item, 2], writes=True,
+        m=pl.multiple_of(m * TILE, TILE), n=pl.multiple_of((within - m * n_tiles) * n, n))
+
+
 def _contracted(a_DxP, a_scale, b_FxP, b_scale, groups, dtype):
     """Each expert's a b^T over its tiles of 128 rows, [E, D, F] in dtype.
 
@@ -133,15 +146,6 @@ def _contracted(a_DxP, a_scale, b_FxP, b_scale, groups, dtype):
     def body(groups_gmem, a_gmem, a_scale_gmem, b_gmem, b_scale_gmem, y_gmem, *, a_smem, b_smem,
              row_smem, column_smem, out_smem, full, empty):
         ring = hopper.Ring(full, empty, stages)
-
-        def decode(number):
-            item = lax.div(number, hopper.i32(m_tiles * n_tiles))
-            within = number - item * (m_tiles * n_tiles)
-            m = lax.div(within, hopper.i32(n_tiles))
-            return products.Tile(
-                expert=groups_gmem[item, 0], first=groups_gmem[item, 1],
-                steps=groups_gmem[item, 2], writes=True, m=pl.multiple_of(m * TILE, TILE),
-                n=pl.multiple_of((within - m * n_tiles) * TILE, TILE))
 
         def load(tile, k, slot):
             at = tile.first + k
@@ -173,7 +177,7 @@ def _contracted(a_DxP, a_scale, b_FxP, b_scale, groups, dtype):
                                     commit_group=False)
 
         products.in_turns(
-            decode, load, accumulate,
+            functools.partial(group_tile, groups_gmem, m_tiles, n_tiles, TILE), load, accumulate,
             lambda tile, result: products.write_tile(tile, result, place, out_smem),
             ring=ring, cores=cores, total=hopper.i32(E * m_tiles * n_tiles))
 
@@ -187,18 +191,28 @@ def _contracted(a_DxP, a_scale, b_FxP, b_scale, groups, dtype):
 # Around the kernels.
 
 
-def _product(x_RxK, w_ExKxN, layout, power_of_two, *, transposed=False):
+class Kernels(NamedTuple):
+    """A generation's two kernels."""
+
+    rows_times: Callable[..., jax.Array]
+    contracted: Callable[..., jax.Array]
+
+
+_HOPPER = Kernels(_rows_times, _contracted)
+
+
+def _product(kernels: Kernels, x_RxK, w_ExKxN, layout, power_of_two, *, transposed=False):
     """Rows times their expert's matrix, or the transpose of its [N, K]: [R, N] in x's dtype."""
     K, N = w_ExKxN.shape[:0:-1] if transposed else w_ExKxN.shape[1:]
     a, a_scale = quantize(_fill(x_RxK, whole(K)), ROW, power_of_two)
     b, b_scale = quantize(_fill(w_ExKxN, *map(whole, w_ExKxN.shape[1:])), BLOCK, power_of_two)
     if not transposed:
         b, b_scale = (jnp.swapaxes(x, 1, 2) for x in (b, b_scale))
-    y = _rows_times(a, a_scale.T, b, b_scale, layout, x_RxK.dtype)
+    y = kernels.rows_times(a, a_scale.T, b, b_scale, layout, x_RxK.dtype)
     return y[:, :N]
 
 
-def _weight_gradient(x_RxD, dy_RxF, layout, power_of_two, dtype):
+def _weight_gradient(kernels: Kernels, x_RxD, dy_RxF, layout, power_of_two, dtype):
     """Each group's x^T dy, by tiles of 128 of its rows: [E, D, F] in dtype."""
     row, mine, groups = gpu_plan.row_tiles(layout)
 
@@ -209,36 +223,36 @@ def _weight_gradient(x_RxD, dy_RxF, layout, power_of_two, dtype):
         q, scale = quantize(rows, COLUMN, power_of_two)
         return q.T, scale
 
-    dw = _contracted(*columns(x_RxD), *columns(dy_RxF), groups, dtype)
+    dw = kernels.contracted(*columns(x_RxD), *columns(dy_RxF), groups, dtype)
     return dw[:, :x_RxD.shape[1], :dy_RxF.shape[1]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped(x, w, layout, power_of_two):
-    return _product(x, w, layout, power_of_two)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
+def _grouped(kernels, x, w, layout, power_of_two):
+    return _product(kernels, x, w, layout, power_of_two)
 
 
-def _forward(x, w, layout, power_of_two):
-    return _product(x, w, layout, power_of_two), (x, w, layout)
+def _forward(kernels, x, w, layout, power_of_two):
+    return _product(kernels, x, w, layout, power_of_two), (x, w, layout)
 
 
-def _backward(power_of_two, kept, dy):
+def _backward(kernels, power_of_two, kept, dy):
     x, w, layout = kept
-    dx = _product(dy, w, layout, power_of_two, transposed=True)
-    return dx, _weight_gradient(x, dy, layout, power_of_two, w.dtype), None
+    dx = _product(kernels, dy, w, layout, power_of_two, transposed=True)
+    return dx, _weight_gradient(kernels, x, dy, layout, power_of_two, w.dtype), None
 
 
 _grouped.defvjp(_forward, _backward)
 
 
-def scaled_matmul(x, w, layout=None, *, power_of_two=False):
+def scaled_matmul(x, w, layout=None, *, power_of_two=False, kernels=_HOPPER):
     """Round by XLA and multiply in 8 bits; a dense product is that of one group of all rows."""
     if layout is not None:
-        return _grouped(x, w, layout, power_of_two)
+        return _grouped(kernels, x, w, layout, power_of_two)
     rows = x.reshape(-1, x.shape[-1])
     R = rows.shape[0]
     # whole tiles: the last rows of a tile that reach beyond an array would be read as they are
     rows = jnp.pad(rows, ((0, -R % TILE), (0, 0)))
     layout = contiguous(jnp.full(1, R, jnp.int32), jnp.zeros(1, jnp.int32), rows.shape[0], TILE)
-    y = _grouped(rows, w[None], layout, power_of_two)[:R]
+    y = _grouped(kernels, rows, w[None], layout, power_of_two)[:R]
     return y.reshape(*x.shape[:-1], w.shape[-1])

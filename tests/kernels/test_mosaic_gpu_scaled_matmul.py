@@ -1,6 +1,6 @@
 """scaled_matmul's Mosaic GPU kernels, interpreted with race detection, against E4M3 in numpy.
 
-On a machine with a Hopper GPU, JAX_PLATFORMS=cuda runs the same tests on it.
+On a machine with a Hopper GPU or a B200, JAX_PLATFORMS=cuda runs the tests of its generation on it.
 """
 
 import functools
@@ -15,29 +15,33 @@ from kernels_pallas.chips import CHIPS
 from kernels_pallas.grouped_matmul import aligned, contiguous
 from kernels_pallas.grouped_matmul.layout import row_expert
 from kernels_pallas.scaled_matmul import explain, gpu_plan, scaled_matmul, specs
-from tests.kernels.test_mosaic_gpu import hopper, recent, runs
+from tests.kernels.test_mosaic_gpu import blackwell, both, hopper, recent, runs
 from tests.kernels.test_scaled_matmul import check
 
 
 @runs
-@pytest.mark.parametrize(("name", "dtype"), [("experts", "float32"), ("outliers", "bfloat16")])
-def test_values_and_gradients(name, dtype):
-    with device.assume(hopper(2)):
+@pytest.mark.parametrize(("name", "dtype", "gpu"), [
+    ("experts", "float32", hopper), ("outliers", "bfloat16", hopper),
+    ("outliers", "bfloat16", blackwell)])
+def test_values_and_gradients(name, dtype, gpu):
+    with device.assume(gpu(2)):
         check(name, "mosaic_gpu", dtype)
 
 
 @runs
 @pytest.mark.slow
+@both
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", specs.PARITY)
-def test_every_spec(name, dtype):
-    with device.assume(hopper(3)):
+def test_every_spec(name, dtype, gpu):
+    with device.assume(gpu(3)):
         check(name, "mosaic_gpu", dtype)
 
 
 @runs
 @pytest.mark.slow
-def test_float32_results_are_those_of_the_loop_and_the_same_twice():
+@both
+def test_float32_results_are_those_of_the_loop_and_the_same_twice(gpu):
     """E4M3 products are exact: only sums of 128 of them may differ from XLA's loop over tiles."""
     (x, w, layout), keywords = specs.PARITY["tile_edges"].arguments()
     used = jnp.asarray(np.asarray(row_expert(layout)[1])[:, None], jnp.float32)
@@ -46,7 +50,7 @@ def test_float32_results_are_those_of_the_loop_and_the_same_twice():
         call = functools.partial(scaled_matmul, layout=layout, implementation=backend, **keywords)
         return jax.jit(jax.value_and_grad(lambda x, w: ((used * call(x, w)) ** 2).sum(), (0, 1)))
 
-    with device.assume(hopper(2)):
+    with device.assume(gpu(2)):
         kernel = run("mosaic_gpu")
         first, second = kernel(x, w), kernel(x, w)
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
@@ -81,6 +85,10 @@ def test_used_rows_are_in_one_tile_of_their_group(rng):
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("vectors", [1, 2])
 def test_stages_fit_in_shared_memory(itemsize, vectors):
+    for n in (128, 256):
+        wide = gpu_plan.wide_stages(itemsize, n)
+        assert wide >= 3
+        assert wide * 128 * (128 + n) + 2 * 128 * 64 * itemsize <= 227 * 1024 - 2048
     stages = gpu_plan.stages(itemsize, vectors)
     taken = stages * (2 * 128 * 128 + vectors * 512) + 2 * 64 * 64 * itemsize
     assert stages >= 4
@@ -96,7 +104,7 @@ def _arguments(dtype="bfloat16", D=200, block=128):
 
 REFUSED = {
     "cpu": (device.Target("cpu"), {}, "needs an NVIDIA GPU, the device is cpu"),
-    "blackwell": (CHIPS["b200"].target, {}, r"Hopper's tensor cores \(9.0\), .*\(10, 0\)"),
+    "ampere": (device.Target("gpu", "A100", (8, 0)), {}, r"needs Hopper \(9.0\) or .* is \(8, 0\)"),
     "half": (CHIPS["h200"].target, {"dtype": "float16"}, "x is float16"),
     "empty": (CHIPS["h100"].target, {"D": 0}, r"numbers to multiply, x has shape \(512, 0\)"),
     "starts": (CHIPS["h100"].target, {"block": 12}, "multiples of 8 rows.* blocks of 12"),
