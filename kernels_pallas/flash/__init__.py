@@ -6,15 +6,13 @@ import numbers
 
 import jax.numpy as jnp
 
+from kernels_pallas import generation
 from kernels_pallas.flash import gpu_plan, peers, reference, xla
 from kernels_pallas.op import Backend, Op
 
 
 def _mosaic_gpu(*args, **kwargs):
-    # Pallas takes 0.4 s to import, which only who runs it pays.
-    from kernels_pallas.flash import mosaic_gpu
-
-    return mosaic_gpu.flash(*args, **kwargs)
+    return generation.kernels(__name__).flash(*args, **kwargs)
 
 
 op = Op(

@@ -1,4 +1,4 @@
-"""What the Hopper kernels of flash can do, and how they cut a call.
+"""What the GPU kernels of flash can do, and how they cut a call.
 
 A tile is 128 queries of one head, or 128 keys of one key head in the keys' gradient; it meets steps
 of the other side, those that anything in it may see. Which these are is a table of numbers, since
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import device
+from kernels_pallas import generation
 from kernels_pallas.flash import pairs, visits
 
 X, HALF = 128, 64  # rows of a tile, and of one of the two warpgroups that multiply it
@@ -43,11 +43,12 @@ class Plan:
     Dv: int
     segmented: bool
     marked: bool  # whether a step may be masked that no position masks
+    tall: int = X  # queries in memory are a multiple of so many
 
     @property
     def L(self) -> int:
         """Queries in memory."""
-        return whole(self.position.L, X)
+        return whole(self.position.L, self.tall)
 
     @property
     def S(self) -> int:
@@ -76,8 +77,8 @@ class Plan:
 
 
 def supports(q, k, v, **keywords) -> str | None:
-    """Return None, or why the Hopper kernels cannot run this call."""
-    if lacks := device.lacks_hopper(q=q):
+    """Return None, or why the kernels for Hopper and Blackwell cannot run this call."""
+    if lacks := generation.lacks_both(q=q):
         return lacks
     for name, x, widest in (("Dk", k, WIDEST), ("Dv", v, WIDEST_VALUE)):
         if x.shape[-1] > widest:
@@ -89,11 +90,11 @@ def supports(q, k, v, **keywords) -> str | None:
     return None
 
 
-def plan_of(q, k, v, marks: pairs.Marks, **keywords) -> Plan:
+def plan_of(q, k, v, marks: pairs.Marks, tall=X, **keywords) -> Plan:
     """Return the plan of a call; `keywords` are those of `pairs.Plan` beside blocks and lengths."""
     (B, L, H, Dk), (S, K), Dv = q.shape, k.shape[1:3], v.shape[-1]
     position = pairs.Plan(block_q=X, block_k=STEP, L=L, S=S, **keywords)
-    return Plan(position, B, H, K, Dk, Dv, marks.segments_q is not None, marks.any)
+    return Plan(position, B, H, K, Dk, Dv, marks.segments_q is not None, marks.any, tall)
 
 
 @jax.tree_util.register_dataclass
@@ -149,6 +150,8 @@ def table_of(plan: Plan, marks: pairs.Marks) -> Table:
     low, inside_low, inside_high, high = (x[None] for x in edges)
     step = jnp.arange(steps, dtype=i32)[None, None]
     seen &= (step >= low[..., None]) & (step < high[..., None])
+    if plan.L >= at.L + X:  # the last tile is all padding
+        seen &= jnp.arange(tiles, dtype=i32)[None, :, None] * X < at.L
     first_step, last_step = _bounds(seen, 2)
     if plan.marked:
         inside_low = inside_high = last_step
@@ -158,6 +161,16 @@ def table_of(plan: Plan, marks: pairs.Marks) -> Table:
     both = seen.reshape(B, tiles, -1, X // STEP).any(3)
     queries = jnp.stack(_bounds(both, 1), -1) * (X // STEP)
     return Table((at.offset + start).reshape(1), own, others, ends, keys, queries)
+
+
+def of_pairs(keys):
+    """Return Table.keys [B, T, 4] of two tiles of queries at a time: [B, T / 2, 4]."""
+    first, plain, masked, last = (keys.reshape(keys.shape[0], -1, 2, 4)[..., i] for i in range(4))
+    low = jnp.where(last > first, first, LATER).min(2)
+    high = last.max(2)
+    low = jnp.minimum(low, high)  # 0 where nothing is seen
+    plain = jnp.clip(plain.max(2), low, high)
+    return jnp.stack([low, plain, jnp.clip(masked.min(2), plain, high), high], -1)
 
 
 def _edges(at: pairs.Plan, i, latest, start):

@@ -45,15 +45,27 @@ def seen(plan: Plan, first, row, ends, own, others, by_key=False):
     `first` is where query 0 stands and `row` the number of the first of these; `ends` where keys
     end, `own` and `others` the segments of queries and keys, or None.
     """
+    may = in_reach(plan, first, row, ends, by_key, SHAPE, plgpu.Layout.WGMMA)
+    if plan.segmented:
+        may = may & of_one(own, others, by_key, SHAPE)
+    return may
+
+
+def in_reach(plan: Plan, first, row, ends, by_key, shape, layout):
+    """Return which pairs see each other by their positions."""
     at, q, k = plan.position, int(by_key), int(not by_key)
-    ends = hopper.spread(ends, SHAPE, k)
-    stands = plgpu.broadcasted_iota(jnp.int32, SHAPE, q, layout=plgpu.Layout.WGMMA) + (first + row)
+    ends = hopper.spread(ends, shape, k)
+    stands = plgpu.broadcasted_iota(jnp.int32, shape, q, layout=layout) + (first + row)
     may = ends <= stands if at.causal else ends != LATER
     if at.window is not None:
         may = may & (stands - ends < at.window)
-    if plan.segmented:
-        may = may & (hopper.spread(own, SHAPE, q) == hopper.spread(others, SHAPE, k))
     return may
+
+
+def of_one(own, others, by_key, shape):
+    """Return which pairs are of one segment."""
+    q, k = int(by_key), int(not by_key)
+    return hopper.spread(own, shape, q) == hopper.spread(others, shape, k)
 
 
 def gradient(weights, d_weights, bent):

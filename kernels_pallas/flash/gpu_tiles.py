@@ -27,7 +27,7 @@ class Tile(NamedTuple):
     edges: Any
 
 
-def _part(ref, b, h, row, size):
+def part(ref, b, h, row, size):
     """Some rows of a head."""
     rows = pl.ds(pl.multiple_of(row, 8), size)
     if len(ref.shape) == 4:
@@ -35,7 +35,7 @@ def _part(ref, b, h, row, size):
     return ref.at[b, h, rows] if len(ref.shape) == 3 else ref.at[b, rows]
 
 
-def _bytes(arrays, rows):
+def bytes_of(arrays, rows):
     return rows * sum((x.shape[3] if x.ndim == 4 else 1) * x.dtype.itemsize for x in arrays)
 
 
@@ -57,7 +57,7 @@ def over_tiles(attend, edges, fixed, streamed, outs, *, turns=1, heads=1, scalar
     numbers = [x for x in outs if len(x.shape) == 3]
     left = hopper.SHARED - hopper.BARRIERS - 1024 * (len(fixed) + len(streamed) + len(scratch))
     left -= 2 * HALF * 4 * len(numbers) + 2 * sum(2 * math.prod(shape) for shape in scratch)
-    per_tile, per_step = _bytes(fixed, X), _bytes(streamed, STEP)
+    per_tile, per_step = bytes_of(fixed, X), bytes_of(streamed, STEP)
     tile_slots = 2 if left >= 2 * per_tile + 3 * per_step else 1
     step_slots = min((left - tile_slots * per_tile) // per_step, 6)
     assert step_slots >= 1, f"{left} bytes for {per_tile} and {per_step}"
@@ -93,7 +93,7 @@ def over_tiles(attend, edges, fixed, streamed, outs, *, turns=1, heads=1, scalar
                 b, h, tile = decode(i)
                 slot = by_tile.acquire(i)
                 for source, target in zip(fixed_gmem, fixed_smem, strict=True):
-                    plgpu.copy_gmem_to_smem(_part(source, b, h, tile * X, X), target.at[slot],
+                    plgpu.copy_gmem_to_smem(part(source, b, h, tile * X, X), target.at[slot],
                                             by_tile.full.at[slot])
                 low, high = bounds(b, tile)
 
@@ -103,7 +103,7 @@ def over_tiles(attend, edges, fixed, streamed, outs, *, turns=1, heads=1, scalar
                     def step(s, _):
                         slot = by_step.acquire(done + s - low)
                         for source, target in zip(streamed_gmem, streamed_smem, strict=True):
-                            plgpu.copy_gmem_to_smem(_part(source, b, head, s * STEP, STEP),
+                            plgpu.copy_gmem_to_smem(part(source, b, head, s * STEP, STEP),
                                                     target.at[slot], by_step.full.at[slot])
 
                     lax.fori_loop(low, high, step, None)
@@ -146,7 +146,7 @@ def over_tiles(attend, edges, fixed, streamed, outs, *, turns=1, heads=1, scalar
                         number = next(memory).at[warpgroup]
                         number[...] = value
                         plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(number, _part(target, b, h, row, HALF),
+                        plgpu.copy_smem_to_gmem(number, part(target, b, h, row, HALF),
                                                 commit_group=False)
                     else:
                         _send(value, rows()[n], target, b, h, row)
@@ -182,11 +182,11 @@ def _send(value, memory, target, b, h, row):
     if width == memory.shape[1]:
         memory[...] = value.astype(memory.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(memory, _part(target, b, h, row, HALF), commit_group=False)
+        plgpu.copy_smem_to_gmem(memory, part(target, b, h, row, HALF), commit_group=False)
         return
     columns = pl.ds(0, width)
     memory.at[:, columns][...] = value.astype(memory.dtype)
     plgpu.commit_smem()
     for n in range(0, HALF, 8):  # some columns of 8 rows are one piece of memory
         plgpu.copy_smem_to_gmem(memory.at[pl.ds(n, 8), columns],
-                                _part(target, b, h, row + n, 8), commit_group=False)
+                                part(target, b, h, row + n, 8), commit_group=False)

@@ -1,6 +1,7 @@
-"""Attention on Hopper's tensor cores: bfloat16, accumulated in float32.
+"""Attention on a GPU's tensor cores: bfloat16, accumulated in float32.
 
-A warpgroup multiplies 64 queries with 64 keys at a time; which keys, and what masks them, is in
+The kernels here are Hopper's; Blackwell's, in mosaic_gpu_blackwell.py, share all around them. A
+warpgroup multiplies 64 queries with 64 keys at a time; which keys, and what masks them, is in
 gpu_plan.py. Only o and the logarithm of the softmax's denominator are kept. The gradients are made
 by tiles of queries and by tiles of keys, each of which adds up in registers and in one order:
 nothing is added to memory, and the same bits come every time.
@@ -9,6 +10,8 @@ nothing is added to memory, and the same bits come every time.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +27,7 @@ from kernels_pallas.flash.gpu_scores import COLUMN, ROW, SHAPE
 _F32, _BF16 = jnp.float32, jnp.bfloat16
 
 
-def _phases(plan: Plan):
+def phases(plan: Plan):
     """Return (first edge, last edge, masked) of the runs of steps that a tile of queries meets."""
     if plan.marked:
         return ((0, 3, True),)
@@ -42,11 +45,11 @@ def _met(plan: Plan, tile, first, found, masked, own, ends, others):
     return jnp.where(gpu_scores.seen(plan, first, tile.row, ends, *segments), found, NOTHING)
 
 
-def _own(plan: Plan, table: Table):
+def own_of(plan: Plan, table: Table):
     return [table.own] if plan.segmented else []
 
 
-def _others(plan: Plan, table: Table):
+def others_of(plan: Plan, table: Table):
     return [table.ends, *([table.others] if plan.segmented else [])]
 
 
@@ -81,7 +84,7 @@ def _forward_tiles(plan: Plan, table: Table, q, k, v, sinks):
 
         state = (start((HALF,), EMPTY, ROW), start((HALF,), 0, ROW),
                  start(result, 0, plgpu.Layout.WGMMA))
-        for low, high, masked in _phases(plan):
+        for low, high, masked in phases(plan):
             state = lax.fori_loop(tile.edges(low), tile.edges(high),
                                   functools.partial(later, masked), state)
         top, total, o = state
@@ -96,8 +99,8 @@ def _forward_tiles(plan: Plan, table: Table, q, k, v, sinks):
 
     outs = [jax.ShapeDtypeStruct((*q.shape[:3], plan.V), _BF16),
             jax.ShapeDtypeStruct((plan.B, plan.H, plan.L), _F32)]
-    return gpu_tiles.over_tiles(attend, table.keys, [q, *_own(plan, table)],
-                                [k, v, *_others(plan, table)], outs, heads=plan.G,
+    return gpu_tiles.over_tiles(attend, table.keys, [q, *own_of(plan, table)],
+                                [k, v, *others_of(plan, table)], outs, heads=plan.G,
                                 scalars=[table.first, sinks], scratch=gpu_scores.spare())
 
 
@@ -121,7 +124,7 @@ def _query_gradient_tiles(plan: Plan, table: Table, q, do, lse, delta, k, v):
 
                 stream(0, step, part)
 
-            for low, high, masked in _phases(plan):
+            for low, high, masked in phases(plan):
                 lax.fori_loop(tile.edges(low), tile.edges(high),
                               functools.partial(later, masked), None)
             return dq[...]
@@ -129,12 +132,24 @@ def _query_gradient_tiles(plan: Plan, table: Table, q, do, lse, delta, k, v):
         return [pl.run_scoped(sum_up, plgpu.ACC((HALF, plan.D), _F32))]
 
     outs = [jax.ShapeDtypeStruct(q.shape, _BF16)]
-    return gpu_tiles.over_tiles(attend, table.keys, [q, do, lse, delta, *_own(plan, table)],
-                                [k, v, *_others(plan, table)], outs, heads=plan.G,
+    return gpu_tiles.over_tiles(attend, table.keys, [q, do, lse, delta, *own_of(plan, table)],
+                                [k, v, *others_of(plan, table)], outs, heads=plan.G,
                                 scalars=[table.first], scratch=gpu_scores.spare())[0]
 
 
 # Around the kernels.
+
+
+class Kernels(NamedTuple):
+    """A generation's three kernels."""
+
+    forward: Callable[..., Any]
+    query_gradient: Callable[..., Any]
+    key_gradients: Callable[..., Any]
+    tall: int = gpu_plan.X  # rows of a tile of queries forward
+
+
+_HOPPER = Kernels(_forward_tiles, _query_gradient_tiles, mosaic_gpu_bwd.key_gradients)
 
 
 def _laid(x, rows, width):
@@ -152,27 +167,27 @@ def _in_memory(plan: Plan, q, k, v):
     return (_laid(q, plan.L, plan.D), _laid(k, plan.S, plan.D), _laid(v, plan.S, plan.V))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q, k, v, marks, sinks):
-    return _forward(plan, q, k, v, marks, sinks)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(kernels, plan, q, k, v, marks, sinks):
+    return _forward(kernels, plan, q, k, v, marks, sinks)
 
 
-def _forward(plan: Plan, q, k, v, marks, sinks):
+def _forward(kernels: Kernels, plan: Plan, q, k, v, marks, sinks):
     """Return o [B, L, H, Dv] and lse [B, L, H]."""
     table, L = gpu_plan.table_of(plan, marks), q.shape[1]
     sinks = jnp.full(plan.H, NOTHING, _F32) if sinks is None else sinks.astype(_F32) * LOG2E
     q, k, v = _in_memory(plan, q, k, v)
-    o, lse = _forward_tiles(plan, table, q, k, v, sinks)
+    o, lse = kernels.forward(plan, table, q, k, v, sinks)
     lse = lse[:, :, :L].swapaxes(1, 2)
     return o[:, :L, :, :plan.Dv], jnp.where(lse > EMPTY, lse * (1 / LOG2E), NOTHING)
 
 
-def _attend_forward(plan, q, k, v, marks, sinks):
-    o, lse = _forward(plan, q, k, v, marks, sinks)
+def _attend_forward(kernels, plan, q, k, v, marks, sinks):
+    o, lse = _forward(kernels, plan, q, k, v, marks, sinks)
     return (o, lse), (q, k, v, marks, sinks, o, lse)
 
 
-def _attend_backward(plan: Plan, kept, cotangents):
+def _attend_backward(kernels: Kernels, plan: Plan, kept, cotangents):
     (q, k, v, marks, sinks, o, lse), (do, d_lse) = kept, cotangents
     delta = (do.astype(_F32) * o.astype(_F32)).sum(-1) - d_lse
     d_sinks = None
@@ -183,8 +198,8 @@ def _attend_backward(plan: Plan, kept, cotangents):
     less = _by_head(plan, jnp.where(lse > EMPTY, lse * LOG2E, -NOTHING), -NOTHING)
     rows = (_laid(do, plan.L, plan.V), less, _by_head(plan, delta))
     q, k, v = _in_memory(plan, q, k, v)
-    dq = _query_gradient_tiles(plan, table, q, *rows, k, v)
-    dk, dv = mosaic_gpu_bwd.key_gradients(plan, table, q, *rows, k, v)
+    dq = kernels.query_gradient(plan, table, q, *rows, k, v)
+    dk, dv = kernels.key_gradients(plan, table, q, *rows, k, v)
     dq, dk = (x[:, :n, :, :Dk].astype(_F32) * plan.position.scale for x, n in ((dq, L), (dk, S)))
     return dq.astype(_BF16), dk.astype(_BF16), dv[:, :S, :, :plan.Dv], None, d_sinks
 
@@ -194,7 +209,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def flash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=None, scale,
           causal=True, window=None, softcap=None, sinks_H=None, ends_BxS=None, stride=1, span=1,
-          return_lse=False, block_q=None, block_k=None, first=None):
+          return_lse=False, block_q=None, block_k=None, first=None, kernels=_HOPPER):
     """Attend tile by tile; the block sizes mean nothing here."""
     del block_q, block_k
     strided = ends_BxS is not None or (stride, span) != (1, 1)
@@ -203,6 +218,6 @@ def flash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=Non
                         None if first is None else jnp.asarray(first, jnp.int32))
     plan = gpu_plan.plan_of(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, marks, scale=float(scale),
                             causal=causal, window=window, softcap=softcap, stride=stride,
-                            span=span, offset=offset)
-    o, lse = _attend(plan, q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, marks, sinks_H)
+                            span=span, offset=offset, tall=kernels.tall)
+    o, lse = _attend(kernels, plan, q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, marks, sinks_H)
     return (o, lse) if return_lse else o

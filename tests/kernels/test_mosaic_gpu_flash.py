@@ -1,6 +1,6 @@
 """flash's Mosaic GPU kernels, interpreted with race detection, against dense attention in float64.
 
-On a machine with a Hopper GPU, JAX_PLATFORMS=cuda runs the same tests on it.
+On a machine with a Hopper GPU or a B200, JAX_PLATFORMS=cuda runs the tests of its generation on it.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from kernels_pallas import device, numerics
 from kernels_pallas.chips import CHIPS
 from kernels_pallas.flash import flash, gpu_plan, op, pairs, specs
 from tests.kernels.test_flash import _numpy, _seen
-from tests.kernels.test_mosaic_gpu import hopper, recent, runs
+from tests.kernels.test_mosaic_gpu import both, recent, runs
 
 SMALL = specs.PARITY | {n: s for n, s in specs.HOPPER.items() if n.startswith("tile_")}
 # Tables with documents, a window and late keys, and rows that see nothing.
 _QUICK = ("loop_window", "loop_unseen", "loop_ends_window", "tile_all")
 
 
-def compiled(spec, options, cores=2, gradients=True):
+def compiled(gpu, spec, options, cores=2, gradients=True):
     """Values and gradients from the kernels, for any numbers of one workload's shapes."""
     names = ("dq", "dk", "dv", "dsinks")[:4 if spec.sinks else 3]
 
@@ -36,7 +36,7 @@ def compiled(spec, options, cores=2, gradients=True):
             return flash(q, k, v, implementation="mosaic_gpu",
                          **options | arrays | given | {"return_lse": True})
 
-        with device.assume(hopper(cores)):
+        with device.assume(gpu(cores)):
             if not gradients:
                 return dict(zip(("o", "lse"), call(*arguments, *sinks), strict=True))
             out, pull = jax.vjp(call, *arguments, *sinks)
@@ -45,7 +45,7 @@ def compiled(spec, options, cores=2, gradients=True):
     return run
 
 
-def check(spec, cores=2, change=None, gradients=True):
+def check(gpu, spec, cores=2, change=None, gradients=True):
     """Hold one call against the formulas, and a second against its bits; return the first."""
     spec = dataclasses.replace(spec, lse=True)
     arguments, keywords = spec.arguments(dtype="bfloat16")
@@ -57,7 +57,7 @@ def check(spec, cores=2, change=None, gradients=True):
     cotangents = tuple(numerics.uniform_like(
         (jax.ShapeDtypeStruct((*rows, spec.Dv), jnp.bfloat16),
          jax.ShapeDtypeStruct(rows, jnp.float32)), seed=7))
-    run = compiled(spec, options, cores, gradients)
+    run = compiled(gpu, spec, options, cores, gradients)
     got, again = (run(arguments, arrays, cotangents) for _ in range(2))
     for name, x in got.items():
         assert np.asarray(x).tobytes() == np.asarray(again[name]).tobytes(), name
@@ -77,39 +77,44 @@ def check(spec, cores=2, change=None, gradients=True):
 
 
 @runs
-def test_all_that_masks_and_bends_at_once():
+@both
+def test_all_that_masks_and_bends_at_once(gpu):
     """Forward alone: a gradient has three kernels, a dozen seconds to interpret."""
-    check(dataclasses.replace(specs.HOPPER["tile_all"], L=100), gradients=False)
+    check(gpu, dataclasses.replace(specs.HOPPER["tile_all"], L=100), gradients=False)
 
 
 @runs
 @pytest.mark.slow
+@both
 @pytest.mark.parametrize("name", SMALL)
-def test_every_small_spec(name):
-    check(SMALL[name], 3)
+def test_every_small_spec(name, gpu):
+    check(gpu, SMALL[name], 3)
 
 
 @runs
 @pytest.mark.slow
-def test_large_and_tiny_numbers():
+@both
+def test_large_and_tiny_numbers(gpu):
     spec = specs.HOPPER["tile_group"]
     scale = jnp.asarray([1e4, 1e-30, 1, 1, 1, 1], jnp.bfloat16)[None, None, :, None]
-    got = check(dataclasses.replace(spec, L=70),
+    got = check(gpu, dataclasses.replace(spec, L=70),
                 change=lambda q, k, v: (q * scale, k * jnp.asarray(1e-2, k.dtype), v))
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got.values())
 
 
 @runs
 @pytest.mark.slow
+@both
 @pytest.mark.parametrize("first", [0, 37, 150])
-def test_queries_may_be_a_part_of_a_row(first):
+def test_queries_may_be_a_part_of_a_row(first, gpu):
     spec = specs.Spec(B=2, L=70, S=200, H=2, K=1, window=90)
     arguments, keywords = spec.arguments(dtype="bfloat16")
     options = {n: x for n, x in keywords.items() if not isinstance(x, jax.Array)}
     cotangents = tuple(numerics.uniform_like(
         (jax.ShapeDtypeStruct((2, 70, 2, 32), jnp.bfloat16),
          jax.ShapeDtypeStruct((2, 70, 2), jnp.float32)), seed=7))
-    got = compiled(spec, options)(arguments, {"first": jnp.asarray(first, jnp.int32)}, cotangents)
+    arrays = {"first": jnp.asarray(first, jnp.int32)}
+    got = compiled(gpu, spec, options)(arguments, arrays, cotangents)
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in arguments]
         out, pull = jax.vjp(lambda *a: flash(*a, implementation="reference", first=first,
@@ -130,29 +135,36 @@ def test_tiles_meet_every_pair_that_is_seen(name):
     marks = pairs.Marks(*(keywords.get(n) for n in ("segments_q", "segments_k", "ends_BxS")))
     strided = marks.ends is not None or (spec.stride, spec.span) != (1, 1)
     S = spec.S or spec.L
-    plan = gpu_plan.plan_of(*arguments, marks, scale=1.0, causal=spec.causal, window=spec.window,
-                            softcap=None, stride=spec.stride, span=spec.span,
-                            offset=0 if strided else S - spec.L)
-    table = jax.jit(functools.partial(gpu_plan.table_of, plan))(marks)
     seen = np.broadcast_to(_seen(spec, keywords)[:, 0], (spec.B, spec.L, S))
     X, STEP = gpu_plan.X, gpu_plan.STEP
-    met, by_key = np.zeros((2, spec.B, plan.L, plan.S), bool)
-    for (b, i), (low, plain, masked, high) in zip(
-            np.ndindex(table.keys.shape[:2]), np.asarray(table.keys).reshape(-1, 4), strict=True):
-        assert 0 <= low <= plain <= masked <= high <= plan.S // STEP
-        rows = slice(i * X, min((i + 1) * X, spec.L))
-        met[b, rows, low * STEP:high * STEP] = True
-        if not plan.marked:
-            assert plain == masked or masked * STEP <= S
-            assert seen[b, rows, plain * STEP:masked * STEP].all()
-    for (b, j), (low, high) in zip(
-            np.ndindex(table.queries.shape[:2]), np.asarray(table.queries).reshape(-1, 2),
-            strict=True):
-        assert 0 <= low <= high <= plan.L // STEP
-        by_key[b, low * STEP:high * STEP, j * X:(j + 1) * X] = True
-    met, by_key = met[:, :spec.L, :S], by_key[:, :spec.L, :S]
-    assert not (seen & ~met).any()
-    assert not (seen & ~by_key).any()
+    for rows in (X, 2 * X):  # of a tile of queries forward, on Hopper and Blackwell
+        plan = gpu_plan.plan_of(*arguments, marks, scale=1.0, causal=spec.causal, tall=rows,
+                                window=spec.window, softcap=None, stride=spec.stride,
+                                span=spec.span, offset=0 if strided else S - spec.L)
+        table = jax.jit(functools.partial(gpu_plan.table_of, plan))(marks)
+        tables = [(X, table.keys)]
+        if rows > X:
+            tables.append((rows, jax.jit(gpu_plan.of_pairs)(table.keys)))
+        for size, keys in tables:
+            met = np.zeros((spec.B, plan.L, plan.S), bool)
+            for (b, i), (low, plain, masked, high) in zip(
+                    np.ndindex(keys.shape[:2]), np.asarray(keys).reshape(-1, 4), strict=True):
+                assert 0 <= low <= plain <= masked <= high <= plan.S // STEP
+                assert i * size < spec.L or low == high  # nothing is read for padding
+                mine = slice(i * size, min((i + 1) * size, spec.L))
+                met[b, mine, low * STEP:high * STEP] = True
+                if not plan.marked:
+                    assert plain == masked or masked * STEP <= S
+                    assert plain == low or spec.window is not None
+                    assert seen[b, mine, plain * STEP:masked * STEP].all()
+            assert not (seen & ~met[:, :spec.L, :S]).any()
+        by_key = np.zeros((spec.B, plan.L, plan.S), bool)
+        for (b, j), (low, high) in zip(
+                np.ndindex(table.queries.shape[:2]), np.asarray(table.queries).reshape(-1, 2),
+                strict=True):
+            assert 0 <= low <= high <= plan.L // STEP
+            by_key[b, low * STEP:high * STEP, j * X:(j + 1) * X] = True
+        assert not (seen & ~by_key[:, :spec.L, :S]).any()
 
 
 def test_documents_and_windows_are_skipped():
@@ -174,7 +186,8 @@ def test_documents_and_windows_are_skipped():
 
 REFUSED = {
     "cpu": (device.Target("cpu"), {}, {}, "needs an NVIDIA GPU, the device is cpu"),
-    "blackwell": (CHIPS["b200"].target, {}, {}, r"Hopper's tensor cores \(9.0\), .*\(10, 0\)"),
+    "ampere": (device.Target("gpu", "A100", (8, 0)), {}, {}, r"needs Hopper .* is \(8, 0\)"),
+    "blackwell": (CHIPS["b200"].target, {"Dk": 200}, {}, "Dk up to 192, it is 200"),
     "dtype": (CHIPS["h200"].target, {"dtype": "float32"}, {}, "q is float32"),
     "Dk": (CHIPS["h200"].target, {"Dk": 200}, {}, "Dk up to 192, it is 200"),
     "Dv": (CHIPS["h200"].target, {"Dv": 136}, {}, "Dv up to 128, it is 136"),
