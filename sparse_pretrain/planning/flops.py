@@ -86,9 +86,9 @@ def _padding(config: lm.Config, tokens: int) -> float:
 def recomputed(config: lm.Config, length: int, tokens: int = 0) -> float:
     """Forward FLOPs per token that the backward pass does again, by the remat policy.
 
-    Only repeats of the pattern and MTP's modules are rematerialised, not the prefix. `full` does
-    all again but the product that ends a repeat, whose result no gradient reads; `dots` the
-    attention core and the routed experts, whose products have batch dims.
+    Only repeats of the pattern, MTP's modules and memories are rematerialised, not the prefix.
+    `full` does all again but the product that ends a repeat, whose result no gradient reads; `dots`
+    the attention core and the routed experts, whose products have batch dims.
     """
     if config.remat == "none":
         return 0.0
@@ -96,6 +96,8 @@ def recomputed(config: lm.Config, length: int, tokens: int = 0) -> float:
     join = 4.0 * config.width**2 if config.remat == "full" else 0.0
     join += residual.TABLE[config.residual.KIND].head_work(config.residual, config.width)
     ahead = config.mtp.depth * (join + _again(config, config.mtp_list[:1], length, tokens))
+    if config.remat == "full":
+        ahead += engram.work(config.memory, config.width, config.residual.streams)
     return config.repeats * _again(config, pattern, length, tokens) + ahead
 
 

@@ -62,7 +62,10 @@ def again(config: lm.Config, length: int, remat: str) -> Work:
     if remat == "none" or not config.repeats:
         return Work(0.0, 0.0, 0.0, 0.0, 0.0)
     forward = _forward(config, [config.blocks[name] for name in config.pattern], length)
-    linear = config.repeats * forward.linear if remat == "full" else 0.0
+    linear = 0.0
+    if remat == "full":
+        linear = config.repeats * forward.linear
+        linear += engram.work(config.memory, config.width, config.residual.streams)
     return Work(linear, config.repeats * forward.experts, 0.0, config.repeats * forward.core, 0.0)
 
 

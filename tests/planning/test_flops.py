@@ -63,14 +63,14 @@ def test_dense_models(attention, length):
     assert ours.model <= ours.executed
 
 
-@pytest.mark.parametrize("streams", [1, 2])
-def test_memories(streams):
+@pytest.mark.parametrize(("streams", "remat"), [(1, "none"), (2, "none"), (1, "full")])
+def test_memories(streams, remat):
     """What they add, projections above all."""
     rows, length, vocab = 2, 64, 64
     memory = engram.Config(layers=(0, 1), heads=2, width=1024, rows=64)
     carried = residual.PLAIN if streams == 1 else residual.MHCConfig(streams=2)
     plain = lm.Config(
-        width=512, vocab=vocab, dtype="float32", scan=False, residual=carried,
+        width=512, vocab=vocab, dtype="float32", scan=False, residual=carried, remat=remat,
         blocks={"b": block.Config(attention=ATTENTION["full"], ffn=ffn.DenseConfig(hidden=64))},
         pattern=("b",), repeats=2,
     )  # fmt: skip
