@@ -169,6 +169,12 @@ def compile_case(case: Case, direction: str, chip: Chip, sharding: Any,
             start = time.perf_counter()
             lowered = jax.jit(function, keep_unused=True).lower(
                 *_placed((arguments, arrays, cotangent), sharding))
+            given = jax.tree.leaves((arguments, arrays, cotangent, lowered.out_info))
+            taken = sum(x.size * x.dtype.itemsize for x in given)
+            if taken > chip.memory:
+                row.declared = (f"arguments and results take {taken / 1e9:.1f} GB, the chip has "
+                                f"{chip.memory / 1e9:.1f}")
+                return row
             # The chip with all that its compiler is told of it, and the program: the same text for
             # the same chip is the same result.
             text = f"{chip}\n{program.digest(lowered)}"

@@ -285,6 +285,18 @@ def test_what_breaks_unannounced_fails(monkeypatch, here, capfd):
     assert "refused here linear one_row gradient: not yet" in capfd.readouterr().out
 
 
+def test_a_workload_larger_than_the_chip_is_refused_with_both_numbers():
+    (case,) = cases(("linear",), ("wide",), abstract=True)
+    (x, w), _ = case.shapes()
+    assert (x.shape, x.dtype, w.shape, w.dtype) == (
+        (16384, 4096), "bfloat16", (4096, 4096), "float32")
+    # 134 MB of rows, as much of results and 67 MB of a matrix
+    small = dataclasses.replace(HERE, memory=1e8)
+    row = command.compile_case(case, "forward", small, command._one(small), "xla")
+    assert row.troubles == ["refused here linear wide forward: arguments and results take 0.3 GB, "
+                            "the chip has 0.1"]
+
+
 def test_the_assemblers_report_is_read():
     text = """
 Resources(smem_scratch_bytes=229376, tmem_scratch_cols=0)
