@@ -24,10 +24,10 @@ def i32(x):
     return jnp.asarray(x, jnp.int32)
 
 
-def shared(shape, dtype):
-    """Shared memory in the layout that copy engine and tensor cores share: 128-byte rows."""
-    wide = 128 // jnp.dtype(dtype).itemsize
-    layout = (plgpu.TilingTransform((8, wide)), plgpu.SwizzleTransform(128))
+def shared(shape, dtype, row=128):
+    """Shared memory in the layout that copy engine and tensor cores share: rows of 128 bytes."""
+    wide = row // jnp.dtype(dtype).itemsize
+    layout = (plgpu.TilingTransform((8, wide)), plgpu.SwizzleTransform(row))
     return plgpu.SMEM(shape, dtype, transforms=layout)
 
 
@@ -117,9 +117,9 @@ def share(total):
     return lax.div(total - lax.axis_index("core") + i32(cores - 1), i32(cores))
 
 
-def _memory(shape, dtype):
+def _memory(shape, dtype, row):
     """Shared memory of slots: rows that are multiplied, or a number for each row."""
-    return shared(shape, dtype) if len(shape) > 2 else plgpu.SMEM(shape, dtype)
+    return shared(shape, dtype, row) if len(shape) > 2 else plgpu.SMEM(shape, dtype)
 
 
 def _row_bytes(arrays) -> int:
@@ -127,7 +127,7 @@ def _row_bytes(arrays) -> int:
 
 
 def over_tiles(attend, rows, keyed, outs, *, steps, step_rows, group, used, part_outs=(),
-               scratch=(), split=False, kept=HALF, own=()):
+               scratch=(), split=False, kept=HALF, own=(), products=None):
     """A kernel that calls `attend` for every tile of X rows in use, with its rows and keys loaded.
 
     `rows` are arrays by row of the tiles, [Z x X, D] or [Z x X], and `outs` shapes of results,
@@ -141,8 +141,10 @@ def over_tiles(attend, rows, keyed, outs, *, steps, step_rows, group, used, part
 
     attend(rows, keys, emit, scratch) runs in each of the two multiplying warpgroups, with its half
     of the rows, and returns the values of `outs`; keys(c, use) returns use(*keyed) of step c, of
-    which a warpgroup sees its half when they are `split`; emit(c, values) writes part_outs.
+    which a warpgroup sees its half when they are `split`; emit(c, values) writes part_outs. With
+    `products` (halves.py) it is given the warpgroup's as a fifth argument.
     """
+    row = products.row_bytes if products else 128
     staging = 2 * HALF * (_row_bytes(outs) + _row_bytes(part_outs))
     staging += 2 * sum(2 * math.prod(shape) for shape in scratch)
     per_tile, per_step = X * _row_bytes(rows), step_rows * _row_bytes(keyed) + X * _row_bytes(own)
@@ -154,7 +156,7 @@ def over_tiles(attend, rows, keyed, outs, *, steps, step_rows, group, used, part
     assert key_slots >= 1, f"{left} bytes for {per_tile} and {per_step}"
 
     def body(group_gmem, used_gmem, *refs, rows_smem, keyed_smem, out_smem, part_smem,
-             scratch_smem, rows_bar, keys_bar):
+             scratch_smem, rows_bar, keys_bar, sums=None):
         by_tile = [False] * len(keyed) + [True] * len(own)
         ends = [len(rows), len(rows) + len(by_tile), len(rows) + len(by_tile) + len(outs)]
         rows_gmem, keyed_gmem = refs[:ends[0]], refs[ends[0]:ends[1]]
@@ -220,8 +222,9 @@ def over_tiles(attend, rows, keyed, outs, *, steps, step_rows, group, used, part
                 def emit(c, values):
                     store(values, part_smem, parts_gmem, tile * steps + c, HALF)
 
+                made = [products.of(sums, warpgroup)] if products else []
                 results = attend([x.at[slot, mine] for x in rows_smem], keys, emit,
-                                 [x.at[warpgroup] for x in scratch_smem])
+                                 [x.at[warpgroup] for x in scratch_smem], *made)
                 by_row.release(i)
                 if outs:
                     store(results, out_smem, outs_gmem, tile, kept)
@@ -230,14 +233,15 @@ def over_tiles(attend, rows, keyed, outs, *, steps, step_rows, group, used, part
             plgpu.wait_smem_to_gmem(0)
 
     memory = dict(
-        rows_smem=[_memory((row_slots, X, *x.shape[1:]), x.dtype) for x in rows],
-        keyed_smem=[_memory((key_slots, n, *x.shape[1:]), x.dtype)
+        rows_smem=[_memory((row_slots, X, *x.shape[1:]), x.dtype, row) for x in rows],
+        keyed_smem=[_memory((key_slots, n, *x.shape[1:]), x.dtype, row)
                     for n, arrays in ((step_rows, keyed), (X, own)) for x in arrays],
-        out_smem=[_memory((2, HALF, *x.shape[1:]), x.dtype) for x in outs],
-        part_smem=[_memory((2, HALF, *x.shape[1:]), x.dtype) for x in part_outs],
-        scratch_smem=[shared((2, *shape), jnp.bfloat16) for shape in scratch],
+        out_smem=[_memory((2, HALF, *x.shape[1:]), x.dtype, row) for x in outs],
+        part_smem=[_memory((2, HALF, *x.shape[1:]), x.dtype, row) for x in part_outs],
+        scratch_smem=[shared((2, *shape), jnp.bfloat16, row) for shape in scratch],
         rows_bar=barriers(len(rows), row_slots),
         keys_bar=barriers(len(keyed) + len(own), key_slots),
+        sums=products.scratch() if products else None,
     )
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*outs, *part_outs)]
     return launch(body, results, memory)(group, used, *rows, *keyed, *own)

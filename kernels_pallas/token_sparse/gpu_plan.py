@@ -1,4 +1,4 @@
-"""What the Hopper kernels of token_sparse can do, and how they cut a call.
+"""What the GPU kernels of token_sparse can do, and how they cut a call.
 
 Letters beside the house's: Z tiles. A tile is two queries, 64 rows each, of which heads are the
 first; or, where latents are wider than a warpgroup's registers or heads more than its rows, one
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from kernels_pallas import device
+from kernels_pallas import generation
 
 HALF = 64  # rows of a query, and tokens of it multiplied at once
 NARROW = 128  # of what one warpgroup's registers hold beside the scores
@@ -41,21 +41,26 @@ class Plan:
     N: int
     Dk: int
     chunk: int  # queries, of all rows of the batch end to end
+    blackwell: bool = False
 
     @property
     def D(self) -> int:
-        """Width in memory: whole rows of 128 bytes."""
-        return _whole(self.Dk, 64)
+        """Width in memory: whole rows of 128 bytes, and what two warpgroups of Blackwell share.
+
+        Whose products of 64 rows have columns in multiples of 64, each; only DeepSeek's 64 rotary
+        dims are no values of any.
+        """
+        return _whole(self.Dk, 128 if self.blackwell and self.wide and self.Dk <= 512 else 64)
 
     @property
     def V(self) -> int:
         """Width of values in memory."""
-        return _whole(self.v_dim, 64)
+        return _whole(self.v_dim, 128 if self.blackwell and self.wide else 64)
 
     @property
     def wide(self) -> bool:
         """Whether two warpgroups share a query."""
-        return self.D > NARROW or self.H > HALF
+        return self.Dk > NARROW or self.H > HALF
 
     @property
     def pair(self) -> int:
@@ -87,13 +92,14 @@ def plan_of(q, kv, chosen, *, v_dim, scale) -> Plan:
     """Return the plan of a call."""
     (B, L, H, Dk), S, N = q.shape, kv.shape[1], chosen.shape[2]
     chunks = max(-(-B * L * _whole(N, HALF) // GATHERED), 1)
-    return Plan(float(scale), v_dim, B, L, S, H, N, Dk, -(-B * L // chunks))
+    return Plan(float(scale), v_dim, B, L, S, H, N, Dk, -(-B * L // chunks),
+                generation.is_blackwell())
 
 
 def supports(q, kv, chosen, *, v_dim, scale, unique=False, return_lse=False) -> str | None:
-    """Return None, or why the Hopper kernels cannot run this call."""
+    """Return None, or why the kernels for Hopper and Blackwell cannot run this call."""
     del kv, chosen, unique, return_lse
-    if lacks := device.lacks_hopper(q=q):
+    if lacks := generation.lacks_both(q=q):
         return lacks
     if q.shape[3] > WIDEST:
         return f"needs widths up to {WIDEST}, Dk is {q.shape[3]}"

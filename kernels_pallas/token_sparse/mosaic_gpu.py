@@ -1,4 +1,4 @@
-"""Attention to listed tokens on Hopper's tensor cores: bfloat16, accumulated in float32.
+"""Attention to listed tokens on the tensor cores of Hopper and Blackwell: bfloat16, float32 sums.
 
 Hopper's copy engine takes no lists, so a chunk's tokens are gathered first, in the order in which
 the kernels read them. Each of the two multiplying warpgroups of a program has a query of its own:
@@ -13,11 +13,10 @@ import functools
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import hopper, rows
-from kernels_pallas.token_sparse import chunks, gpu_tiles, mosaic_gpu_bwd, mosaic_gpu_wide
+from kernels_pallas import generation, halves, hopper, rows
+from kernels_pallas.token_sparse import chunks, gpu_tiles, mosaic_gpu_bwd
 from kernels_pallas.token_sparse.gpu_plan import EMPTY, HALF, LOG2E, NOTHING, Plan, plan_of
 
 _F32, _BF16 = jnp.float32, jnp.bfloat16
@@ -29,16 +28,18 @@ def _forward_tiles(plan: Plan, q, kv, bias):
     """Return o [Z x 2 x kept, D] and lse [Z x 2 x kept]."""
     factor = plan.scale * LOG2E
 
-    def attend(by_row, keys, _, spare):
+    result = (HALF, plan.D)
+    products = halves.products(_SHAPE, result)
+
+    def attend(by_row, keys, _, spare, own):
         (q_smem,) = by_row
-        result = (HALF, plan.D)
 
         def part(kv_smem, bias_smem, old=None):
             def score(acc):
-                plgpu.wgmma(acc, q_smem, kv_smem.transpose((1, 0)))
-                return acc[...]
+                own.multiply(acc, q_smem, kv_smem.transpose((1, 0)))
+                return own.read(acc)
 
-            raw = pl.run_scoped(score, plgpu.ACC(_SHAPE, _F32))
+            raw = own.scoped(score, 0)
             bias = plgpu.load(bias_smem, layout=_COLUMN)
             scores = raw * factor + hopper.spread(bias, _SHAPE, 1)
             top = jnp.maximum(scores.max(axis=1), EMPTY if old is None else old[0])
@@ -46,10 +47,10 @@ def _forward_tiles(plan: Plan, q, kv, bias):
             total = weights.sum(axis=1)
 
             def weigh(acc):
-                hopper.weigh(acc, weights.astype(_BF16), kv_smem, *spare)
-                return acc[...]
+                own.weigh(acc, weights, kv_smem, spare)
+                return own.read(acc)
 
-            o = pl.run_scoped(weigh, plgpu.ACC(result, _F32))
+            o = own.scoped(weigh, 1)
             if old is None:
                 return top, total, o
             shrink = jnp.exp2(old[0] - top)
@@ -64,9 +65,9 @@ def _forward_tiles(plan: Plan, q, kv, bias):
         lse = jnp.where(some, top * (1 / LOG2E) + jnp.log(total), NOTHING)
         return o / hopper.spread(total, result, 0), lse
 
-    spare = [_SHAPE] if hopper.interpreted() else []
     outs = [gpu_tiles.result(plan, (plan.D,), _BF16), gpu_tiles.result(plan, (), _F32)]
-    return gpu_tiles.over_tiles(plan, attend, [q], [kv, bias], outs, scratch=spare)
+    return gpu_tiles.over_tiles(plan, attend, [q], [kv, bias], outs, products=products,
+                                scratch=products.spare(_SHAPE))
 
 
 def _backward_tiles(plan: Plan, q, do, lse2, delta, kv, bias):
@@ -76,7 +77,9 @@ def _backward_tiles(plan: Plan, q, do, lse2, delta, kv, bias):
     """
     factor = plan.scale * LOG2E
 
-    def attend(by_row, keys, emit, memory):
+    result = (HALF, plan.D)
+
+    def attend(by_row, keys, emit, memory, own):
         q_smem, do_smem, lse_smem, delta_smem = by_row
         weights_smem, d_scores_smem = memory
         less, delta = (plgpu.load(x, layout=_ROW) for x in (lse_smem, delta_smem))
@@ -85,39 +88,39 @@ def _backward_tiles(plan: Plan, q, do, lse2, delta, kv, bias):
             def step(c, _):
                 def part(kv_smem, bias_smem):
                     def both(score, d_weight):
-                        plgpu.wgmma(score, q_smem, kv_smem.transpose((1, 0)))
-                        plgpu.wgmma(d_weight, do_smem, kv_smem.transpose((1, 0)))
-                        raw = plgpu.wgmma_accumulator_load(score, wait_n=1)
+                        own.multiply(score, q_smem, kv_smem.transpose((1, 0)))
+                        own.multiply(d_weight, do_smem, kv_smem.transpose((1, 0)))
+                        raw = own.read(score, pending=1)
                         bias = plgpu.load(bias_smem, layout=_COLUMN)
                         scores = raw * factor + hopper.spread(bias, _SHAPE, 1)
                         weights = jnp.exp2(scores - hopper.spread(less, _SHAPE, 0))
-                        more = d_weight[...] - hopper.spread(delta, _SHAPE, 0)
+                        more = own.read(d_weight, known=True) - hopper.spread(delta, _SHAPE, 0)
                         return weights, weights * more * plan.scale
 
-                    acc = plgpu.ACC(_SHAPE, _F32)
-                    weights, d_scores = pl.run_scoped(both, acc, acc)
+                    weights, d_scores = own.scoped(both, 0, 1)
                     weights_smem[...] = weights.astype(_BF16)
                     d_scores_smem[...] = d_scores.astype(_BF16)
                     plgpu.commit_smem()
-                    plgpu.wgmma(dq, d_scores_smem, kv_smem)
+                    own.multiply(dq, d_scores_smem, kv_smem, more=c > 0)
 
                     def gradient(acc):
-                        plgpu.wgmma(acc, d_scores_smem.transpose((1, 0)), q_smem)
-                        plgpu.wgmma(acc, weights_smem.transpose((1, 0)), do_smem)
-                        return acc[...]
+                        own.multiply(acc, d_scores_smem.transpose((1, 0)), q_smem)
+                        own.multiply(acc, weights_smem.transpose((1, 0)), do_smem, more=True)
+                        return own.read(acc)
 
-                    return pl.run_scoped(gradient, plgpu.ACC((HALF, plan.D), _F32))
+                    return own.scoped(gradient, 3)
 
                 emit(c, [keys(c, part)])
 
             lax.fori_loop(0, plan.steps, step, None)
-            return dq[...]
+            return own.read(dq)
 
-        return [pl.run_scoped(sum_up, plgpu.ACC((HALF, plan.D), _F32))]
+        return [own.scoped(sum_up, 2)]
 
     return gpu_tiles.over_tiles(
         plan, attend, [q, do, lse2, delta], [kv, bias],
         [gpu_tiles.result(plan, (plan.D,), _BF16)], scratch=[_SHAPE, _SHAPE],
+        products=halves.products(_SHAPE, _SHAPE, result, result),
         part_outs=[gpu_tiles.result(plan, (plan.D,), _BF16, by_step=True)])
 
 
@@ -125,17 +128,17 @@ def _mass_tiles(plan: Plan, q, lse2, kv):
     """Return the weight of every gathered token, summed over heads [Z x steps x X]."""
     factor = plan.scale * LOG2E
 
-    def attend(by_row, keys, emit, _):
+    def attend(by_row, keys, emit, _, own):
         q_smem, lse_smem = by_row
         less = plgpu.load(lse_smem, layout=_COLUMN)
 
         def step(c, _):
             def part(kv_smem):
                 def score(acc):
-                    plgpu.wgmma(acc, kv_smem, q_smem.transpose((1, 0)))
-                    return acc[...]
+                    own.multiply(acc, kv_smem, q_smem.transpose((1, 0)))
+                    return own.read(acc)
 
-                raw = pl.run_scoped(score, plgpu.ACC(_SHAPE, _F32))
+                raw = own.scoped(score, 0)
                 return jnp.exp2(raw * factor - hopper.spread(less, _SHAPE, 1)).sum(axis=1)
 
             emit(c, [keys(c, part)])
@@ -144,10 +147,16 @@ def _mass_tiles(plan: Plan, q, lse2, kv):
         return []
 
     part_outs = [gpu_tiles.result(plan, (), _F32, by_step=True)]
-    return gpu_tiles.over_tiles(plan, attend, [q, lse2], [kv], [], part_outs=part_outs)[0]
+    return gpu_tiles.over_tiles(plan, attend, [q, lse2], [kv], [], part_outs=part_outs,
+                                products=halves.products(_SHAPE))[0]
 
 
 # Around the kernels.
+
+
+def _wide():
+    """The kernels for wide latents and many heads."""
+    return generation.kernels("kernels_pallas.token_sparse", "mosaic_gpu_wide")
 
 
 def _bias(plan: Plan, at):
@@ -158,7 +167,7 @@ def _bias(plan: Plan, at):
 def _forward_chunk(plan: Plan, table, _, chunk):
     q, at = chunk
     at = gpu_tiles.in_steps(plan, at)
-    run = mosaic_gpu_wide.forward_tiles if plan.wide else _forward_tiles
+    run = _wide().forward_tiles if plan.wide else _forward_tiles
     o, lse = run(plan, gpu_tiles.by_tile(plan, q), rows.read(table, at), _bias(plan, at))
     return None, (gpu_tiles.of_tiles(plan, o)[..., :plan.v_dim], gpu_tiles.of_tiles(plan, lse))
 
@@ -166,11 +175,12 @@ def _forward_chunk(plan: Plan, table, _, chunk):
 def _backward_chunk(plan: Plan, table, d_table, chunk):
     q, do, lse2, delta, at = chunk
     at = gpu_tiles.in_steps(plan, at)
-    run = mosaic_gpu_wide.backward_tiles if plan.wide else _backward_tiles
+    run = _wide().backward_tiles if plan.wide else _backward_tiles
     by_tile = functools.partial(gpu_tiles.by_tile, plan)
     dq, d_tokens = run(plan, by_tile(q), by_tile(do), by_tile(lse2, -NOTHING), by_tile(delta),
                        rows.read(table, at), _bias(plan, at))
-    d_table += mosaic_gpu_bwd.add_up(d_tokens, at, d_table.shape[0])
+    sums = generation.kernels("kernels_pallas.token_sparse", "mosaic_gpu_bwd")
+    d_table += sums.add_up(d_tokens, at, d_table.shape[0])
     return d_table, gpu_tiles.of_tiles(plan, dq)[..., :plan.Dk]
 
 
@@ -207,7 +217,7 @@ def token_mass(q_BxLxHxDk, kv_BxSxDk, chosen_BxLxN, lse_BxLxH, *, scale):
 
     def chunk(_, x):
         q, lse2, at = x
-        run = mosaic_gpu_wide.mass_tiles if plan.wide else _mass_tiles
+        run = _wide().mass_tiles if plan.wide else _mass_tiles
         found = run(plan, gpu_tiles.by_tile(plan, q), gpu_tiles.by_tile(plan, lse2, -NOTHING),
                     rows.read(table, gpu_tiles.in_steps(plan, at)))
         return None, jnp.where(at < plan.B * plan.S, gpu_tiles.of_steps(plan, found), 0)

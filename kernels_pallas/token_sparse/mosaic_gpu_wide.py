@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ _SLOTS = 3  # of tokens, where they fit
 _BARRIERS = 256  # bytes
 # Columns of the queries' gradient that two warpgroups' registers sum; of a wider one XLA makes the
 # rest, DeepSeek's 64 rotary ones, of d_scores that the kernel writes anyway.
-_SUMMED = 512
+SUMMED = 512
 _PARAMS = {field.name for field in dataclasses.fields(plgpu.CompilerParams)}  # of this JAX
 
 
@@ -44,7 +45,17 @@ def _half(ref, width, warpgroup):
     return ref.at[:, pl.ds(pl.multiple_of(warpgroup * (width // 2), QUARTER), width // 2)]
 
 
-def _over_tiles(plan: Plan, attend, by_row, keyed, outs, *, shared=(), numbers=0):
+@dataclasses.dataclass(frozen=True)
+class _Only(hopper.Ring):
+    """A ring of one slot, which on Blackwell the compiler is not told."""
+
+    zero: Any = None
+
+    def slot(self, count):
+        return super().slot(count) if self.zero is None else count & self.zero
+
+
+def over_tiles(plan: Plan, attend, by_row, keyed, outs, *, shared=(), numbers=0, products=None):
     """A kernel that calls `attend` in both multiplying warpgroups for each query and 64 heads.
 
     `by_row` are arrays by row of the tiles, [Z x 64, ...], of which one tile is in memory; `keyed`
@@ -54,7 +65,7 @@ def _over_tiles(plan: Plan, attend, by_row, keyed, outs, *, shared=(), numbers=0
     attend(tile, warpgroup, rows, keys, outs, numbers, meet) writes to `outs` itself and returns
     when what it wrote has left the memory of the rows; keys(c, use) returns
     use([*wide rows, *shared], *keyed) of step c, and meet() waits until both warpgroups have come
-    there.
+    there. With Blackwell's `products` it and `use` are given the warpgroup's, last.
     """
     tiles, steps = plan.tiles * plan.sets, plan.steps
 
@@ -73,13 +84,13 @@ def _over_tiles(plan: Plan, attend, by_row, keyed, outs, *, shared=(), numbers=0
     assert slots >= 1, f"{fixed} bytes and {per_slot}"
 
     def body(zero_gmem, *refs, rows_smem, keyed_smem, shared_smem, numbers_smem, rows_bar,
-             keys_bar, meet_bar):
+             keys_bar, meet_bar, sums=None):
         zero, ends = zero_gmem[0], [len(by_row), len(by_row) + len(keyed)]
         rows_gmem, keyed_gmem = refs[:ends[0]], refs[ends[0]:ends[1]]
         outs_gmem = refs[ends[1]:]
         core, warpgroup = lax.axis_index("core"), lax.axis_index("warpgroup")
         cores = device.target().cores
-        row_ring, key_ring = hopper.Ring(*rows_bar, 1), hopper.Ring(*keys_bar, slots)
+        key_ring = hopper.Ring(*keys_bar, slots)
         share = hopper.share(hopper.i32(tiles))
         extra = numbers_smem.at[pl.ds(0, numbers)]
         after = iter(range(numbers, numbers + narrow(by_row)))
@@ -87,7 +98,15 @@ def _over_tiles(plan: Plan, attend, by_row, keyed, outs, *, shared=(), numbers=0
         rows = [next(memory).at[0] if x.ndim == 2 else numbers_smem.at[next(after)]
                 for x in by_row]
 
-        def of_slot(slot, c):
+        def known():
+            if not products:
+                return zero, warpgroup, share, _Only(*rows_bar, 1)
+            # What a branch works out anew is not spilled for lack of registers in the other.
+            again = zero_gmem[0]
+            return (again, lax.axis_index("warpgroup"), hopper.share(hopper.i32(tiles)),
+                    _Only(*rows_bar, 1, again))
+
+        def of_slot(slot, c, zero):
             # Of memory known before the loop over c the compiler works out the address of every
             # operand ahead, 64 bits each, and spills them: it is not told that c & zero is 0.
             slot = slot + (c & zero)
@@ -98,7 +117,8 @@ def _over_tiles(plan: Plan, attend, by_row, keyed, outs, *, shared=(), numbers=0
 
         @pl.when(warpgroup == 2)
         def _():
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(40 if products else 24, action="decrease")
+            zero, _, share, row_ring = known()
 
             def fill(i, _):
                 tile = core + i * cores
@@ -111,7 +131,8 @@ def _over_tiles(plan: Plan, attend, by_row, keyed, outs, *, shared=(), numbers=0
                 def step(c, _):
                     slot = key_ring.acquire(i * steps + c)
                     part = pl.ds(pl.multiple_of((first + c) * HALF, HALF), HALF)
-                    for source, target in zip(keyed_gmem, of_slot(slot, c)[1:], strict=True):
+                    for source, target in zip(keyed_gmem, of_slot(slot, c, zero)[1:],
+                                              strict=True):
                         plgpu.copy_gmem_to_smem(source.at[part], target, key_ring.full.at[slot])
 
                 lax.fori_loop(0, steps, step, None)
@@ -120,7 +141,8 @@ def _over_tiles(plan: Plan, attend, by_row, keyed, outs, *, shared=(), numbers=0
 
         @pl.when(warpgroup < 2)
         def _():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(232 if products else 240, action="increase")
+            zero, warpgroup, share, row_ring = known()
 
             def meet():
                 plgpu.barrier_arrive(meet_bar)
@@ -131,11 +153,19 @@ def _over_tiles(plan: Plan, attend, by_row, keyed, outs, *, shared=(), numbers=0
 
                 def keys(c, use):
                     count = i * steps + c
-                    result = use(*of_slot(key_ring.wait(count), c))
+                    result = use(*of_slot(key_ring.wait(count), c, zero), *own(c))
                     key_ring.release(count)
                     return result
 
-                attend(core + i * cores, warpgroup, rows, keys, outs_gmem, extra, meet)
+                def own(c):
+                    return [products.of(sums, warpgroup, c & zero)] if products else []
+
+                seen = rows
+                if products:
+                    memory = iter(rows_smem)
+                    seen = [next(memory).at[i & zero] if x.ndim == 2 else row
+                            for x, row in zip(by_row, rows, strict=True)]
+                attend(core + i * cores, warpgroup, seen, keys, outs_gmem, extra, meet, *own(i))
                 row_ring.release(i)
 
             lax.fori_loop(0, share, multiply, None)
@@ -148,27 +178,28 @@ def _over_tiles(plan: Plan, attend, by_row, keyed, outs, *, shared=(), numbers=0
         numbers_smem=plgpu.SMEM((numbers + narrow(by_row) + slots * narrow(keyed), HALF), _F32),
         rows_bar=hopper.barriers(len(by_row), 1),
         keys_bar=hopper.barriers(len(keyed), slots),
-        meet_bar=plgpu.Barrier(num_arrivals=2),
+        meet_bar=plgpu.Barrier(num_arrivals=2) if products is None else None,
+        sums=products.scratch() if products else None,
     )
     # Sums and maxima here go along rows, which warps do among themselves: no memory for them.
     params = {name: 0 for name in _PARAMS if name == "reduction_scratch_bytes"}
     return hopper.launch(body, outs, memory, **params)(jnp.zeros(1, jnp.int32), *by_row, *keyed)
 
 
-def _kept(plan: Plan) -> int:
+def kept(plan: Plan) -> int:
     """Rows of a tile that are written."""
     return plan.kept // plan.sets
 
 
-def _send(plan: Plan, values, memory, target, tile, first):
+def send(plan: Plan, values, memory, target, tile, first):
     """Write these columns of a tile's result, from `first` on, by way of this memory."""
     columns = pl.ds(pl.multiple_of(first, QUARTER), values.shape[1])
     memory.at[:, columns][...] = values.astype(_BF16)
     plgpu.commit_smem()
-    kept = _kept(plan)
-    for row in range(0, kept, 8):  # some columns of 8 rows are one piece of memory
+    count = kept(plan)
+    for row in range(0, count, 8):  # some columns of 8 rows are one piece of memory
         plgpu.copy_smem_to_gmem(memory.at[pl.ds(row, 8), columns],
-                                target.at[pl.ds(tile * kept + row, 8), columns],
+                                target.at[pl.ds(tile * count + row, 8), columns],
                                 commit_group=False)
     plgpu.commit_smem_to_gmem_group()
 
@@ -245,24 +276,24 @@ def forward_tiles(plan: Plan, q, kv, bias):
         def _():
             lse_smem[...] = jnp.where(some, top * (1 / LOG2E) + jnp.log(total), NOTHING)
             plgpu.commit_smem()
-            kept = _kept(plan)
-            plgpu.copy_smem_to_gmem(lse_smem.at[pl.ds(0, kept)],
-                                    lse_gmem.at[pl.ds(tile * kept, kept)])
+            count = kept(plan)
+            plgpu.copy_smem_to_gmem(lse_smem.at[pl.ds(0, count)],
+                                    lse_gmem.at[pl.ds(tile * count, count)])
 
         first = warpgroup * (V // 2)
         for part in o:
-            _send(plan, part / hopper.spread(total, part.shape, 0), q_smem, o_gmem, tile, first)
+            send(plan, part / hopper.spread(total, part.shape, 0), q_smem, o_gmem, tile, first)
             first += part.shape[1]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     rows = plan.tiles * plan.kept
     outs = [jax.ShapeDtypeStruct((rows, V), _BF16), jax.ShapeDtypeStruct((rows,), _F32)]
-    return _over_tiles(plan, attend, [q], [kv, bias], outs, shared=[(HALF, HALF)], numbers=5)
+    return over_tiles(plan, attend, [q], [kv, bias], outs, shared=[(HALF, HALF)], numbers=5)
 
 
 def _gradient_tiles(plan: Plan, q, do, lse2, delta, kv, bias):
     """Return dq [queries x kept, 512 of D] and, by tile, d_scores above weights [Z x 128, N]."""
-    factor, W, V = plan.scale * LOG2E, min(plan.D, _SUMMED), plan.V
+    factor, W, V = plan.scale * LOG2E, min(plan.D, SUMMED), plan.V
     pieces = _pieces(W, 256)
 
     def attend(tile, warpgroup, by_row, keys, outs, _, meet):
@@ -321,30 +352,30 @@ def _gradient_tiles(plan: Plan, q, do, lse2, delta, kv, bias):
         # The queries were read last before the warpgroups met: their memory is free.
         first = warpgroup * (W // 2)
         for values in parts:
-            _send(plan, values, q_smem, dq_gmem, tile, first)
+            send(plan, values, q_smem, dq_gmem, tile, first)
             first += values.shape[1]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     outs = [jax.ShapeDtypeStruct((plan.tiles * plan.kept, W), _BF16),
             jax.ShapeDtypeStruct((plan.tiles * plan.sets * 2 * HALF, plan.steps * HALF), _BF16)]
-    return _over_tiles(plan, attend, [q, do, lse2, delta], [kv, bias], outs,
+    return over_tiles(plan, attend, [q, do, lse2, delta], [kv, bias], outs,
                        shared=[(HALF, HALF)] * 2)
 
 
-def backward_tiles(plan: Plan, q, do, lse2, delta, kv, bias):
+def backward_tiles(plan: Plan, q, do, lse2, delta, kv, bias, gradient=_gradient_tiles):
     """Return dq [queries x kept, D] and the gradient of every gathered token, [.. x 64, D].
 
     `lse2` is to base 2, 1e30 for rows that see nothing; `do` is filled up with zeros to D.
     """
-    dq, weights = _gradient_tiles(plan, q, do[:, :plan.V], lse2, delta, kv, bias)
+    dq, weights = gradient(plan, q, do[:, :plan.V], lse2, delta, kv, bias)
     both = [x.reshape(plan.tiles, plan.sets, HALF, plan.D) for x in (q, do)]
     rows = jnp.stack(both, 2).reshape(plan.tiles, -1, plan.D)
     weights = weights.reshape(plan.tiles, rows.shape[1], -1)
     d_tokens = jnp.einsum("qhn,qhd->qnd", weights, rows, preferred_element_type=_F32)
-    if plan.D > _SUMMED:
-        d_scores = weights.reshape(plan.tiles, plan.sets, 2, HALF, -1)[:, :, 0, :_kept(plan)]
+    if plan.D > SUMMED:
+        d_scores = weights.reshape(plan.tiles, plan.sets, 2, HALF, -1)[:, :, 0, :kept(plan)]
         rest = jnp.einsum("qshn,qnd->qshd", d_scores,
-                          kv[:, _SUMMED:].reshape(plan.tiles, -1, plan.D - _SUMMED),
+                          kv[:, SUMMED:].reshape(plan.tiles, -1, plan.D - SUMMED),
                           preferred_element_type=_F32)
         dq = jnp.concatenate([dq, rest.astype(_BF16).reshape(dq.shape[0], -1)], 1)
     return dq, d_tokens.astype(_BF16).reshape(-1, plan.D)
@@ -380,6 +411,6 @@ def mass_tiles(plan: Plan, q, lse2, kv):
 
     shape = (plan.tiles, plan.sets, plan.steps, 2, HALF)
     total = 2 * plan.tiles * plan.sets * plan.steps * HALF
-    (mass,) = _over_tiles(plan, attend, [q, lse2], [kv],
+    (mass,) = over_tiles(plan, attend, [q, lse2], [kv],
                           [jax.ShapeDtypeStruct((total,), _F32)], numbers=2)
     return mass.reshape(shape).sum((1, 3)).reshape(-1)

@@ -1,6 +1,6 @@
 """token_sparse's Mosaic GPU kernels, interpreted with race detection, against loops in float64.
 
-On a machine with a Hopper GPU, JAX_PLATFORMS=cuda runs the same tests on it.
+On a machine with a Hopper GPU or a B200, JAX_PLATFORMS=cuda runs the tests of its generation on it.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import pytest
 from kernels_pallas import device, numerics
 from kernels_pallas.chips import CHIPS
 from kernels_pallas.token_sparse import gpu_plan, mass, op, specs, token_mass, token_sparse
-from tests.kernels.test_mosaic_gpu import hopper, recent, runs
+from tests.kernels.test_mosaic_gpu import blackwell, both, hopper, recent, runs
 
 NAMES = ("o", "lse", "dq", "dkv", "mass")
 SMALL = [name for name in specs.HOPPER if name.startswith("tile_")]
@@ -102,34 +102,53 @@ def edges():
 
 
 @runs
-def test_list_edges_repeated_and_absent_tokens():
-    got = check(EDGES, compiled(EDGES), edges())
+@pytest.mark.parametrize("gpu", [hopper, pytest.param(blackwell, marks=pytest.mark.slow)])
+def test_list_edges_repeated_and_absent_tokens(gpu):
+    got = check(EDGES, compiled(EDGES, target=gpu(2)), edges())
     assert not np.asarray(got["dq"], np.float32)[0, 2].any()  # a row that sees nothing
 
 
 @runs
+def test_values_on_blackwell():
+    """What costs seconds by default; gradients and masses there are slow."""
+    arguments, scale = edges(), EDGES.Dk**-0.5
+    with device.assume(blackwell(2)):
+        o, lse = jax.jit(lambda *x: token_sparse(
+            *x, v_dim=EDGES.v_dim, scale=scale, return_lse=True,
+            implementation="mosaic_gpu"))(*arguments)
+    want = oracle(EDGES, arguments, (np.zeros(o.shape), np.zeros(lse.shape)))
+    assert numerics.report(o, want["o"], factor=0.4, dtype="bfloat16", floor=1e-3) is None
+    assert (np.asarray(lse)[0, 2] == np.float32(-1e30)).all()
+    assert numerics.error(lse[0, :2], want["lse"][0, :2], floor=1.0) < 1e-5
+
+
+@runs
 @pytest.mark.slow
-def test_large_and_tiny_numbers():
+@both
+def test_large_and_tiny_numbers(gpu):
     q, kv, chosen = edges()
     q = q * jnp.asarray([1e4, 1e-30, 1], jnp.bfloat16)[None, :, None, None]
-    got = check(EDGES, compiled(EDGES), [q, kv * jnp.asarray(1e-2, jnp.bfloat16), chosen])
+    arguments = [q, kv * jnp.asarray(1e-2, jnp.bfloat16), chosen]
+    got = check(EDGES, compiled(EDGES, target=gpu(2)), arguments)
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got.values())
 
 
 @runs
 @pytest.mark.slow
+@both
 @pytest.mark.parametrize("name", SMALL)
-def test_every_small_spec(name):
+def test_every_small_spec(name, gpu):
     spec = specs.HOPPER[name]
-    check(spec, compiled(spec), spec.arguments()[0])
+    check(spec, compiled(spec, target=gpu(2)), spec.arguments()[0])
 
 
 @runs
 @pytest.mark.slow
-def test_chunks_of_queries_add_up(monkeypatch):
+@both
+def test_chunks_of_queries_add_up(monkeypatch, gpu):
     monkeypatch.setattr(gpu_plan, "GATHERED", 192)
     spec = dataclasses.replace(specs.HOPPER["tile_any"], B=2, L=5)
-    check(spec, compiled(spec, cores=3), spec.arguments()[0])
+    check(spec, compiled(spec, target=gpu(3)), spec.arguments()[0])
 
 
 def _arguments(dtype="bfloat16", Dk=80):
@@ -139,7 +158,8 @@ def _arguments(dtype="bfloat16", Dk=80):
 
 REFUSED = {
     "cpu": (device.Target("cpu"), {}, {}, "needs an NVIDIA GPU, the device is cpu"),
-    "blackwell": (CHIPS["b200"].target, {}, {}, r"Hopper's tensor cores \(9.0\), .*\(10, 0\)"),
+    "ampere": (device.Target("gpu", "A100", (8, 0)), {}, {},
+               r"needs Hopper \(9.0\) or .* is \(8, 0\)"),
     "dtype": (CHIPS["h200"].target, {"dtype": "float32"}, {}, "q is float32"),
     "latent": (CHIPS["h200"].target, {"Dk": 577}, {}, "widths up to 576, Dk is 577"),
     "scale": (CHIPS["h100"].target, {}, {"scale": -1.0}, "scale is -1.0"),
@@ -172,15 +192,17 @@ def test_deepseeks_latent_is_served_and_wider_values_are_not():
 
 @runs
 @pytest.mark.slow
-def test_chunks_of_wide_queries_add_up(monkeypatch):
+@both
+def test_chunks_of_wide_queries_add_up(monkeypatch, gpu):
     monkeypatch.setattr(gpu_plan, "GATHERED", 192)
     spec = dataclasses.replace(specs.HOPPER["tile_wide"], B=2, L=5, H=65)
-    check(spec, compiled(spec, cores=3), spec.arguments()[0])
+    check(spec, compiled(spec, target=gpu(3)), spec.arguments()[0])
 
 
 @runs
 @pytest.mark.slow
-def test_a_meeting_left_out_is_found(monkeypatch):
+@both
+def test_a_meeting_left_out_is_found(monkeypatch, gpu):
     """The warpgroups of a wide query share memory: race detection sees it when they do not meet."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -199,6 +221,6 @@ def test_a_meeting_left_out_is_found(monkeypatch):
     for name in alone:
         monkeypatch.setattr(plgpu, name, skipping(name))
     spec = specs.HOPPER["tile_wide"]
-    run, arguments = compiled(spec), spec.arguments()[0]
+    run, arguments = compiled(spec, target=gpu(2)), spec.arguments()[0]
     with pytest.raises(Exception, match=r"(?i)race"):
         check(spec, run, arguments)
