@@ -6,18 +6,17 @@ import numbers
 
 import jax.numpy as jnp
 
+from kernels_pallas import generation
 from kernels_pallas.block_sparse import plan, reference, xla
 from kernels_pallas.op import Backend, Op
 
 
 def _mosaic_gpu(*args, **kwargs):
-    # Pallas takes 0.4 s to import, which only who runs it pays.
-    from kernels_pallas.block_sparse import mosaic_gpu
-
-    return mosaic_gpu.block_sparse(*args, **kwargs)
+    return generation.kernels(__name__).block_sparse(*args, **kwargs)
 
 
 def _mosaic_tpu(*args, **kwargs):
+    # Pallas takes 0.4 s to import, which only who runs it pays.
     from kernels_pallas.block_sparse import mosaic_tpu
 
     return mosaic_tpu.block_sparse(*args, **kwargs)

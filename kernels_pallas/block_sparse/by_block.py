@@ -32,6 +32,7 @@ class Kernels(NamedTuple):
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    multiple: int = 1  # of tiles there are
 
 
 def _groups(plan: Plan, blocks):
@@ -43,9 +44,10 @@ def _groups(plan: Plan, blocks):
     return jnp.where(blocks < 0, plan.groups, group)
 
 
-def _cut(plan: Plan, group):
+def _cut(kernels: Kernels, plan: Plan, group):
     """Cut a chunk's pairs into tiles."""
-    return tiles.cut(group.reshape(-1, plan.N), plan.groups, plan.T, 1, method="scan_unrolled")
+    return tiles.cut(group.reshape(-1, plan.N), plan.groups, plan.T, kernels.multiple,
+                     method="scan_unrolled")
 
 
 def _by_block(plan: Plan, x, starts):
@@ -80,7 +82,7 @@ def _choice(x, slot, some, nothing=0):
 
 def _forward_chunk(kernels: Kernels, plan: Plan, k, v, _, chunk):
     q, group = chunk
-    found = _cut(plan, group)
+    found = _cut(kernels, plan, group)
     q = _sort(plan, q.reshape(-1, plan.R, plan.Dk), found.row)
     o, lse = (_unsorted(plan, x) for x in kernels.forward(plan, q, found, k, v))
     some = found.slot < found.row.size
@@ -97,7 +99,7 @@ def _forward_chunk(kernels: Kernels, plan: Plan, k, v, _, chunk):
 
 def _backward_chunk(kernels: Kernels, plan: Plan, k, v, carry, chunk):
     q, do, lse, delta, group = chunk
-    found = _cut(plan, group)
+    found = _cut(kernels, plan, group)
     q, do = (_sort(plan, x.reshape(-1, plan.R, x.shape[-1]), found.row) for x in (q, do))
     # A slot without a pair weighs exp(0 - 1e30) = 0.
     lse = _sort(plan, lse.reshape(-1, plan.R), found.row, -NOTHING)

@@ -121,8 +121,8 @@ _KERNELS = by_block.Kernels(_forward_tiles, _backward_tiles)
 
 
 def block_sparse(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, blocks_BxLxGxN, starts_BxM, *, block, scale,
-                 return_lse=False):
+                 return_lse=False, kernels=_KERNELS):
     """Attend tile by tile."""
     arrays = (q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, blocks_BxLxGxN, starts_BxM)
-    o, lse = by_block.attend(_KERNELS, plan_of(*arrays, block=block, scale=scale), *arrays)
+    o, lse = by_block.attend(kernels, plan_of(*arrays, block=block, scale=scale), *arrays)
     return (o, lse) if return_lse else o

@@ -21,10 +21,11 @@ _COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one number for each column of a produc
 _COLUMNS = 32  # of a float32 result, written at once: 128 bytes
 
 
-def _items(plan: Plan, found):
+def items_of(plan: Plan, found, halves):
     """Return what one program sums at once, [parts x E x subs, 4] int32.
 
-    Columns: the first tile and how many, the first key by block, and the first row of the result.
+    `halves` are how many sums it makes of the same keys. Columns: the first tile and how many, the
+    first key by block, and the first row of the result.
     """
     E, subs = plan.groups, plan.block // plan.owned
     used = jnp.arange(found.group.shape[0], dtype=jnp.int32) < found.used
@@ -36,7 +37,7 @@ def _items(plan: Plan, found):
     begin = jnp.minimum(edges[None, :-1] + part * size[None], edges[None, 1:])
     end = jnp.minimum(begin + size[None], edges[None, 1:])
     key = jnp.arange(E * subs, dtype=jnp.int32).reshape(1, E, subs) * plan.owned
-    rows = plan.halves * part[:, :, None] * (E * plan.block) + key
+    rows = halves * part[:, :, None] * (E * plan.block) + key
     columns = (begin[:, :, None], (end - begin)[:, :, None], key, rows)
     return jnp.stack(jnp.broadcast_arrays(*columns), -1).reshape(-1, 4)
 
@@ -47,7 +48,7 @@ def key_gradients(plan: Plan, found, q, do, lse2, delta, k, v):
     `q`, `do`, `lse2` and `delta` are by slot, zeros and 1e30 where there is no pair; `k` and
     `v` by block, [E x block, D].
     """
-    items, factor = _items(plan, found), plan.scale * LOG2E
+    items, factor = items_of(plan, found, plan.halves), plan.scale * LOG2E
     widths = (plan.Dk, plan.Dv)
     per_slot = 2 * X * sum(widths)
     kept = 2 * plan.owned * sum(widths)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from kernels_pallas import device
+from kernels_pallas import device, generation
 from kernels_pallas.block_sparse import tiles
 
-# Rows of a tile on Hopper: 64 for each of the two warpgroups that multiply; on a TPU as many as
-# one product of its matrix units has.
+# Rows of a tile on a GPU: on Hopper 64 for each of the two warpgroups that multiply; on a TPU as
+# many as one product of its matrix units has.
 X, HALF = 128, 64
 TPU_X = 256
 _FAST = 48 << 20  # bytes of a TPU's fast memory that tiles may take
@@ -98,9 +98,9 @@ def plan_of(q, k, v, blocks, starts, *, block, scale, rows=X) -> Plan:
 
 
 def supports(q, k, v, blocks, starts, *, block, scale, return_lse=False) -> str | None:
-    """Return None, or why the Hopper kernels cannot run this call."""
+    """Return None, or why the kernels for Hopper and Blackwell cannot run this call."""
     del k, starts, return_lse
-    if lacks := device.lacks_hopper(q=q):
+    if lacks := generation.lacks_both(q=q):
         return lacks
     for name, x in (("Dk", q), ("Dv", v)):
         if x.shape[-1] not in (64, 128):

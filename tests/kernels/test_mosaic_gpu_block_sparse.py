@@ -1,6 +1,6 @@
 """block_sparse's Mosaic GPU kernels, interpreted with race detection, against loops in float64.
 
-On a machine with a Hopper GPU, JAX_PLATFORMS=cuda runs the same tests on it.
+On a machine with a Hopper GPU or a B200, JAX_PLATFORMS=cuda runs the tests of its generation on it.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import pytest
 from kernels_pallas import device, numerics
 from kernels_pallas.block_sparse import block_sparse, explain, plan, specs
 from kernels_pallas.chips import CHIPS
-from tests.kernels.test_mosaic_gpu import hopper, recent, runs
+from tests.kernels.test_mosaic_gpu import blackwell, both, hopper, recent, runs
 
 NAMES = ("o", "lse", "dq", "dk", "dv")
 SMALL = [name for name in specs.HOPPER if name.startswith("tile_")]
@@ -45,7 +45,7 @@ def oracle(spec, arguments, cotangents):
     return dict(zip(NAMES, (o, lse, dq, dk, dv), strict=True))
 
 
-def compiled(spec, cores=2, target=None, backend="mosaic_gpu"):
+def compiled(spec, target, backend="mosaic_gpu"):
     """Values and gradients from the kernels, for any numbers of one workload's shapes."""
     @jax.jit
     def run(q, k, v, blocks, starts, do, d_lse):
@@ -53,7 +53,7 @@ def compiled(spec, cores=2, target=None, backend="mosaic_gpu"):
             return block_sparse(q, k, v, blocks, starts, block=spec.block, scale=spec.Dk**-0.5,
                                 return_lse=True, implementation=backend)
 
-        with device.assume(target or hopper(cores)):
+        with device.assume(target):
             out, pull = jax.vjp(call, q, k, v)
             return dict(zip(NAMES, (*out, *pull((do, d_lse))), strict=True))
 
@@ -99,36 +99,40 @@ def edges():
 
 
 @runs
-def test_tile_edges_repeated_and_absent_choices():
-    got = check(EDGES, compiled(EDGES), edges())
+@pytest.mark.parametrize("gpu", [hopper, pytest.param(blackwell, marks=pytest.mark.slow)])
+def test_tile_edges_repeated_and_absent_choices(gpu):
+    got = check(EDGES, compiled(EDGES, gpu(2)), edges())
     assert not np.asarray(got["dq"], np.float32)[0, 0].any()  # a row that sees nothing
 
 
 @runs
 @pytest.mark.slow
-def test_large_and_tiny_numbers():
+@both
+def test_large_and_tiny_numbers(gpu):
     q, k, v, blocks, starts = edges()
     sizes = jnp.asarray(10.0 ** np.resize([4, -30, 0, 2], 66), jnp.bfloat16)
     q = q * sizes[None, :, None, None]  # scores of 1e4: all of a row's weight on one key
     v = v * jnp.asarray(1e-3, jnp.bfloat16)
-    got = check(EDGES, compiled(EDGES), [q, k, v, blocks, starts])
+    got = check(EDGES, compiled(EDGES, gpu(2)), [q, k, v, blocks, starts])
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got.values())
 
 
 @runs
 @pytest.mark.slow
+@both
 @pytest.mark.parametrize("name", SMALL)
-def test_every_small_spec(name):
+def test_every_small_spec(name, gpu):
     spec = specs.HOPPER[name]
-    check(spec, compiled(spec), spec.arguments()[0])
+    check(spec, compiled(spec, gpu(2)), spec.arguments()[0])
 
 
 @runs
 @pytest.mark.slow
-def test_chunks_of_queries_add_up(monkeypatch):
+@both
+def test_chunks_of_queries_add_up(gpu, monkeypatch):
     monkeypatch.setattr(plan, "CHUNK", 128)
     spec = dataclasses.replace(specs.HOPPER["tile_any"], H=2)
-    check(spec, compiled(spec, cores=3), spec.arguments()[0])
+    check(spec, compiled(spec, gpu(3)), spec.arguments()[0])
 
 
 def _arguments(dtype="bfloat16", L=8, H=4, G=2, Dk=64, Dv=64):
@@ -139,7 +143,8 @@ def _arguments(dtype="bfloat16", L=8, H=4, G=2, Dk=64, Dv=64):
 
 REFUSED = {
     "cpu": (device.Target("cpu"), {}, {}, "needs an NVIDIA GPU, the device is cpu"),
-    "blackwell": (CHIPS["b200"].target, {}, {}, r"Hopper's tensor cores \(9.0\), .*\(10, 0\)"),
+    "ampere": (device.Target("gpu", "A100", (8, 0)), {}, {}, r"needs Hopper .* is \(8, 0\)"),
+    "blackwell": (CHIPS["b200"].target, {"Dk": 192}, {}, "Dk is 192"),
     "dtype": (CHIPS["h200"].target, {"dtype": "float32"}, {}, "q is float32"),
     "Dk": (CHIPS["h200"].target, {"Dk": 192}, {}, "Dk is 192"),
     "Dv": (CHIPS["h100"].target, {"Dv": 80}, {}, "Dv is 80"),
