@@ -9,9 +9,7 @@ in the same sums, or each in its own.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,93 +19,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import device, hopper
+from kernels_pallas.blackwell_scores import (
+    LAYOUT,
+    ROWS,
+    STEP,
+    Memory,
+    barrier,
+    memory_of,
+    piece_of,
+    place_of,
+)
 from kernels_pallas.hopper import i32
 
 LOADS, MULTIPLIES, COMPUTES = range(3)  # what a warpgroup does; the fourth computes too
 _FEWER, _SOME, _MORE = 40, 56, 208  # registers of a thread in each, 128 at entry
-ROWS, STEP = 128, 64  # of the scores that are multiplied at once
-# Columns of them that are computed at once: a thread has a row, and would have a register for each
-# column's number too.
-PIECE = 32
-PIECES = range(0, STEP, PIECE)
-SHAPE = (ROWS, PIECE)
-LAYOUT = plgpu.Layout.TCGEN05
-ROW, COLUMN = LAYOUT.reduce(1), LAYOUT.reduce(0)
-PART = 64  # columns of a sum that registers hold at once
-_COLUMNS = 512  # of tensor memory, of 4 bytes each
-
-
-def fits(*, scores, weights, sums, apart) -> bool:
-    """Return whether tensor memory has room for so many places, and sums of these widths."""
-    return 2 * (scores * STEP + weights * STEP // 2) + (1 + apart) * sum(sums) <= _COLUMNS
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Tensor memory and its barriers: two places of scores and of weights, and sums of `widths`.
-
-    A place is scored by the products of its scores and ready when its weights are stored, which a
-    computing warpgroup does when it has read the scores. Products are done in the order in which
-    they were issued, so that the next scores of a place tell that its weights may be stored anew,
-    and its warpgroup's sum be scaled.
-    """
-
-    scores: Sequence[Any]
-    weights: Sequence[Any]
-    sums: Sequence[Any]
-    scored: Any
-    ready: Any
-    summed: Any
-    taken: Any
-    widths: Sequence[int]
-    apart: bool
-
-    def sum(self, place, n):
-        """Return a sum [ROWS, width]; of the two that are `apart` the one of this place."""
-        width = self.widths[n]
-        return self.sums[n].at[:, pl.ds((place if self.apart else 0) * width, width)]
-
-    def scale(self, place, n, factor):
-        """Multiply the rows of a sum that no product adds to."""
-        whole = self.sum(place, n)
-        for column in range(0, self.widths[n], PART):
-            part = whole.at[:, pl.ds(column, PART)]
-            values = plgpu.async_load_tmem(part, layout=LAYOUT)
-            plgpu.wait_load_tmem()
-            plgpu.async_store_tmem(part, values * hopper.spread(factor, values.shape, 0))
-
-    def take(self, place, some, n, column, width):
-        """Return some columns of a sum, zeros unless `some` steps were added up."""
-        values = plgpu.async_load_tmem(self.sum(place, n).at[:, pl.ds(column, width)],
-                                       layout=LAYOUT)
-        some = lax.broadcast_in_dim(some, values.shape, ())
-        return jnp.where(some != 0, values, jnp.zeros_like(values))
-
-
-def _place(ref, place):
-    return ref.at[:, pl.ds(place * STEP, STEP)]
-
-
-def _piece(ref, place, column):
-    return ref.at[:, pl.ds(place * STEP + column, PIECE)]
-
-
-def cut(numbers, column):
-    """Return those of a step's numbers that belong to a piece."""
-    return numbers.at[pl.ds(column, PIECE)]
-
-
-def _memory(scores, weights, sums, apart):
-    """Return the scratch of a Memory: its first seven fields."""
-    assert fits(scores=scores, weights=weights, sums=sums, apart=apart), (scores, weights, sums)
-    return ([plgpu.TMEM((ROWS, 2 * STEP), jnp.float32)] * scores,
-            [plgpu.TMEM((ROWS, 2 * STEP), jnp.bfloat16, packed=True)] * weights,
-            [plgpu.TMEM((ROWS, (1 + apart) * width), jnp.float32) for width in sums],
-            _barrier(1, 2), _barrier(1, 2), _barrier(1, 1), _barrier(2, 1))
-
-
-def _barrier(arrivals, count):
-    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count, orders_tensor_core=True)
 
 
 def in_turns(decode, load_rows, load_step, products, attend, finish, *, share, rows, steps, memory,
@@ -156,7 +81,7 @@ def in_turns(decode, load_rows, load_step, products, attend, finish, *, share, r
                 pl.when((n == 0) & (i > 0))(lambda: plgpu.barrier_wait(memory.taken))
                 step_slot = steps.slot(done + lax.div(n, i32(views)))
                 for m, b in enumerate(products(slot, step_slot, place)[1]):
-                    plgpu.tcgen05_mma(memory.sum(place, m), _place(memory.weights[m], place), b,
+                    plgpu.tcgen05_mma(memory.sum(place, m), place_of(memory.weights[m], place), b,
                                       accumulate=n >= 1 + memory.apart)
 
                 def release():
@@ -175,7 +100,7 @@ def in_turns(decode, load_rows, load_step, products, attend, finish, *, share, r
                     _wait(steps, step)
                 scored = products(slot, steps.slot(step), place)[0]
                 for target, (a, b) in zip(memory.scores, scored, strict=True):
-                    plgpu.tcgen05_mma(_place(target, place), a, b.transpose((1, 0)),
+                    plgpu.tcgen05_mma(place_of(target, place), a, b.transpose((1, 0)),
                                       accumulate=False)
                 plgpu.tcgen05_commit_arrive(memory.scored.at[place])
 
@@ -205,11 +130,11 @@ def in_turns(decode, load_rows, load_step, products, attend, finish, *, share, r
                 plgpu.barrier_wait(memory.scored.at[mine])
 
                 def found(n, column):
-                    return plgpu.async_load_tmem(_piece(memory.scores[n], mine, column),
+                    return plgpu.async_load_tmem(piece_of(memory.scores[n], mine, column),
                                                  layout=LAYOUT)
 
                 def keep(n, column, weights):
-                    plgpu.async_store_tmem(_piece(memory.weights[n], mine, column),
+                    plgpu.async_store_tmem(piece_of(memory.weights[n], mine, column),
                                            weights.astype(jnp.bfloat16))
 
                 result = use(found, keep, step_slot)
@@ -381,8 +306,8 @@ def over_tiles(attend, products, decode, fixed, streamed, outs, *, rows_at, step
         out_smem=hopper.shared((2, ROWS, part), dtype),
         tile_bar=hopper.barriers(len(fixed), tile_slots),
         step_bar=(plgpu.Barrier(num_arrivals=len(streamed), num_barriers=step_slots),
-                  _barrier(1, step_slots)),
-        tensor=_memory(scores, weights, sums, apart),
+                  barrier(1, step_slots)),
+        tensor=memory_of(scores, weights, sums, apart),
     )
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outs]
     target = device.target()

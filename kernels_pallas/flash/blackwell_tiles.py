@@ -14,7 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas import blackwell_attention
-from kernels_pallas.blackwell_attention import ROWS, STEP, Tile
+from kernels_pallas.blackwell_attention import Tile
+from kernels_pallas.blackwell_scores import ROWS, STEP
 from kernels_pallas.flash import gpu_tiles
 from kernels_pallas.hopper import i32
 

@@ -28,7 +28,7 @@ class Tile(NamedTuple):
 
 
 def part(ref, b, h, row, size):
-    """Some rows of a head."""
+    """Return some rows of a head."""
     rows = pl.ds(pl.multiple_of(row, 8), size)
     if len(ref.shape) == 4:
         return ref.at[b, rows, h]
@@ -36,6 +36,7 @@ def part(ref, b, h, row, size):
 
 
 def bytes_of(arrays, rows):
+    """Return the bytes of shared memory of some rows."""
     return rows * sum((x.shape[3] if x.ndim == 4 else 1) * x.dtype.itemsize for x in arrays)
 
 

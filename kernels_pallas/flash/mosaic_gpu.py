@@ -46,10 +46,12 @@ def _met(plan: Plan, tile, first, found, masked, own, ends, others):
 
 
 def own_of(plan: Plan, table: Table):
+    """Return the numbers of queries that mask, which lie in memory with them."""
     return [table.own] if plan.segmented else []
 
 
 def others_of(plan: Plan, table: Table):
+    """Return the numbers of keys that mask."""
     return [table.ends, *([table.others] if plan.segmented else [])]
 
 

@@ -14,11 +14,20 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
-from kernels_pallas.blackwell_attention import COLUMN, LAYOUT, PIECES, ROW, ROWS, SHAPE, cut
+from kernels_pallas.blackwell_scores import (
+    COLUMN,
+    LAYOUT,
+    PIECES,
+    ROW,
+    ROWS,
+    SHAPE,
+    cut,
+    soften,
+    unseen,
+)
 from kernels_pallas.flash import gpu_plan, gpu_scores, mosaic_gpu
 from kernels_pallas.flash.blackwell_tiles import over_tiles
 from kernels_pallas.flash.gpu_plan import EMPTY, LOG2E, NOTHING, STEP, Plan, Table
@@ -74,19 +83,11 @@ def forward_tiles(plan: Plan, table: Table, q, k, v, sinks):
                                  ends, others)
                     top = jnp.maximum(top, found.max(axis=1))
                     pieces.append(found)
-                shrink = jnp.exp2(old[0] - top)
-                total = old[1] * shrink
-                for column, found in zip(PIECES, pieces, strict=True):
-                    weights = jnp.exp2(found - hopper.spread(top, SHAPE, 0))
-                    total = total + weights.sum(axis=1)
-                    keep(0, column, weights)
-                pl.when(k > 0)(lambda: own.scale(0, shrink))
-                return top, total
+                return soften(own, old, top, pieces, keep, k > 0)
 
             return own.meet(k, part)
 
-        state = tuple(plgpu.layout_cast(jnp.full(ROWS, x, _F32), ROW) for x in (EMPTY, 0))
-        top, total = _by_phase(plan, at, own, later, state)
+        top, total = _by_phase(plan, at, own, later, unseen(EMPTY))
         sink = sinks_gmem[at.head]
         highest = jnp.maximum(top, sink)
         shrink = jnp.exp2(top - highest)
