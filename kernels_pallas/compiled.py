@@ -21,8 +21,9 @@ from kernels_pallas.command import columns
 _APART = ("bench", "cases", "command", "compile", "compiled", "measure", "op", "parity", "program",
           "results", "supervised", "tune")
 # Files that only one backend's kernels are made of.
-_SHARED = {"blackwell": "mosaic_gpu", "generation": "mosaic_gpu", "hopper": "mosaic_gpu",
-           "products": "mosaic_gpu", "tpu": "mosaic_tpu", "others": "tokamax"}
+_SHARED = dict.fromkeys(("blackwell", "blackwell_attention", "blackwell_scores", "generation",
+                         "halves", "hopper", "products"), "mosaic_gpu")
+_SHARED |= {"tpu": "mosaic_tpu", "others": "tokamax"}
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu",
              "nvidia-cuda-nvcc")
 

@@ -231,6 +231,14 @@ def test_another_source_makes_another_key(monkeypatch, tmp_path):
     assert keys("mosaic_gpu", b"4") == keys("mosaic_gpu", b"5")  # no kernel of Hopper's
 
 
+def test_what_only_gpus_kernels_share_ages_no_other_row():
+    """A root file written in Mosaic GPU's terms is named among those of its backend."""
+    root = Path(compiled.__file__).parent
+    found = {p.stem for p in root.glob("*.py") if "mosaic_gpu as plgpu" in p.read_text()}
+    assert {"hopper", "products"} < found
+    assert {compiled._SHARED.get(name) for name in found} == {"mosaic_gpu"}
+
+
 def test_a_file_of_something_else_is_refused(here, tmp_path, capsys):
     file = tmp_path / "notes.txt"
     file.write_text("hello\n")
