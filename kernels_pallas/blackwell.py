@@ -127,10 +127,11 @@ def in_turns(decode, load, multiply, finish, *, ring, sums, cores, total):
         plgpu.wait_smem_to_gmem(0)
 
 
-def by_role(load, multiply, write):
-    """Call each of these in its warpgroup, with the registers that it needs."""
-    roles = {LOADS: (load, _FEWER, "decrease"), MULTIPLIES: (multiply, _SOME, "decrease"),
-             WRITES: (write, _MORE, "increase")}
+def by_role(load, multiply, write, *, registers=(_FEWER, _SOME, _MORE)):
+    """Call each of these in its warpgroup, with so many registers of a thread's."""
+    roles = {LOADS: (load, registers[0], "decrease"),
+             MULTIPLIES: (multiply, registers[1], "decrease"),
+             WRITES: (write, registers[2], "increase")}
     for role, (call, registers, action) in roles.items():
         def run(call=call, registers=registers, action=action):
             plgpu.set_max_registers(registers, action=action)
