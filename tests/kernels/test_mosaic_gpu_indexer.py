@@ -15,7 +15,7 @@ from kernels_pallas import device, indexer, numerics
 from kernels_pallas.chips import CHIPS
 from kernels_pallas.indexer import gpu_plan, index_kl_listed, index_select, specs
 from tests.kernels.test_indexer import SCALE, divergence, score, visible
-from tests.kernels.test_mosaic_gpu import both, recent, runs
+from tests.kernels.test_mosaic_gpu import blackwell, both, hopper, recent, runs
 
 SMALL = specs.PARITY | {n: s for n, s in specs.HOPPER.items() if n.startswith("tile_")}
 NAMES = ("loss", "dq", "dk", "dw")
@@ -140,7 +140,7 @@ def check_listed(spec, target, backend="mosaic_gpu"):
 
 
 @runs
-@both
+@pytest.mark.parametrize("gpu", [hopper, pytest.param(blackwell, marks=pytest.mark.slow)])
 def test_the_divergence_over_listed_keys_and_its_gradients(gpu):
     check_listed(specs.Spec(B=1, L=3, S=70, top=65), gpu(2))
 
