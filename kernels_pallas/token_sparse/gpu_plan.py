@@ -45,10 +45,10 @@ class Plan:
 
     @property
     def D(self) -> int:
-        """Width in memory: whole rows of 128 bytes, and what two warpgroups of Blackwell share.
+        """Width in memory: whole rows of 128 bytes.
 
-        Whose products of 64 rows have columns in multiples of 64, each; only DeepSeek's 64 rotary
-        dims are no values of any.
+        On Blackwell each of the two warpgroups that share a wide query multiplies half of its first
+        512 columns, in multiples of 64; what DeepSeek's latent has beyond them is left to XLA.
         """
         return _whole(self.Dk, 128 if self.blackwell and self.wide and self.Dk <= 512 else 64)
 
