@@ -67,6 +67,8 @@ SPLASH = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPLASH)
 def test_splash(name):
+    if SPLASH[name].lse and device.jax_version() < (0, 12):
+        pytest.skip("splash's log-sum-exp needs jax 0.12")
     with device.assume(TPU):
         compare(functools.partial(flash, implementation="splash"), SPLASH[name])
 
