@@ -13,8 +13,7 @@ Tested: 2 layers of width 64, a ten-thousandth of the papers', 0.3M bytes of the
 Criterion: none: sign and size with intervals are reported.
 Cost: 18 runs, minutes.
 Result: REPORTED at 75de873: mtp +0.0054 [-0.0385, +0.0493] tie, mhc +0.0047 [-0.0470, +0.0565] tie,
-    shared +0.0939 [+0.0562, +0.1316] higher nats/byte. The arm with a memory came after it and has
-    not run.
+    shared +0.0939 [+0.0562, +0.1316] higher nats/byte.
 """
 
 from sparse_pretrain.claims import arms, base

@@ -11,7 +11,7 @@ from sparse_pretrain.data import draws, store
 from sparse_pretrain.data.corpus import Document
 from sparse_pretrain.data.pack import Line
 from sparse_pretrain.data.tokenize import Bytes, Chars
-from sparse_pretrain.shapes import Batch
+from sparse_pretrain.shapes import FIELDS, Batch
 
 BYTES = Bytes()
 
@@ -59,7 +59,7 @@ def spans_of(texts, tokenizer):
 
 
 def assert_rows(batch: Batch, rows):
-    for number, field in enumerate(Batch._fields):
+    for number, field in enumerate(FIELDS):
         got = getattr(batch, field)
         assert got.dtype == (np.float32 if field == "weights" else np.int32), field
         np.testing.assert_array_equal(got, [[slot[number] for slot in row] for row in rows], field)

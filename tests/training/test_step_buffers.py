@@ -47,7 +47,7 @@ def compiled(attention, devices, target, *preferred):
     rate = lambda n: jnp.asarray(1e-3, jnp.float32)  # noqa: E731
     tx = table.build(table.Config(lr=1e-3), definition.dims, rate)
     placed = apply.Placed(plans.find("ddp"), mesh.make(plans.find("ddp"), "data=1", devices[:1]))
-    fields = dict.fromkeys(shapes.Batch._fields, jnp.int32) | {"weights": jnp.float32}
+    fields = dict.fromkeys(shapes.FIELDS, jnp.int32) | {"weights": jnp.float32}
     rows: Any = {f: jax.ShapeDtypeStruct((1, L), d) for f, d in fields.items()}
     with contextlib.ExitStack() as stack:
         if target is not None:
