@@ -30,7 +30,7 @@ def model():
 def test_credits_are_gradients_dotted_and_what_leaving_a_row_out_costs(rng):
     c = model()
     definition = lm.define(c)
-    params, prices = definition.init(jax.random.key(0))
+    params, prices = jax.jit(definition.init)(jax.random.key(0))
     batch, target = packed(rng, rows=3, length=8), packed(rng, rows=3, length=8)
     names = np.array([0, 1, 1])[:, None] * np.ones((1, 8), np.int32)
     batch = batch._replace(domains=names.astype(np.int32))
