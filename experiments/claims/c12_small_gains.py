@@ -12,8 +12,8 @@ Tested: 2 layers of width 64, a ten-thousandth of the papers', 0.3M bytes of the
     a mixture's four in C15: no arm has a search of its own. Three paired seeds.
 Criterion: none: sign and size with intervals are reported.
 Cost: 18 runs, minutes.
-Result: REPORTED at 75de873: mtp +0.0054 [-0.0385, +0.0493] tie, mhc +0.0047 [-0.0470, +0.0565] tie,
-    shared +0.0939 [+0.0562, +0.1316] higher nats/byte.
+Result: REPORTED at 3e58d74: mtp +0.0079 [-0.0076, +0.0233] tie, mhc +0.0086 [-0.0661, +0.0832] tie,
+    engram -0.3585 [-0.4100, -0.3070] lower, shared +0.0717 [+0.0019, +0.1415] higher nats/byte.
 """
 
 from sparse_pretrain.claims import arms, base
