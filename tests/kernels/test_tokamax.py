@@ -82,7 +82,8 @@ def wide(arguments):
                  for a in arguments)
 
 
-@pytest.mark.parametrize("name", ["tile_edges", "one_takes_all", "nothing"])
+@pytest.mark.parametrize(
+    "name", ["tile_edges", pytest.param("one_takes_all", marks=pytest.mark.slow), "nothing"])
 def test_grouped_matmul(peer, name):
     (x, w, layout), keywords = grouped_matmul_specs.PARITY[name].arguments()
     assert not keywords
@@ -95,8 +96,9 @@ def test_grouped_matmul(peer, name):
             (x, w), (0, 1), jnp.asarray(mine, jnp.float32))
 
 
-@pytest.mark.parametrize("changes", [{"H": 4, "K": 2}, {"window": 7}, {"causal": False, "S": 24}],
-                         ids=str)
+@pytest.mark.parametrize("changes", [
+    {"H": 4, "K": 2}, pytest.param({"window": 7}, marks=pytest.mark.slow),
+    pytest.param({"causal": False, "S": 24}, marks=pytest.mark.slow)], ids=str)
 def test_flash(peer, changes):
     arguments, keywords = flash_specs.Spec(**{"L": 40, "Dk": 16, "Dv": 16} | changes).arguments()
     compare(functools.partial(flash, implementation="reference", **keywords),
