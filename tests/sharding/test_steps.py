@@ -34,23 +34,32 @@ def _plain(x):
     return jax.random.clone(x) if is_key else np.array(x)  # a step consumes its state
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("attention", ["moba", "nsa", "dsa", "mla"])
-def test_each_step_equals_one_devices_from_the_same_state(attention):
-    model = equality.model(attention)
-    plan = plans.find("fsdp_tp_cp")
-    laid = apply.Placed(plan, mesh.make(plan, "fsdp=2,tensor=2,context=2"))
+def step_by_step(model, plan, text, count):
+    """(state, the plan's) after each step that a plan takes from one device's state.
+
+    Losses and norms are one device's, and the run learns.
+    """
+    found = plans.find(plan)
+    laid = apply.Placed(found, mesh.make(found, text))
     now, alone = _made(model)
     like, together = _made(model, laid)
     where = jax.tree.map(lambda x: x.sharding, like)
     losses = []
-    for batch in equality.batches(20):
+    for batch in equality.batches(count):
         before = jax.tree.map(_plain, now)
         now, told = alone(now, batch)
         theirs, also = together(jax.device_put(before, where), laid.put(batch, equality.ROWS))
         np.testing.assert_allclose(also["loss"], told["loss"], atol=1e-5, rtol=0)
         np.testing.assert_allclose(also["grad_norm"], told["grad_norm"], rtol=1e-4)
+        losses.append(float(told["loss"]))
+        yield now, theirs
+    assert losses[-1] < losses[0] - 0.2, "a run that does not learn shows nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["moba", "nsa", "dsa", "mla"])
+def test_each_step_equals_one_devices_from_the_same_state(attention):
+    model = equality.model(attention)
+    for now, theirs in step_by_step(model, "fsdp_tp_cp", "fsdp=2,tensor=2,context=2", 20):
         for a, b in zip(*map(jax.tree.leaves, (theirs.router, now.router)), strict=True):
             np.testing.assert_array_equal(a, b)  # prices move by loads, which are whole numbers
-        losses.append(float(told["loss"]))
-    assert losses[-1] < losses[0] - 0.2, "a run that does not learn shows nothing"
