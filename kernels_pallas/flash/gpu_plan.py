@@ -18,7 +18,7 @@ from kernels_pallas import generation
 from kernels_pallas.flash import pairs, visits
 
 X, HALF = 128, 64  # rows of a tile, and of one of the two warpgroups that multiply it
-STEP = 64  # keys or queries that a tile meets at once
+STEP = 64  # keys or queries that a tile meets at once, but forward on Hopper: twice as many keys
 WIDEST, WIDEST_VALUE = 192, 128  # DeepSeek's heads of 128 and 64 rotary dims
 # A row that sees nothing, and the largest score that counts as nothing.
 NOTHING, EMPTY = pairs.MASKED, pairs.EMPTY
@@ -161,6 +161,14 @@ def table_of(plan: Plan, marks: pairs.Marks) -> Table:
     both = seen.reshape(B, tiles, -1, X // STEP).any(3)
     queries = jnp.stack(_bounds(both, 1), -1) * (X // STEP)
     return Table((at.offset + start).reshape(1), own, others, ends, keys, queries)
+
+
+def of_wide(keys):
+    """Return Table.keys [B, T, 4] in steps of two steps each."""
+    first, plain, masked, last = (keys[..., i] for i in range(4))
+    low, high = first // 2, -(-last // 2)
+    plain = jnp.clip(-(-plain // 2), low, high)
+    return jnp.stack([low, plain, jnp.clip(masked // 2, plain, high), high], -1)
 
 
 def of_pairs(keys):

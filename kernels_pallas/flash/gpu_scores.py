@@ -1,4 +1,4 @@
-"""Scores of 64 queries and 64 keys on Hopper's tensor cores, their mask and their gradient."""
+"""Scores of 64 queries and some keys on Hopper's tensor cores, their mask and their gradient."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 SHAPE = (HALF, STEP)
 
 
-def spare():
+def spare(shape=SHAPE):
     """Shared memory for the left side of a product, where it is interpreted."""
-    return [SHAPE] if hopper.interpreted() else []
+    return [shape] if hopper.interpreted() else []
 
 
-def product(a, b):
-    """Return a b^T of 64 rows each, in registers."""
+def product(a, b, shape=SHAPE, meanwhile=None):
+    """Return a b^T of this shape in registers, 64 rows by those of b, after meanwhile()."""
     def of(acc):
         plgpu.wgmma(acc, a, b.transpose((1, 0)))
+        if meanwhile:
+            meanwhile()
         return acc[...]
 
-    return pl.run_scoped(of, plgpu.ACC(SHAPE, jnp.float32))
+    return pl.run_scoped(of, plgpu.ACC(shape, jnp.float32))
 
 
 def scores(plan: Plan, raw):
@@ -39,15 +41,15 @@ def scores(plan: Plan, raw):
     return bent * (at.softcap * LOG2E), bent
 
 
-def seen(plan: Plan, first, row, ends, own, others, by_key=False):
-    """Return which pairs see each other, [64, 64]: queries by keys, or keys by queries.
+def seen(plan: Plan, first, row, ends, own, others, by_key=False, shape=SHAPE):
+    """Return which pairs see each other: queries by keys, or keys by queries.
 
     `first` is where query 0 stands and `row` the number of the first of these; `ends` where keys
     end, `own` and `others` the segments of queries and keys, or None.
     """
-    may = in_reach(plan, first, row, ends, by_key, SHAPE, plgpu.Layout.WGMMA)
+    may = in_reach(plan, first, row, ends, by_key, shape, plgpu.Layout.WGMMA)
     if plan.segmented:
-        may = may & of_one(own, others, by_key, SHAPE)
+        may = may & of_one(own, others, by_key, shape)
     return may
 
 

@@ -21,10 +21,14 @@ from kernels_pallas.hopper import i32
 
 
 class Tile(NamedTuple):
-    """What a warpgroup computes: 64 rows from `row` on, against the steps its `edges` tell of."""
+    """What a warpgroup computes: 64 rows from `row` on, against the steps its `edges` tell of.
+
+    `turn()` waits until the other warpgroup says it too, where they alternate.
+    """
 
     row: Any
     edges: Any
+    turn: Any
 
 
 def part(ref, b, h, row, size):
@@ -41,30 +45,37 @@ def bytes_of(arrays, rows):
 
 
 def over_tiles(attend, edges, fixed, streamed, outs, *, turns=1, heads=1, scalars=(), scratch=(),
-               registers=(40, 232)):
+               registers=(40, 232), size=STEP, late=0, alternate=False):
     """A kernel that calls `attend` for every tile of X rows of `fixed` arrays, head by head.
 
-    Each meets STEP rows of `streamed` at a time, steps [edges[b, tile, 0], edges[b, tile, -1]): of
+    Each meets `size` rows of `streamed` at a time, steps [edges[b, tile, 0], edges[b, tile, -1]): of
     the one head that so many `heads` of the fixed share, or in `turns` of several heads. `outs` are
     shapes like fixed arrays; those of rows leave by the memory of the fixed array of the same
     number, at least as wide. `scalars` are arrays that are read where they lie; `scratch` shapes of
     bfloat16 memory of each warpgroup.
 
     attend(tile, head, rows, stream, scalars, scratch) returns the values of `outs` of 64 rows;
-    stream(turn, step, use) returns use(rows, *streamed) of a step; all are to be met in order.
+    stream(turn, step, use) returns use(rows, *streamed) of a step; all are to be met in order. The
+    last `late` of the streamed come and go on their own: stream(turn, step, use, then) returns
+    then(use(rows, *streamed), *late).
+
+    With `alternate` each warpgroup calls tile.turn() twice in every step, the second of them half a
+    step behind the first, so that one multiplies while the other does what comes between.
     """
     B, rows, lanes = fixed[0].shape[:3]
     tiles = rows // X
     numbers = [x for x in outs if len(x.shape) == 3]
     left = hopper.SHARED - hopper.BARRIERS - 1024 * (len(fixed) + len(streamed) + len(scratch))
     left -= 2 * HALF * 4 * len(numbers) + 2 * sum(2 * math.prod(shape) for shape in scratch)
-    per_tile, per_step = bytes_of(fixed, X), bytes_of(streamed, STEP)
-    tile_slots = 2 if left >= 2 * per_tile + 3 * per_step else 1
-    step_slots = min((left - tile_slots * per_tile) // per_step, 6)
+    per_tile, per_step = bytes_of(fixed, X), bytes_of(streamed, size)
+    one, two = ((left - slots * per_tile) // per_step for slots in (1, 2))
+    tile_slots = 2 if two >= min(one, 3) else 1
+    step_slots = min(two if tile_slots == 2 else one, 6)
     assert step_slots >= 1, f"{left} bytes for {per_tile} and {per_step}"
+    early = len(streamed) - late
 
     def body(zero_gmem, edges_gmem, *refs, fixed_smem, streamed_smem, numbers_smem, scratch_smem,
-             tile_bar, step_bar):
+             tile_bar, step_bar, late_bar, turn_bar):
         ends = [len(scalars), len(scalars) + len(fixed)]
         ends.append(ends[1] + len(streamed))
         scalars_gmem, fixed_gmem = refs[:ends[0]], refs[ends[0]:ends[1]]
@@ -73,6 +84,9 @@ def over_tiles(attend, edges, fixed, streamed, outs, *, turns=1, heads=1, scalar
         cores = device.target().cores
         zero = zero_gmem[0]
         by_tile, by_step = hopper.Ring(*tile_bar, tile_slots), hopper.Ring(*step_bar, step_slots)
+        rings = [(by_step, slice(0, early))]
+        if late:
+            rings.append((hopper.Ring(*late_bar, step_slots), slice(early, None)))
         share = hopper.share(i32(B * lanes * tiles))
 
         def decode(i):
@@ -102,10 +116,12 @@ def over_tiles(attend, edges, fixed, streamed, outs, *, turns=1, heads=1, scalar
                     head = lax.div(h, i32(heads)) * turns + g
 
                     def step(s, _):
-                        slot = by_step.acquire(done + s - low)
-                        for source, target in zip(streamed_gmem, streamed_smem, strict=True):
-                            plgpu.copy_gmem_to_smem(part(source, b, head, s * STEP, STEP),
-                                                    target.at[slot], by_step.full.at[slot])
+                        for ring, those in rings:
+                            slot = ring.acquire(done + s - low)
+                            for source, target in zip(streamed_gmem[those], streamed_smem[those],
+                                                      strict=True):
+                                plgpu.copy_gmem_to_smem(part(source, b, head, s * size, size),
+                                                        target.at[slot], ring.full.at[slot])
 
                     lax.fori_loop(low, high, step, None)
                     return done + high - low
@@ -119,6 +135,11 @@ def over_tiles(attend, edges, fixed, streamed, outs, *, turns=1, heads=1, scalar
             plgpu.set_max_registers(registers[1], action="increase")
             mine = pl.ds(warpgroup * HALF, HALF)
 
+            def turn():
+                if alternate:
+                    plgpu.barrier_arrive(turn_bar)
+                    plgpu.barrier_wait(turn_bar)
+
             def multiply(i, done):
                 b, h, tile = decode(i)
                 slot = by_tile.wait(i)
@@ -127,18 +148,21 @@ def over_tiles(attend, edges, fixed, streamed, outs, *, turns=1, heads=1, scalar
                 def rows(zero=0):
                     return [x.at[slot + zero, mine] for x in fixed_smem]
 
-                def stream(g, s, use):
-                    count = done + g * (high - low) + s - low
-                    step_slot = by_step.wait(count)
+                def stream(g, s, use, then=None):
                     # Of memory known before the loop over steps the compiler works out the address
                     # of every operand ahead, 64 bits each, and spills them: it is not told that
                     # s & zero is 0.
-                    result = use(rows(s & zero), *(x.at[step_slot] for x in streamed_smem))
-                    by_step.release(count)
+                    result = rows(s & zero)
+                    for (ring, those), call in zip(rings, (use, then), strict=False):
+                        count = done + g * (high - low) + s - low
+                        slot = ring.wait(count)
+                        seen = [x.at[slot] for x in streamed_smem[those]]
+                        result = call(result, *seen)
+                        ring.release(count)
                     return result
 
                 row = tile * X + warpgroup * HALF
-                known = Tile(row, lambda n: edges_gmem[b, tile, n])
+                known = Tile(row, lambda n: edges_gmem[b, tile, n], turn)
                 results = attend(known, (b, h), rows(), stream, scalars_gmem,
                                  [x.at[warpgroup] for x in scratch_smem])
                 memory = iter(numbers_smem)
@@ -156,21 +180,26 @@ def over_tiles(attend, edges, fixed, streamed, outs, *, turns=1, heads=1, scalar
                 by_tile.release(i)
                 return done + turns * (high - low)
 
+            # As many turns each, the second warpgroup's by half a step later.
+            pl.when(warpgroup == 1)(turn)
             lax.fori_loop(0, share, multiply, i32(0))
+            pl.when(warpgroup == 0)(turn)
             plgpu.wait_smem_to_gmem(0)
 
-    def memory(slots, size, x):
+    def memory(slots, rows, x):
         if x.ndim == 4:
-            return hopper.shared((slots, size, x.shape[3]), x.dtype)
-        return plgpu.SMEM((slots, size), x.dtype)
+            return hopper.shared((slots, rows, x.shape[3]), x.dtype)
+        return plgpu.SMEM((slots, rows), x.dtype)
 
     scratches = dict(
         fixed_smem=[memory(tile_slots, X, x) for x in fixed],
-        streamed_smem=[memory(step_slots, STEP, x) for x in streamed],
+        streamed_smem=[memory(step_slots, size, x) for x in streamed],
         numbers_smem=[plgpu.SMEM((2, HALF), x.dtype) for x in numbers],
         scratch_smem=[hopper.shared((2, *shape), jnp.bfloat16) for shape in scratch],
         tile_bar=hopper.barriers(len(fixed), tile_slots),
-        step_bar=hopper.barriers(len(streamed), step_slots),
+        step_bar=hopper.barriers(early, step_slots),
+        late_bar=hopper.barriers(late, step_slots) if late else None,
+        turn_bar=plgpu.Barrier(num_arrivals=2) if alternate else None,
     )
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs]
     kernel = hopper.launch(body, results, scratches)

@@ -21,10 +21,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
 from kernels_pallas.flash import gpu_plan, gpu_scores, gpu_tiles, mosaic_gpu_bwd, pairs
-from kernels_pallas.flash.gpu_plan import EMPTY, HALF, LOG2E, NOTHING, Plan, Table
+from kernels_pallas.flash.gpu_plan import EMPTY, HALF, LOG2E, NOTHING, STEP, Plan, Table
 from kernels_pallas.flash.gpu_scores import COLUMN, ROW, SHAPE
 
 _F32, _BF16 = jnp.float32, jnp.bfloat16
+WIDE = (HALF, 2 * STEP)  # scores of a step forward
 
 
 def phases(plan: Plan):
@@ -35,14 +36,15 @@ def phases(plan: Plan):
     return runs if plan.position.window is not None else runs[1:]
 
 
-def _met(plan: Plan, tile, first, found, masked, own, ends, others):
+def _met(plan: Plan, tile, first, found, masked, own, ends, others, shape=SHAPE):
     """Scores of a step, NOTHING where a query does not see a key."""
     if not masked:
         return found
     segments = [plgpu.load(x[0], layout=layout) if x else None
                 for x, layout in ((own, ROW), (others, COLUMN))]
     ends = plgpu.load(ends, layout=COLUMN)
-    return jnp.where(gpu_scores.seen(plan, first, tile.row, ends, *segments), found, NOTHING)
+    may = gpu_scores.seen(plan, first, tile.row, ends, *segments, shape=shape)
+    return jnp.where(may, found, NOTHING)
 
 
 def own_of(plan: Plan, table: Table):
@@ -64,22 +66,31 @@ def _forward_tiles(plan: Plan, table: Table, q, k, v, sinks):
         first_gmem, sinks_gmem = scalars
 
         def later(masked, step, old):
-            def part(rows, k_smem, v_smem, ends, *others):
+            def bend(rows, k_smem, ends, *others):
                 q_smem, *own = rows
-                found, _ = gpu_scores.scores(plan, gpu_scores.product(q_smem, k_smem))
-                found = _met(plan, tile, first_gmem[0], found, masked, own, ends, others)
+                raw = gpu_scores.product(q_smem, k_smem, WIDE, tile.turn)
+                found, _ = gpu_scores.scores(plan, raw)
+                found = _met(plan, tile, first_gmem[0], found, masked, own, ends, others, WIDE)
                 top = jnp.maximum(old[0], found.max(axis=1))
-                weights = jnp.exp2(found - hopper.spread(top, SHAPE, 0))
+                weights = jnp.exp2(found - hopper.spread(top, WIDE, 0))
                 shrink = jnp.exp2(old[0] - top)
                 total = old[1] * shrink + weights.sum(axis=1)
+                o = old[2] * hopper.spread(shrink, result, 0)
+                # all of it before the other warpgroup's turn to bend
+                made = lax.optimization_barrier((top, total, o, weights.astype(_BF16)))
+                tile.turn()
+                return made
+
+            def add(made, v_smem):
+                top, total, o, weights = made
 
                 def weigh(acc):
-                    hopper.weigh(acc, weights.astype(_BF16), v_smem, *spare)
+                    hopper.weigh(acc, weights, v_smem, *spare)
                     plgpu.wgmma_wait(0)
 
-                return top, total, hopper.onto(old[2] * hopper.spread(shrink, result, 0), weigh)
+                return top, total, hopper.onto(o, weigh)
 
-            return stream(0, step, part)
+            return stream(0, step, bend, add)
 
         def start(shape, value, layout):
             return plgpu.layout_cast(jnp.full(shape, value, _F32), layout)
@@ -101,9 +112,10 @@ def _forward_tiles(plan: Plan, table: Table, q, k, v, sinks):
 
     outs = [jax.ShapeDtypeStruct((*q.shape[:3], plan.V), _BF16),
             jax.ShapeDtypeStruct((plan.B, plan.H, plan.L), _F32)]
-    return gpu_tiles.over_tiles(attend, table.keys, [q, *own_of(plan, table)],
-                                [k, v, *others_of(plan, table)], outs, heads=plan.G,
-                                scalars=[table.first, sinks], scratch=gpu_scores.spare())
+    return gpu_tiles.over_tiles(attend, gpu_plan.of_wide(table.keys), [q, *own_of(plan, table)],
+                                [k, *others_of(plan, table), v], outs, heads=plan.G,
+                                scalars=[table.first, sinks], scratch=gpu_scores.spare(WIDE),
+                                size=2 * STEP, late=1, alternate=True)
 
 
 def _query_gradient_tiles(plan: Plan, table: Table, q, do, lse, delta, k, v):
