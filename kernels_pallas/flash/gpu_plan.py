@@ -18,7 +18,7 @@ from kernels_pallas import generation
 from kernels_pallas.flash import pairs, visits
 
 X, HALF = 128, 64  # rows of a tile, and of one of the two warpgroups that multiply it
-STEP = 64  # keys or queries that a tile meets at once, but forward on Hopper: twice as many keys
+STEP = 64  # keys or queries that a tile meets at once, or two of them
 WIDEST, WIDEST_VALUE = 192, 128  # DeepSeek's heads of 128 and 64 rotary dims
 # A row that sees nothing, and the largest score that counts as nothing.
 NOTHING, EMPTY = pairs.MASKED, pairs.EMPTY
@@ -69,6 +69,11 @@ class Plan:
     def G(self) -> int:
         """Query heads of a key head."""
         return self.H // self.K
+
+    @property
+    def step(self) -> int:
+        """Keys or queries that a tile meets at once in Hopper's gradients of queries and keys."""
+        return 2 * STEP if self.D <= 128 else STEP  # with 192, 772 bytes of a thread were spilled
 
     @property
     def apart(self) -> bool:
@@ -164,7 +169,7 @@ def table_of(plan: Plan, marks: pairs.Marks) -> Table:
 
 
 def of_wide(keys):
-    """Return Table.keys [B, T, 4] in steps of two steps each."""
+    """Return Table.keys [B, T, 4] in units of two steps."""
     first, plain, masked, last = (keys[..., i] for i in range(4))
     low, high = first // 2, -(-last // 2)
     plain = jnp.clip(-(-plain // 2), low, high)

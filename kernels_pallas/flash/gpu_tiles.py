@@ -20,13 +20,21 @@ from kernels_pallas.flash.gpu_plan import HALF, STEP, X
 from kernels_pallas.hopper import i32
 
 
+class Loaded(NamedTuple):
+    """What of a step comes together: wait() returns it, release() gives its memory back."""
+
+    wait: Any
+    release: Any
+
+
 class Tile(NamedTuple):
-    """What a warpgroup computes: 64 rows from `row` on, against the steps its `edges` tell of.
+    """What a warpgroup computes: 64 `rows` from `row` on, by the steps its `edges` tell of.
 
     `turn()` waits until the other warpgroup says it too, where they alternate.
     """
 
     row: Any
+    rows: Any
     edges: Any
     turn: Any
 
@@ -48,16 +56,15 @@ def over_tiles(attend, edges, fixed, streamed, outs, *, turns=1, heads=1, scalar
                registers=(40, 232), size=STEP, late=0, alternate=False):
     """A kernel that calls `attend` for every tile of X rows of `fixed` arrays, head by head.
 
-    Each meets `size` rows of `streamed` at a time, steps [edges[b, tile, 0], edges[b, tile, -1]): of
-    the one head that so many `heads` of the fixed share, or in `turns` of several heads. `outs` are
-    shapes like fixed arrays; those of rows leave by the memory of the fixed array of the same
+    Each meets `size` rows of `streamed` at a time, steps [edges[b, tile, 0], edges[b, tile, -1]):
+    of the one head that so many `heads` of the fixed share, or in `turns` of several heads. `outs`
+    are shapes like fixed arrays; those of rows leave by the memory of the fixed array of the same
     number, at least as wide. `scalars` are arrays that are read where they lie; `scratch` shapes of
     bfloat16 memory of each warpgroup.
 
-    attend(tile, head, rows, stream, scalars, scratch) returns the values of `outs` of 64 rows;
-    stream(turn, step, use) returns use(rows, *streamed) of a step; all are to be met in order. The
-    last `late` of the streamed come and go on their own: stream(turn, step, use, then) returns
-    then(use(rows, *streamed), *late).
+    attend(tile, head, stream, scalars, scratch) returns the values of `outs` of 64 rows;
+    stream(turn, step) returns the tile's rows and a Loaded for what is streamed, or two: the last
+    `late` of it come and go on their own. All steps are to be met in order, and let go.
 
     With `alternate` each warpgroup calls tile.turn() twice in every step, the second of them half a
     step behind the first, so that one multiplies while the other does what comes between.
@@ -148,22 +155,23 @@ def over_tiles(attend, edges, fixed, streamed, outs, *, turns=1, heads=1, scalar
                 def rows(zero=0):
                     return [x.at[slot + zero, mine] for x in fixed_smem]
 
-                def stream(g, s, use, then=None):
+                def loaded(ring, those, count):
+                    def wait():
+                        slot = ring.wait(count)
+                        return [x.at[slot] for x in streamed_smem[those]]
+
+                    return Loaded(wait, lambda: ring.release(count))
+
+                def stream(g, s):
                     # Of memory known before the loop over steps the compiler works out the address
                     # of every operand ahead, 64 bits each, and spills them: it is not told that
                     # s & zero is 0.
-                    result = rows(s & zero)
-                    for (ring, those), call in zip(rings, (use, then), strict=False):
-                        count = done + g * (high - low) + s - low
-                        slot = ring.wait(count)
-                        seen = [x.at[slot] for x in streamed_smem[those]]
-                        result = call(result, *seen)
-                        ring.release(count)
-                    return result
+                    count = done + g * (high - low) + s - low
+                    return rows(s & zero), *(loaded(*ring, count) for ring in rings)
 
                 row = tile * X + warpgroup * HALF
-                known = Tile(row, lambda n: edges_gmem[b, tile, n], turn)
-                results = attend(known, (b, h), rows(), stream, scalars_gmem,
+                known = Tile(row, rows(), lambda n: edges_gmem[b, tile, n], turn)
+                results = attend(known, (b, h), stream, scalars_gmem,
                                  [x.at[warpgroup] for x in scratch_smem])
                 memory = iter(numbers_smem)
                 for n, (value, target) in enumerate(zip(results, outs_gmem, strict=True)):
@@ -174,7 +182,7 @@ def over_tiles(attend, edges, fixed, streamed, outs, *, turns=1, heads=1, scalar
                         plgpu.copy_smem_to_gmem(number, part(target, b, h, row, HALF),
                                                 commit_group=False)
                     else:
-                        _send(value, rows()[n], target, b, h, row)
+                        _send(value, known.rows[n], target, b, h, row)
                 plgpu.commit_smem_to_gmem_group()
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 by_tile.release(i)

@@ -1,10 +1,13 @@
 """Attention on a GPU's tensor cores: bfloat16, accumulated in float32.
 
 The kernels here are Hopper's; Blackwell's, in mosaic_gpu_blackwell.py, share all around them. A
-warpgroup multiplies 64 queries with 64 keys at a time; which keys, and what masks them, is in
-gpu_plan.py. Only o and the logarithm of the softmax's denominator are kept. The gradients are made
-by tiles of queries and by tiles of keys, each of which adds up in registers and in one order:
-nothing is added to memory, and the same bits come every time.
+warpgroup multiplies 64 queries with 128 keys at a time, or with 64 where registers hold no more:
+128 keys are read once for twice the products, and both sides of a product of 64 x 64 take all that
+shared memory gives. Forward the two warpgroups take turns, so that one bends its scores while the
+other multiplies. Which keys are met, and what masks them, is in gpu_plan.py. Only o and the
+logarithm of the softmax's denominator are kept. The gradients are made by tiles of queries and by
+tiles of keys, each of which adds up in registers and in one order: nothing is added to memory, and
+the same bits come every time.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas import hopper
 from kernels_pallas.flash import gpu_plan, gpu_scores, gpu_tiles, mosaic_gpu_bwd, pairs
 from kernels_pallas.flash.gpu_plan import EMPTY, HALF, LOG2E, NOTHING, STEP, Plan, Table
-from kernels_pallas.flash.gpu_scores import COLUMN, ROW, SHAPE
+from kernels_pallas.flash.gpu_scores import COLUMN, ROW
 
 _F32, _BF16 = jnp.float32, jnp.bfloat16
 WIDE = (HALF, 2 * STEP)  # scores of a step forward
@@ -36,14 +39,14 @@ def phases(plan: Plan):
     return runs if plan.position.window is not None else runs[1:]
 
 
-def _met(plan: Plan, tile, first, found, masked, own, ends, others, shape=SHAPE):
+def _met(plan: Plan, tile, first, found, masked, own, ends, others, shape):
     """Scores of a step, NOTHING where a query does not see a key."""
     if not masked:
         return found
-    segments = [plgpu.load(x[0], layout=layout) if x else None
-                for x, layout in ((own, ROW), (others, COLUMN))]
+    own, others = (plgpu.load(x[0], layout=layout) if x else None
+                   for x, layout in ((own, ROW), (others, COLUMN)))
     ends = plgpu.load(ends, layout=COLUMN)
-    may = gpu_scores.seen(plan, first, tile.row, ends, *segments, shape=shape)
+    may = gpu_scores.seen(plan, first, tile.row, ends, own, others, shape=shape)
     return jnp.where(may, found, NOTHING)
 
 
@@ -61,36 +64,34 @@ def _forward_tiles(plan: Plan, table: Table, q, k, v, sinks):
     """Return o [B, L, H, V] and lse [B, H, L], to base 2 as the sinks are, which are in it."""
     result = (HALF, plan.V)
 
-    def attend(tile, head, rows, stream, scalars, spare):
-        del rows
+    def attend(tile, head, stream, scalars, spare):
         first_gmem, sinks_gmem = scalars
 
         def later(masked, step, old):
-            def bend(rows, k_smem, ends, *others):
-                q_smem, *own = rows
-                raw = gpu_scores.product(q_smem, k_smem, WIDE, tile.turn)
-                found, _ = gpu_scores.scores(plan, raw)
-                found = _met(plan, tile, first_gmem[0], found, masked, own, ends, others, WIDE)
-                top = jnp.maximum(old[0], found.max(axis=1))
-                weights = jnp.exp2(found - hopper.spread(top, WIDE, 0))
-                shrink = jnp.exp2(old[0] - top)
-                total = old[1] * shrink + weights.sum(axis=1)
-                o = old[2] * hopper.spread(shrink, result, 0)
-                # all of it before the other warpgroup's turn to bend
-                made = lax.optimization_barrier((top, total, o, weights.astype(_BF16)))
-                tile.turn()
-                return made
+            (q_smem, *own), keys, values = stream(0, step)
+            k_smem, ends, *others = keys.wait()
+            raw = gpu_scores.product(q_smem, k_smem, WIDE, tile.turn)
+            found, _ = gpu_scores.scores(plan, raw)
+            found = _met(plan, tile, first_gmem[0], found, masked, own, ends, others, WIDE)
+            keys.release()
+            top = jnp.maximum(old[0], found.max(axis=1))
+            weights = jnp.exp2(found - hopper.spread(top, WIDE, 0))
+            shrink = jnp.exp2(old[0] - top)
+            total = old[1] * shrink + weights.sum(axis=1)
+            o = old[2] * hopper.spread(shrink, result, 0)
+            # all of it before the other warpgroup's turn to bend
+            top, total, o, weights = lax.optimization_barrier(
+                (top, total, o, weights.astype(_BF16)))
+            tile.turn()
+            (v_smem,) = values.wait()
 
-            def add(made, v_smem):
-                top, total, o, weights = made
+            def weigh(acc):
+                hopper.weigh(acc, weights, v_smem, *spare)
+                plgpu.wgmma_wait(0)
 
-                def weigh(acc):
-                    hopper.weigh(acc, weights, v_smem, *spare)
-                    plgpu.wgmma_wait(0)
-
-                return top, total, hopper.onto(o, weigh)
-
-            return stream(0, step, bend, add)
+            o = hopper.onto(o, weigh)
+            values.release()
+            return top, total, o
 
         def start(shape, value, layout):
             return plgpu.layout_cast(jnp.full(shape, value, _F32), layout)
@@ -120,23 +121,29 @@ def _forward_tiles(plan: Plan, table: Table, q, k, v, sinks):
 
 def _query_gradient_tiles(plan: Plan, table: Table, q, do, lse, delta, k, v):
     """Return dq / scale [B, L, H, D]; lse is to base 2, 1e30 for a row that sees nothing."""
-    def attend(tile, _, rows, stream, scalars, spare):
+    shape, edges = (HALF, plan.step), table.keys
+    others = others_of(plan, table)
+    if plan.step > STEP:
+        edges = gpu_plan.of_wide(edges)
+
+    def attend(tile, _, stream, scalars, spare):
         (first_gmem,) = scalars
-        less, delta = (plgpu.load(x, layout=ROW) for x in rows[2:4])
+        less, delta = (plgpu.load(x, layout=ROW) for x in tile.rows[2:4])
 
         def sum_up(dq):
             def later(masked, step, _):
-                def part(rows, k_smem, v_smem, ends, *others):
-                    q_smem, do_smem, _, _, *own = rows
-                    found, bent = gpu_scores.scores(plan, gpu_scores.product(q_smem, k_smem))
-                    found = _met(plan, tile, first_gmem[0], found, masked, own, ends, others)
-                    weights = jnp.exp2(found - hopper.spread(less, SHAPE, 0))
-                    more = gpu_scores.product(do_smem, v_smem) - hopper.spread(delta, SHAPE, 0)
-                    d_scores = gpu_scores.gradient(weights, more, bent)
-                    hopper.weigh(dq, d_scores.astype(_BF16), k_smem, *spare)
-                    plgpu.wgmma_wait(0)
-
-                stream(0, step, part)
+                (q_smem, do_smem, _, _, *own), values, keys = stream(0, step)
+                more = gpu_scores.product(do_smem, *values.wait(), shape)
+                values.release()
+                k_smem, ends, *others = keys.wait()
+                found, bent = gpu_scores.scores(plan, gpu_scores.product(q_smem, k_smem, shape))
+                found = _met(plan, tile, first_gmem[0], found, masked, own, ends, others, shape)
+                weights = jnp.exp2(found - hopper.spread(less, shape, 0))
+                more = more - hopper.spread(delta, shape, 0)
+                d_scores = gpu_scores.gradient(weights, more, bent)
+                hopper.weigh(dq, d_scores.astype(_BF16), k_smem, *spare)
+                plgpu.wgmma_wait(0)
+                keys.release()
 
             for low, high, masked in phases(plan):
                 lax.fori_loop(tile.edges(low), tile.edges(high),
@@ -146,9 +153,10 @@ def _query_gradient_tiles(plan: Plan, table: Table, q, do, lse, delta, k, v):
         return [pl.run_scoped(sum_up, plgpu.ACC((HALF, plan.D), _F32))]
 
     outs = [jax.ShapeDtypeStruct(q.shape, _BF16)]
-    return gpu_tiles.over_tiles(attend, table.keys, [q, do, lse, delta, *own_of(plan, table)],
-                                [k, v, *others_of(plan, table)], outs, heads=plan.G,
-                                scalars=[table.first], scratch=gpu_scores.spare())[0]
+    return gpu_tiles.over_tiles(attend, edges, [q, do, lse, delta, *own_of(plan, table)],
+                                [v, k, *others], outs, heads=plan.G, scalars=[table.first],
+                                scratch=gpu_scores.spare(shape), size=plan.step,
+                                late=1 + len(others))[0]
 
 
 # Around the kernels.

@@ -137,15 +137,17 @@ SPEED = {
                           lse=True, dtype="bfloat16"),
 }
 
-# For tensor cores, in bfloat16. Small ones first, awkward for tiles of 128 rows and steps of 64;
-# then what others' kernels do not serve: DeepSeek-V3's heads in packed rows, and gpt-oss's sinks
-# with a window.
+# For tensor cores, in bfloat16. Small ones first, awkward for tiles of 128 rows and steps of 64
+# and 128; then what others' kernels do not serve: DeepSeek-V3's heads in packed rows, and
+# gpt-oss's sinks with a window.
 _TENSOR = Spec(dtype="bfloat16", B=1, lse=True)
 HOPPER = {
     "tile_all": dataclasses.replace(_TENSOR, L=150, H=2, K=1, Dk=40, window=70, softcap=2.0,
                                     sinks=True, segments="packed"),
     "tile_mla": dataclasses.replace(_TENSOR, L=140, S=200, H=3, K=3, Dk=192, Dv=128),
     "tile_group": dataclasses.replace(_TENSOR, L=260, H=6, K=2, Dk=128, Dv=72),
+    "tile_wide": dataclasses.replace(_TENSOR, L=290, H=2, K=1, Dk=128, Dv=128, window=150,
+                                     softcap=2.0, segments="packed"),
     "tile_values": dataclasses.replace(_TENSOR, L=70, Dk=24, Dv=100, causal=False, S=130),
     "mla_v3_4k": dataclasses.replace(_TENSOR, L=4096, H=128, K=128, Dk=192, Dv=128,
                                      segments="packed"),

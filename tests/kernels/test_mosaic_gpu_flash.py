@@ -142,21 +142,23 @@ def test_tiles_meet_every_pair_that_is_seen(name):
                                 window=spec.window, softcap=None, stride=spec.stride,
                                 span=spec.span, offset=0 if strided else S - spec.L)
         table = jax.jit(functools.partial(gpu_plan.table_of, plan))(marks)
-        tables = [(X, table.keys)]
+        tables = [(X, STEP, table.keys)]
         if rows > X:
-            tables.append((rows, jax.jit(gpu_plan.of_pairs)(table.keys)))
-        for size, keys in tables:
+            tables.append((rows, STEP, jax.jit(gpu_plan.of_pairs)(table.keys)))
+        else:
+            tables.append((X, 2 * STEP, jax.jit(gpu_plan.of_wide)(table.keys)))
+        for size, step, keys in tables:
             met = np.zeros((spec.B, plan.L, plan.S), bool)
             for (b, i), (low, plain, masked, high) in zip(
                     np.ndindex(keys.shape[:2]), np.asarray(keys).reshape(-1, 4), strict=True):
-                assert 0 <= low <= plain <= masked <= high <= plan.S // STEP
+                assert 0 <= low <= plain <= masked <= high <= plan.S // step
                 assert i * size < spec.L or low == high  # nothing is read for padding
                 mine = slice(i * size, min((i + 1) * size, spec.L))
-                met[b, mine, low * STEP:high * STEP] = True
+                met[b, mine, low * step:high * step] = True
                 if not plan.marked:
-                    assert plain == masked or masked * STEP <= S
+                    assert plain == masked or masked * step <= S
                     assert plain == low or spec.window is not None
-                    assert seen[b, mine, plain * STEP:masked * STEP].all()
+                    assert seen[b, mine, plain * step:masked * step].all()
             assert not (seen & ~met[:, :spec.L, :S]).any()
         by_key = np.zeros((spec.B, plan.L, plan.S), bool)
         for (b, j), (low, high) in zip(
