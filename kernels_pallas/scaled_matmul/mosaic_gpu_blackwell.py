@@ -1,6 +1,6 @@
 """scaled_matmul on Blackwell's 8-bit tensor cores, dense and grouped, forward and both gradients.
 
-The kernels return what Hopper's return, and all around them is shared (mosaic_gpu.py). The products
+The kernels return what Hopper's return, and all around them is shared (derivative.py). The products
 of every 128 of the contracted dim go to a place of tensor memory of their own; two warpgroups, each
 with half of a tile's columns, take them from there, scale them and add them up in registers, while
 the next 128 are multiplied into the other place.
@@ -32,7 +32,7 @@ from kernels_pallas import blackwell, device, hopper, products
 from kernels_pallas.blackwell import LOADS, MULTIPLIES, WRITES
 from kernels_pallas.grouped_matmul import tiles as grouped
 from kernels_pallas.grouped_matmul.tiles import COLUMNS
-from kernels_pallas.scaled_matmul import gpu_plan, mosaic_gpu
+from kernels_pallas.scaled_matmul import derivative, gpu_plan, mosaic_gpu
 from kernels_pallas.scaled_matmul.tiles import E4M3, TILE
 
 _F32 = jnp.float32
@@ -173,7 +173,7 @@ def _contracted(a_DxP, a_scale, b_FxP, b_scale, groups, dtype):
     """Each expert's a b^T over its tiles of 128 rows, [E, D, F] in dtype.
 
     Shapes: P counts rows in tiles of 128; a_scale [P / 128, D], b_scale [P / 128, F]; groups [E, 3]
-    as gpu_plan.row_tiles has them.
+    as tiles.row_tiles has them.
     """
     (D, _), F, E = a_DxP.shape, b_FxP.shape[0], groups.shape[0]
     n = gpu_plan.width(F)
@@ -219,4 +219,4 @@ def _contracted(a_DxP, a_scale, b_FxP, b_scale, groups, dtype):
 
 
 scaled_matmul = functools.partial(
-    mosaic_gpu.scaled_matmul, kernels=mosaic_gpu.Kernels(_rows_times, _contracted))
+    derivative.scaled_matmul, kernels=derivative.Kernels(_rows_times, _contracted))

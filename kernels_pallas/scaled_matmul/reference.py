@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.grouped_matmul.layout import row_expert
-from kernels_pallas.scaled_matmul.tiles import TILE, dequantize, quantize
-
-ROW, BLOCK, COLUMN = (1, TILE), (TILE, TILE), (TILE, 1)
+from kernels_pallas.scaled_matmul.tiles import BLOCK, COLUMN, ROW, dequantize, quantize
 
 
 def _rounded(x, shape, power_of_two):

@@ -1,12 +1,21 @@
-"""Rounding to E4M3 with a scale per tile: in float32 whatever the input, so that all agree."""
+"""Rounding to E4M3 with a scale per tile: in float32 whatever the input, so that all agree.
+
+And where the tiles of rows lie when they are counted from a group's start.
+"""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 
 TILE = 128
+ROW, BLOCK, COLUMN = (1, TILE), (TILE, TILE), (TILE, 1)
 LARGEST = 448.0  # of E4M3; what is larger becomes nan
 E4M3 = jnp.float8_e4m3fn
+
+
+def whole(n: int, unit: int = TILE) -> int:
+    """Return n rounded up to a whole number of units."""
+    return -(-n // unit) * unit
 
 
 def _tiles(x, shape):
@@ -45,3 +54,27 @@ def quantize(x, shape, power_of_two=False):
 def dequantize(q, scale, shape, dtype=jnp.float32):
     """Return the numbers that stand for E4M3 numbers and the scales of their tiles."""
     return q.astype(dtype) * spread(scale, shape, q.shape).astype(dtype)
+
+
+def row_tiles(layout):
+    """Return where the tiles of 128 rows lie that a group's rows are cut in from its start on.
+
+    Shapes: (row [P, 128] int32, whether it is the group's [P, 128], groups [E, 3] int32), P tiles
+    of which the last may be of no group. Columns of groups, those of most tiles first: expert,
+    first tile, tiles.
+    """
+    sizes = layout.sizes.astype(jnp.int32)
+    experts = sizes.shape[0]
+    count = (sizes + (TILE - 1)) // TILE
+    ends = jnp.cumsum(count, dtype=jnp.int32)
+    tile = jnp.arange(layout.rows // TILE + experts, dtype=jnp.int32)
+    # of few entries: all compared at once instead of a loop of searches
+    expert = (tile[:, None] >= ends[None, :]).sum(1, dtype=jnp.int32)
+    some = expert < experts
+    expert = jnp.minimum(expert, experts - 1)
+    within = (tile - (ends - count)[expert]) * TILE
+    within = within[:, None] + jnp.arange(TILE, dtype=jnp.int32)[None]
+    mine = some[:, None] & (within < sizes[expert][:, None])
+    row = jnp.where(mine, layout.starts[expert].astype(jnp.int32)[:, None] + within, 0)
+    order = jnp.argsort(-sizes, stable=True).astype(jnp.int32)
+    return row, mine, jnp.stack([order, (ends - count)[order], count[order]], 1)

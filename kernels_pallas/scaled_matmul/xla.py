@@ -14,9 +14,7 @@ from jax import lax
 
 from kernels_pallas.grouped_matmul import xla as grouped
 from kernels_pallas.grouped_matmul.layout import row_expert
-from kernels_pallas.scaled_matmul.tiles import TILE, quantize
-
-ROW, BLOCK, COLUMN = (1, TILE), (TILE, TILE), (TILE, 1)
+from kernels_pallas.scaled_matmul.tiles import BLOCK, COLUMN, ROW, TILE, quantize
 
 
 def _whole(x, dim):

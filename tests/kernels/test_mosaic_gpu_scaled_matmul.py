@@ -14,7 +14,7 @@ from kernels_pallas import device, numerics
 from kernels_pallas.chips import CHIPS
 from kernels_pallas.grouped_matmul import aligned, contiguous
 from kernels_pallas.grouped_matmul.layout import row_expert
-from kernels_pallas.scaled_matmul import explain, gpu_plan, scaled_matmul, specs
+from kernels_pallas.scaled_matmul import explain, gpu_plan, scaled_matmul, specs, tiles
 from tests.kernels.test_mosaic_gpu import blackwell, both, hopper, recent, runs
 from tests.kernels.test_scaled_matmul import check
 
@@ -64,7 +64,7 @@ def test_float32_results_are_those_of_the_loop_and_the_same_twice(gpu):
 def test_used_rows_are_in_one_tile_of_their_group(rng):
     for experts, pairs, block in ((1, 300, 128), (5, 700, 128), (16, 500, 8)):
         lay_out = jax.jit(functools.partial(aligned, pairs=pairs, block=block))
-        cut = jax.jit(gpu_plan.row_tiles)
+        cut = jax.jit(tiles.row_tiles)
         for alpha in (100, 0.1):
             sizes = rng.multinomial(pairs, rng.dirichlet(np.full(experts, alpha)))
             layout = lay_out(jnp.asarray(sizes, jnp.int32))
@@ -72,9 +72,9 @@ def test_used_rows_are_in_one_tile_of_their_group(rng):
             assert sorted(groups[:, 0]) == list(range(experts))
             assert (np.diff(sizes[groups[:, 0]]) <= 0).all()
             held = np.zeros(layout.rows, int)
-            for expert, first, tiles in groups:
-                assert tiles == -(-sizes[expert] // 128)
-                own = row[first:first + tiles][mine[first:first + tiles]]
+            for expert, first, count in groups:
+                assert count == -(-sizes[expert] // 128)
+                own = row[first:first + count][mine[first:first + count]]
                 start = int(layout.starts[expert])
                 np.testing.assert_array_equal(own, np.arange(start, start + sizes[expert]))
                 held[own] += 1
