@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import blocks, device
 from kernels_pallas.grouped_matmul.tiles import owned
-from kernels_pallas.tpu import LANES, VMEM
+from kernels_pallas.tpu import LANES, VMEM, sublanes, whole
 
 # Rows that a tile's height is a multiple of: bfloat16 is stored in pairs of 8.
 _ROWS = 16
@@ -33,7 +33,8 @@ class Tiles(NamedTuple):
 class Held(NamedTuple):
     """How many arrays of each kind a product of rows has a tile of: rows, matrices, results, sums.
 
-    `stages` are float32 tiles of a result beside the sums, which bending them takes.
+    `stages` are float32 tiles of a result beside the sums, which bending or scaling them takes;
+    `scaled` are operands of 8 bits, with a float32 scale for every 128 contracted.
     """
 
     xs: int = 1
@@ -41,15 +42,21 @@ class Held(NamedTuple):
     ys: int = 1
     accs: int = 1
     stages: int = 0
+    scaled: bool = False
 
 
 # By the name of a product: grouped_swiglu's are both products of a row with what becomes of them,
-# alone or with the products themselves, and the rows' gradient by both matrices.
+# alone or with the products themselves, and the rows' gradient by both matrices; scaled_matmul's
+# are grouped_matmul's of 8-bit numbers.
 HELD = {"rows": Held(), "transposed": Held(), "weights": Held(),
         "swiglu": Held(1, 2, 1, 2, 3), "swiglu_kept": Held(1, 2, 3, 2, 3),
-        "swiglu_rows": Held(2, 2, 1, 1)}
-TRANSPOSED = ("transposed", "swiglu_rows")
-OPS = {name: "grouped_swiglu" if "swiglu" in name else "grouped_matmul" for name in HELD}
+        "swiglu_rows": Held(2, 2, 1, 1),
+        "scaled": Held(stages=2, scaled=True), "scaled_transposed": Held(stages=2, scaled=True),
+        "scaled_weights": Held(stages=2, scaled=True)}
+TRANSPOSED = ("transposed", "swiglu_rows", "scaled_transposed")
+WEIGHTS = ("weights", "scaled_weights")
+OPS = {name: "grouped_swiglu" if "swiglu" in name else "scaled_matmul" if "scaled" in name else
+       "grouped_matmul" for name in HELD}
 
 
 class Visits(NamedTuple):
@@ -96,8 +103,12 @@ def supports_swiglu(x, gate, up, layout) -> str | None:
 def _bytes(tiles: Tiles, itemsize: int, held: Held = HELD["rows"]) -> int:
     """Fast memory of one product: operands and results twice, and the float32 sums and stages."""
     m, k, n = (-(-t // LANES) * LANES for t in tiles)
-    arrays = held.xs * m * k + held.ws * k * n + held.ys * m * n
-    return 2 * itemsize * arrays + 4 * (held.accs + held.stages) * m * n
+    operands, results = held.xs * m * k + held.ws * k * n, held.ys * m * n
+    sums = 4 * (held.accs + held.stages) * m * n
+    if held.scaled:
+        scales = 4 * whole(k // LANES, sublanes(4)) * (m + n)
+        return 2 * (operands + scales + itemsize * results) + sums
+    return 2 * itemsize * (operands + results) + sums
 
 
 def _steps(product: str, width: int, columns: int, itemsize: int, m: int) -> list[Tiles]:
@@ -124,14 +135,15 @@ def choose(layout, product: str, contracted: int, columns: int, itemsize: int) -
     Of weights `contracted` is the result's height.
     """
     R, E = layout.rows, layout.sizes.shape[0]
-    whole = -(-R // _ROWS) * _ROWS
-    heights = sorted({min(m, whole) for m in _HEIGHTS})
+    # a scale of every row lies in a lane
+    most = whole(R, LANES if HELD[product].scaled else _ROWS)
+    heights = sorted({min(m, most) for m in _HEIGHTS})
     every = [t for m in heights for t in _options(product, m, contracted, columns, itemsize)]
 
     def cost(tiles):
         # every group ends in a tile of its own; an estimate that the tuner replaces
         work = (R + E * tiles.m) * -(-columns // tiles.n) * tiles.n
-        if product == "weights":
+        if product in WEIGHTS:
             work = work * (-(-contracted // tiles.k) * tiles.k) / contracted
         return work * (1 + LANES / tiles.m) * (1 + LANES / tiles.n) * (1 + LANES / tiles.k)
 
@@ -144,12 +156,19 @@ def choose(layout, product: str, contracted: int, columns: int, itemsize: int) -
 
 
 def _options(product, m, contracted, columns, itemsize):
-    if product != "weights":
+    if product not in WEIGHTS:
         return _steps(product, contracted, columns, itemsize, m)
-    # of a gradient k is a tile's height in the result, which is float32 at most
+    # of a gradient k is a tile's height in the result
     sides = [[n for n in _WIDTHS if n < side + LANES] or [side] for side in (contracted, columns)]
-    return [t for k in sides[0] for n in sides[1]
-            if _bytes(t := Tiles(m, min(k, contracted), min(n, columns)), 4) <= VMEM]
+    every = [Tiles(m, min(k, contracted), min(n, columns)) for k in sides[0] for n in sides[1]]
+    return [t for t in every if _gradient_bytes(product, t, itemsize) <= VMEM]
+
+
+def _gradient_bytes(product, tiles, itemsize):
+    m, k, n = tiles
+    if HELD[product].scaled:
+        return _bytes(Tiles(k, m, n), itemsize, HELD[product])
+    return _bytes(tiles, 4)  # which is float32 at most
 
 
 def _table(count_E, first_tile_E, layout, m):

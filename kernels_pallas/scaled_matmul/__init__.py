@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import generation
 from kernels_pallas.op import Backend, Op
-from kernels_pallas.scaled_matmul import gpu_plan, reference, xla
+from kernels_pallas.scaled_matmul import gpu_plan, reference, tpu_plan, xla
 from kernels_pallas.scaled_matmul.tiles import TILE, dequantize, quantize
 
 
@@ -14,12 +14,19 @@ def _mosaic_gpu(*args, **kwargs):
     return generation.kernels(__name__).scaled_matmul(*args, **kwargs)
 
 
+def _mosaic_tpu(*args, **kwargs):
+    from kernels_pallas.scaled_matmul import mosaic_tpu
+
+    return mosaic_tpu.scaled_matmul(*args, **kwargs)
+
+
 op = Op(
     "scaled_matmul",
     (
         Backend("xla", xla.scaled_matmul),
-        # Only where it is asked for, until it has run on a chip: PENDING.md.
+        # Only where they are asked for, until they have run on a chip: PENDING.md.
         Backend("mosaic_gpu", _mosaic_gpu, gpu_plan.supports),
+        Backend("mosaic_tpu", _mosaic_tpu, tpu_plan.supports),
         Backend("reference", reference.scaled_matmul),
     ),
 )

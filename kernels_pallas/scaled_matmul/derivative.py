@@ -1,7 +1,7 @@
 """scaled_matmul and its gradients, of a chip's kernels: what is around them.
 
-Numbers are rounded to E4M3 by XLA before the kernels. Letters beside the house's: K the contracted
-dim and N the result's columns, in whole tiles of 128; P counts rows in tiles of 128, by groups.
+Letters beside the house's: K the contracted dim and N the result's columns, in whole tiles of 128;
+P counts rows in tiles of 128, by groups.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ class Kernels(NamedTuple):
 
     Without `times` 8-bit numbers are multiplied along the last dims of both alone: XLA writes
     transposes, and `contracted` gets a [D, P] and b [F, P].
+    `quantize` rounds rows and blocks as tiles.quantize does; columns are always rounded by XLA.
     """
 
     transposed: Callable[..., jax.Array]
     contracted: Callable[..., jax.Array]
     times: Callable[..., jax.Array] | None = None
+    quantize: Callable[..., Any] = quantize
 
 
 def _fill(x, *lengths):
@@ -46,13 +48,13 @@ def _fill(x, *lengths):
 def _product(kernels: Kernels, x_RxK, w_ExKxN, layout, power_of_two, *, transposed=False):
     """Rows times their expert's matrix, or the transpose of its [N, K]: [R, N] in x's dtype."""
     K, N = w_ExKxN.shape[:0:-1] if transposed else w_ExKxN.shape[1:]
-    a, a_scale = quantize(_fill(x_RxK, whole(K)), ROW, power_of_two)
-    b, b_scale = quantize(_fill(w_ExKxN, *map(whole, w_ExKxN.shape[1:])), BLOCK, power_of_two)
-    multiply = kernels.transposed
+    a, a_scale = kernels.quantize(_fill(x_RxK, whole(K)), ROW, power_of_two)
+    b, b_scale = kernels.quantize(_fill(w_ExKxN, *map(whole, w_ExKxN.shape[1:])), BLOCK,
+                                  power_of_two)
     if not transposed and kernels.times is None:
         b, b_scale = (jnp.swapaxes(x, 1, 2) for x in (b, b_scale))
-    elif not transposed:
-        multiply = kernels.times
+        transposed = True
+    multiply: Any = kernels.transposed if transposed else kernels.times
     y = multiply(a, a_scale.T, b, b_scale, layout, x_RxK.dtype)
     return y[:, :N]
 
@@ -92,7 +94,7 @@ _grouped.defvjp(_forward, _backward)
 
 def scaled_matmul(x: Any, w: Any, layout: Any = None, *, kernels: Kernels,
                   power_of_two: bool = False) -> Any:
-    """Round by XLA and multiply in 8 bits; a dense product is that of one group of all rows."""
+    """Round and multiply in 8 bits; a dense product is that of one group of all rows."""
     if layout is not None:
         return _grouped(kernels, x, w, layout, power_of_two)
     rows = x.reshape(-1, x.shape[-1])

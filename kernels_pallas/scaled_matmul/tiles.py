@@ -32,6 +32,22 @@ def spread(scale, shape, like):
     return wide[..., :like[-2], :like[-1]]
 
 
+def scale_of(largest, power_of_two):
+    """Return the scales of tiles whose largest magnitudes these are."""
+    scale = largest * jnp.float32(1 / LARGEST)
+    if power_of_two:
+        part, exponent = jnp.frexp(scale)  # part in [1/2, 1)
+        scale = jnp.ldexp(jnp.ones_like(scale), exponent - (part == 0.5).astype(exponent.dtype))
+    # a scale under the normal numbers would lose the bits it is to keep
+    scale = jnp.maximum(scale, jnp.float32(2.0**-126))
+    return jnp.where(largest == 0, jnp.ones_like(scale), scale)
+
+
+def rounded(x32, scale):
+    """Return x over its scales in E4M3."""
+    return jnp.clip(x32 / scale, -LARGEST, LARGEST).astype(E4M3)
+
+
 def quantize(x, shape, power_of_two=False):
     """Return x over its scales in E4M3, and the float32 scales of tiles of the last two dims.
 
@@ -39,16 +55,8 @@ def quantize(x, shape, power_of_two=False):
     tile of zeros has scale 1; one with an infinity or nan becomes nan.
     """
     x32 = x.astype(jnp.float32)
-    largest = jnp.abs(_tiles(x32, shape)).max((-3, -1))
-    scale = largest * jnp.float32(1 / LARGEST)
-    if power_of_two:
-        part, exponent = jnp.frexp(scale)  # part in [1/2, 1)
-        scale = jnp.ldexp(jnp.ones_like(scale), exponent - (part == 0.5).astype(exponent.dtype))
-    # a scale under the normal numbers would lose the bits it is to keep
-    scale = jnp.maximum(scale, jnp.float32(2.0**-126))
-    scale = jnp.where(largest == 0, jnp.ones_like(scale), scale)
-    over = jnp.clip(x32 / spread(scale, shape, x.shape), -LARGEST, LARGEST)
-    return over.astype(E4M3), scale
+    scale = scale_of(jnp.abs(_tiles(x32, shape)).max((-3, -1)), power_of_two)
+    return rounded(x32, spread(scale, shape, x.shape)), scale
 
 
 def dequantize(q, scale, shape, dtype=jnp.float32):
