@@ -121,10 +121,11 @@ def summed(multiply, ring, tile, done, *widths):
     return result[0] if len(widths) == 1 else result
 
 
-def store_rows(smem, target, first, columns, rows, grain, whole=HALF):
+def store_rows(smem, target, first, columns, rows, grain, whole=HALF, rolled=False):
     """Start copies of the first `rows` (any number) of `whole` from memory to `target` at `first`.
 
-    A multiple of `grain` is written where rows end, which belongs to nobody else.
+    A multiple of `grain` is written where rows end, which belongs to nobody else. `rolled`: by a
+    loop, for which registers need not hold the addresses of all pieces at once.
     """
     def store(start, length):
         plgpu.copy_smem_to_gmem(smem.at[pl.ds(start, length)],
@@ -132,6 +133,11 @@ def store_rows(smem, target, first, columns, rows, grain, whole=HALF):
                                 commit_group=False)
 
     pl.when(rows >= whole)(lambda: store(0, whole))
+    if rolled:
+        pieces = jnp.where(rows < whole, lax.div(rows + (grain - 1), hopper.i32(grain)), 0)
+        lax.fori_loop(
+            0, pieces, lambda i, _: store(pl.multiple_of(i * grain, grain), grain), None)
+        return
     for start in range(0, whole, grain):
         def piece(start=start):
             store(start, grain)

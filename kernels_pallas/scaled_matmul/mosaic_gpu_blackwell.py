@@ -132,6 +132,8 @@ def _rows_times(a_RxK, a_scale, b_ExNxK, b_scale, layout, dtype):
     items, count = grouped.row_items(layout)
     n_tiles, steps = -(-N // n), K // TILE
     across = grouped.across(n_tiles)
+    # 16 pieces one after another spilled 16 bytes, and a loop over two or four spilled 128
+    many_pieces = TILE > 8 * grain
 
     def body(items_gmem, count_gmem, a_gmem, a_scale_gmem, b_gmem, b_scale_gmem, y_gmem, *, a_smem,
              b_smem, out_smem, ring, sums):
@@ -156,7 +158,8 @@ def _rows_times(a_RxK, a_scale, b_ExNxK, b_scale, layout, dtype):
         def finish(tile, first, take):
             def place(column, smem):
                 columns = pl.ds(tile.n + column, COLUMNS)
-                products.store_rows(smem, y_gmem, tile.first, columns, tile.rows, grain, TILE)
+                products.store_rows(smem, y_gmem, tile.first, columns, tile.rows, grain, TILE,
+                                    rolled=many_pieces)
 
             pl.when(tile.n + first < N)(lambda: _write(n, first, take, place, out_smem))
 
