@@ -25,10 +25,13 @@ _NOTHING = -1e30  # a logit of a token that is not pooled
 def _over_entries(body, out, entries, channels, *arrays):
     """A kernel that calls body(entry, read, write, refs) for some channels of each entry."""
     width = lanes(channels)
+    parts = channels // width
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=width // LANES)
 
     def program(*refs):
-        first = pl.multiple_of(lax.axis_index("part") * width, width)
+        number = lax.axis_index("program")
+        entry = lax.div(number, hopper.i32(parts))
+        first = pl.multiple_of((number - entry * parts) * width, width)
 
         def read(ref, *at):
             return plgpu.load(ref.at[*at, pl.ds(first, width)], layout=layout).astype(_F32)
@@ -36,10 +39,11 @@ def _over_entries(body, out, entries, channels, *arrays):
         def write(ref, *at, value):
             ref.at[*at, pl.ds(first, width)][...] = value.astype(ref.dtype)
 
-        body(lax.axis_index("entry"), read, write, refs)
+        body(entry, read, write, refs)
 
+    # of one dim: of the others CUDA takes no more than 65,535 programs
     kernel = plgpu.kernel(
-        program, out_type=out, grid=(entries, channels // width), grid_names=("entry", "part"),
+        program, out_type=out, grid=(entries * parts,), grid_names=("program",),
         interpret=device.target().interpret, compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup))
     return kernel(*arrays)

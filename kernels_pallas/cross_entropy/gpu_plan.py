@@ -50,8 +50,9 @@ class Plan:
 
     @property
     def columns(self) -> int:
-        """Entries of the vocabulary in memory: whole rows of 16 bytes."""
-        return whole(self.V, 8)
+        """Entries of the vocabulary in memory: whole rows of 128 bytes, as the copy engine cuts
+        arrays (Mosaic GPU compiles no other ones)."""
+        return whole(self.V, grouped.COLUMNS)
 
     @property
     def n(self) -> int:

@@ -1,5 +1,7 @@
 """compress: every backend, kernels interpreted with race detection, against float64 loops."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +67,8 @@ def test_values_and_gradients(backend, dtype):
 
 @runs
 def test_values_and_gradients_on_a_gpu():
-    check(SMALL, "mosaic_gpu", "bfloat16", either(2))
+    """Three programs for each entry."""
+    check(dataclasses.replace(SMALL, C=384), "mosaic_gpu", "bfloat16", either(2))
 
 
 def test_values_and_gradients_on_a_tpu():
@@ -97,6 +100,31 @@ def test_every_spec_on_a_tpu(name, dtype):
 @pytest.mark.parametrize("name", specs.PARITY)
 def test_every_spec_on_a_gpu(name):
     check(specs.PARITY[name], "mosaic_gpu", "bfloat16", either(2))
+
+
+@recent
+def test_any_number_of_entries_makes_a_grid_that_cuda_takes(monkeypatch):
+    """A grid's last dim is CUDA's first; of those before it there are at most 65,535 programs."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    grids = []
+    kernel = plgpu.kernel
+    monkeypatch.setattr(plgpu, "kernel", lambda *args, grid, **keywords: (
+        grids.append(grid), kernel(*args, grid=grid, **keywords))[1])
+    M, R, C = 70000, 4, 512
+
+    def run(own, bias, follows, dy):
+        with device.assume(CHIPS["h200"].target):
+            return jax.vjp(lambda own: compress(own, bias, follows, implementation="mosaic_gpu"),
+                           own)[1](dy)
+
+    jax.eval_shape(run, *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
+        ((1, M, R, 2, 2, C), jnp.bfloat16), ((R, 2, C), jnp.float32), ((1, M), bool),
+        ((1, M, C), jnp.bfloat16))))
+    assert len(grids) == 2
+    for *others, last in grids:
+        assert int(np.prod(others)) * last == 2 * M
+        assert max(others, default=1) <= 65535
 
 
 @recent

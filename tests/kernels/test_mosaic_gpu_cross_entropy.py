@@ -119,6 +119,21 @@ def test_parts_are_whole_tiles_and_take_no_more_than_a_gradient():
             assert taken <= 227 * 1024 - 2048
 
 
+@runs
+def test_a_vocabulary_of_any_size_is_lowered_for_a_chip():
+    """Mosaic GPU copies from whole rows of 128 bytes, for which interpretation does not ask."""
+    assert gpu_plan.Plan(2048, 768, 50257, 0.0, None, "DV").columns == 50304
+    with device.assume(CHIPS["h200"].target):
+        def loss(x, head, targets, weights):
+            return cross_entropy(x, head, targets, weights, implementation="mosaic_gpu")[0]
+
+        shapes = (((130, 64), jnp.bfloat16), ((64, 77), jnp.bfloat16), ((130,), jnp.int32),
+                  ((130,), jnp.float32))
+        traced = jax.jit(jax.grad(loss, (0, 1))).trace(
+            *(jax.ShapeDtypeStruct(*each) for each in shapes))
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 REFUSED = {
     "cpu": (device.Target("cpu"), {}, "needs an NVIDIA GPU, the device is cpu"),
     "ampere": (device.Target("gpu", "A100", (8, 0)), {}, r"needs Hopper \(9.0\) or .* is \(8, 0\)"),
