@@ -21,7 +21,10 @@ from kernels_pallas.hopper import i32
 
 
 class Loaded(NamedTuple):
-    """What of a step comes together: wait() returns it, release() gives its memory back."""
+    """What of a step comes together: wait() returns it, release(read) gives its memory back.
+
+    `read`: not only products read it, but loads too.
+    """
 
     wait: Any
     release: Any
@@ -160,7 +163,12 @@ def over_tiles(attend, edges, fixed, streamed, outs, *, turns=1, heads=1, scalar
                         slot = ring.wait(count)
                         return [x.at[slot] for x in streamed_smem[those]]
 
-                    return Loaded(wait, lambda: ring.release(count))
+                    def release(read=False):
+                        if read:  # loads are not of the copies' proxy, which writes here next
+                            plgpu.commit_smem()
+                        ring.release(count)
+
+                    return Loaded(wait, release)
 
                 def stream(g, s):
                     # Of memory known before the loop over steps the compiler works out the address
@@ -171,8 +179,12 @@ def over_tiles(attend, edges, fixed, streamed, outs, *, turns=1, heads=1, scalar
 
                 row = tile * X + warpgroup * HALF
                 known = Tile(row, rows(), lambda n: edges_gmem[b, tile, n], turn)
+                # As many turns each, the second's half a step later. Not beyond a tile, whose
+                # memory may be needed for the next: neither is to wait for the other's next tile.
+                pl.when(warpgroup == 1)(turn)
                 results = attend(known, (b, h), stream, scalars_gmem,
                                  [x.at[warpgroup] for x in scratch_smem])
+                pl.when(warpgroup == 0)(turn)
                 memory = iter(numbers_smem)
                 for n, (value, target) in enumerate(zip(results, outs_gmem, strict=True)):
                     if len(target.shape) == 3:
@@ -188,10 +200,7 @@ def over_tiles(attend, edges, fixed, streamed, outs, *, turns=1, heads=1, scalar
                 by_tile.release(i)
                 return done + turns * (high - low)
 
-            # As many turns each, the second warpgroup's by half a step later.
-            pl.when(warpgroup == 1)(turn)
             lax.fori_loop(0, share, multiply, i32(0))
-            pl.when(warpgroup == 0)(turn)
             plgpu.wait_smem_to_gmem(0)
 
     def memory(slots, rows, x):

@@ -73,7 +73,7 @@ def _forward_tiles(plan: Plan, table: Table, q, k, v, sinks):
             raw = gpu_scores.product(q_smem, k_smem, WIDE, tile.turn)
             found, _ = gpu_scores.scores(plan, raw)
             found = _met(plan, tile, first_gmem[0], found, masked, own, ends, others, WIDE)
-            keys.release()
+            keys.release(read=masked)
             top = jnp.maximum(old[0], found.max(axis=1))
             weights = jnp.exp2(found - hopper.spread(top, WIDE, 0))
             shrink = jnp.exp2(old[0] - top)
@@ -143,7 +143,7 @@ def _query_gradient_tiles(plan: Plan, table: Table, q, do, lse, delta, k, v):
                 d_scores = gpu_scores.gradient(weights, more, bent)
                 hopper.weigh(dq, d_scores.astype(_BF16), k_smem, *spare)
                 plgpu.wgmma_wait(0)
-                keys.release()
+                keys.release(read=masked)
 
             for low, high, masked in phases(plan):
                 lax.fori_loop(tile.edges(low), tile.edges(high),

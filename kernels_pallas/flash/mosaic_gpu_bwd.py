@@ -82,21 +82,21 @@ def _tiles(plan: Plan, table: Table, q, do, lse, delta, k, v, *, keys=False, val
                     d_scores = gpu_scores.gradient(weights.astype(_F32), more, bent)
                     hopper.weigh(sums[0], d_scores.astype(_BF16), q_smem, *spare[:1])
                 plgpu.wgmma_wait(0)
-                queries.release()
-                results.release()
+                queries.release(read=True)
+                results.release(read=keys)
 
             def add_keys(turn, step, _):
                 rows, results, queries = stream(turn, step)
                 # 64 x 128 numbers are 64 registers, and a number for each column is 32: done with
                 # here, before the next are read.
                 more = lax.optimization_barrier(exceed(rows, *results.wait()))
-                results.release()
+                results.release(read=True)
                 q_smem, *numbers = queries.wait()
                 weights, bent = weigh(rows, step, q_smem, *numbers)
                 d_scores = gpu_scores.gradient(weights, more, bent)
                 hopper.weigh(sums[0], d_scores.astype(_BF16), q_smem, *spare)
                 plgpu.wgmma_wait(0)
-                queries.release()
+                queries.release(read=True)
 
             def of_head(turn, _):
                 lax.fori_loop(tile.edges(0), tile.edges(1),
