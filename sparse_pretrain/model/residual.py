@@ -5,10 +5,13 @@ output comes back.
 """
 
 import dataclasses
+import itertools
+import math
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from sparse_pretrain import nn, spec
@@ -28,17 +31,23 @@ class PlainConfig(spec.Config):
 PLAIN = PlainConfig()
 
 
+MIXINGS = ("sinkhorn", "permutations")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MHCConfig(spec.Config):
     """Several streams, mixed by matrices whose rows and columns sum to one.
 
-    `iterations` of Sinkhorn, the first of them a softmax over rows; `post` the largest weight by
-    which an output enters a stream; `scale` is what the three input-dependent parts start at.
+    `mixing` makes these: `sinkhorn`, so many `iterations` of it, the first of them a softmax over
+    rows; or `permutations`, the mean of all of the streams by a softmax's weights (mHC-lite).
+    `post` is the largest weight by which an output enters a stream; `scale` what the three
+    input-dependent parts start at.
     """
 
     KIND: ClassVar[str] = "mhc"
 
     streams: int = 4
+    mixing: str = "sinkhorn"
     iterations: int = 20  # as the models have it; DeepSeek's kernels default to 10 and post 1.0
     post: float = 2.0
     scale: float = 0.01
@@ -46,9 +55,20 @@ class MHCConfig(spec.Config):
 
     def __post_init__(self):
         spec.require(2 <= self.streams <= 16, f"streams: must be 2 to 16, got {self.streams}")
+        known = self.mixing in MIXINGS
+        spec.require(known, f"mixing: {self.mixing!r} is not one of {', '.join(MIXINGS)}")
+        few = self.mixing == "sinkhorn" or self.streams <= 5
+        spec.require(few, f"streams: must be 2 to 5 for mixing='permutations', got {self.streams}: "
+                          f"there are {math.factorial(self.streams)} permutations of them")
         ok = 1 <= self.iterations <= 100
         spec.require(ok, f"iterations: must be 1 to 100, got {self.iterations}")
         spec.positive(self, "post", "scale", "eps")
+
+    @property
+    def logits(self) -> int:
+        """Numbers that a mixing matrix is made of."""
+        R = self.streams
+        return R * R if self.mixing == "sinkhorn" else math.factorial(R)
 
 
 class Plain:
@@ -72,7 +92,8 @@ class Plain:
 class MHC:
     """Manifold-constrained hyper-connections. Shapes: x [B, L, R, D] of R streams.
 
-    Source: 2512.24880, equations 7 and 8; order and constants of the released code.
+    Source: 2512.24880, equations 7 and 8; order and constants of the released code. Of
+    `permutations`: 2601.05732 (mHC-lite).
     """
 
     Config = MHCConfig
@@ -80,8 +101,9 @@ class MHC:
     @staticmethod
     def work(config: MHCConfig, width: int) -> float:
         """Forward FLOPs per token of one site: mixing numbers, what is read, what is written."""
-        R = config.streams
-        return 2.0 * R * width * R * (R + 2) + 4.0 * R * width + 2.0 * R * R * width
+        R, logits = config.streams, config.logits
+        made = 0.0 if config.mixing == "sinkhorn" else 2.0 * logits * R * R
+        return 2.0 * R * width * (2 * R + logits) + 4.0 * R * width + 2.0 * R * R * width + made
 
     @staticmethod
     def head_work(config: MHCConfig, width: int) -> float:
@@ -118,6 +140,18 @@ def _weighted(weight_BxLxR, x_BxLxRxD):
     return sum(terms)
 
 
+def _mean_permutation(logits, streams: int):
+    """Doubly stochastic matrices [B, L, R, R] as means of permutations: every one's logit.
+
+    Logit p is that of the p-th permutation in the order of itertools, which takes stream m to
+    stream permutation[m]. All lie in the hull of permutations (Birkhoff), so that none is left out.
+    """
+    of = np.array(list(itertools.permutations(range(streams))))
+    matrices = np.eye(streams, dtype=np.float32)[of].reshape(len(of), -1)
+    made = jax.nn.softmax(logits, axis=-1) @ jnp.asarray(matrices, logits.dtype)
+    return made.reshape(*logits.shape[:2], streams, streams)
+
+
 class Site(nn.Module):
     """Mixing around one layer.
 
@@ -127,22 +161,27 @@ class Site(nn.Module):
     def __init__(self, config: MHCConfig, width: int, keys: nn.Keys, *, eps: float):
         self.config, self.eps = config, eps
         R = config.streams
-        std = (R * width) ** -0.5
-        self.w = nn.param(keys, (R * width, R * (R + 2)), ("RD", "Mix"), std=std)
-        self.base = nn.param(keys, (R * (R + 2),), ("Mix",), value=0.0)
+        numbers = 2 * R + config.logits
+        self.w = nn.param(keys, (R * width, numbers), ("RD", "Mix"), std=(R * width) ** -0.5)
+        self.base = nn.param(keys, (numbers,), ("Mix",), value=0.0)
         self.scale = nn.param(keys, (3,), ("Part",), value=config.scale)
 
     def open(self, x: Float[Array, "B L R D"]) -> tuple[Float[Array, "B L D"], Any]:
         """(what the layer reads, what `close` needs)."""
         c, R = self.config, self.config.streams
-        mixed = _mixing(x, nn.read(self.w), R * (R + 2), self.eps)
+        numbers = 2 * R + c.logits
+        mixed = _mixing(x, nn.read(self.w), numbers, self.eps)
         scale, base = (nn.read(p).astype(mixed.dtype) for p in (self.scale, self.base))
-        sizes = jnp.repeat(scale, jnp.array([R, R, R * R]), total_repeat_length=R * (R + 2))
+        sizes = jnp.repeat(scale, jnp.array([R, R, c.logits]), total_repeat_length=numbers)
         mixed = mixed * sizes[None, None] + base[None, None]
         pre = jax.nn.sigmoid(mixed[..., :R]) + c.eps
         post = c.post * jax.nn.sigmoid(mixed[..., R : 2 * R])
-        square = mixed[..., 2 * R :].reshape(*mixed.shape[:2], R, R)
-        across = ops.sinkhorn(square, iterations=c.iterations, eps=c.eps)
+        logits = mixed[..., 2 * R :]
+        if c.mixing == "permutations":
+            across = _mean_permutation(logits, R)
+        else:
+            square = logits.reshape(*mixed.shape[:2], R, R)
+            across = ops.sinkhorn(square, iterations=c.iterations, eps=c.eps)
         wide = x.astype(mixed.dtype)
         return _weighted(pre, wide).astype(x.dtype), (wide, across, post)
 

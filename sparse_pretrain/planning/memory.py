@@ -69,11 +69,13 @@ def _activations(config: lm.Config) -> int:
 
 
 def _mixed(config: lm.Config) -> int:
-    """What two sites keep besides one stream: the others, their sums, and Sinkhorn's steps."""
+    """What two sites keep besides one stream: the others, their sums, and how they are mixed."""
     c: Any = config.residual
     if c.streams == 1:
         return 0
-    steps = 4 * c.iterations * c.streams**2 // jnp.dtype(lm.DTYPES[config.dtype]).itemsize
+    # Sinkhorn's steps, or the permutations' weights, and the matrix; float32
+    numbers = c.iterations * c.streams**2 if c.mixing == "sinkhorn" else c.logits + c.streams**2
+    steps = 4 * numbers // jnp.dtype(lm.DTYPES[config.dtype]).itemsize
     return 2 * (config.width * c.streams + steps)
 
 

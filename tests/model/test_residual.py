@@ -1,6 +1,7 @@
 """mHC against a float64 transcription of its equations; its mixing neither grows nor shrinks."""
 
 import dataclasses
+import itertools
 import re
 
 import jax
@@ -23,11 +24,30 @@ from tests.kernels.test_mosaic_gpu import recent
 from tests.model.conftest import packed
 
 MHC = residual.MHCConfig(streams=3, iterations=4, scale=0.7)
+LITE = dataclasses.replace(MHC, mixing="permutations")
 WIDTH = 8
 
 
 def _sigmoid(z):
     return 1 / (1 + np.exp(-z))
+
+
+def _balanced(raw, c):
+    b = np.exp(raw) / np.exp(raw).sum(-1, keepdims=True) + c.eps
+    b = b / (b.sum(-2, keepdims=True) + c.eps)
+    for _ in range(c.iterations - 1):
+        b = b / (b.sum(-1, keepdims=True) + c.eps)
+        b = b / (b.sum(-2, keepdims=True) + c.eps)
+    return b
+
+
+def _permuted(raw, R):
+    b = np.zeros((R, R))
+    for weight, to in zip(np.exp(raw) / np.exp(raw).sum(), itertools.permutations(range(R)),
+                          strict=True):
+        for m in range(R):
+            b[m, to[m]] += weight
+    return b
 
 
 def _reference(p, x_LxRxD, layer, c):
@@ -39,20 +59,17 @@ def _reference(p, x_LxRxD, layer, c):
         mix = (flat / np.sqrt(np.mean(flat**2) + 1e-6)) @ p["w"]
         a = _sigmoid(mix[:R] * p["scale"][0] + p["base"][:R]) + c.eps
         post = c.post * _sigmoid(mix[R : 2 * R] * p["scale"][1] + p["base"][R : 2 * R])
-        raw = (mix[2 * R :] * p["scale"][2] + p["base"][2 * R :]).reshape(R, R)
-        b = np.exp(raw) / np.exp(raw).sum(-1, keepdims=True) + c.eps
-        b = b / (b.sum(-2, keepdims=True) + c.eps)
-        for _ in range(c.iterations - 1):
-            b = b / (b.sum(-1, keepdims=True) + c.eps)
-            b = b / (b.sum(-2, keepdims=True) + c.eps)
+        raw = mix[2 * R :] * p["scale"][2] + p["base"][2 * R :]
+        b = _permuted(raw, R) if c.mixing == "permutations" else _balanced(raw.reshape(R, R), c)
         y = layer(sum(a[m] * x[m] for m in range(R)))
         for n in range(R):
             out[t, n] = sum(b[m, n] * x[m] for m in range(R)) + post[n] * y
     return out
 
 
-def test_a_site_is_its_equations_in_values_and_gradients(rng):
-    site = nn.define(lambda keys: residual.Site(MHC, WIDTH, keys, eps=1e-6))
+@pytest.mark.parametrize("config", [MHC, LITE], ids=lambda c: c.mixing)
+def test_a_site_is_its_equations_in_values_and_gradients(config, rng):
+    site = nn.define(lambda keys: residual.Site(config, WIDTH, keys, eps=1e-6))
     params = jax.tree.map(lambda s: rng.normal(size=s.shape), site.shapes)
     x, w = rng.normal(size=(1, 5, 3, WIDTH)), rng.normal(size=(WIDTH, WIDTH))
     weight = rng.normal(size=x.shape)
@@ -63,7 +80,7 @@ def test_a_site_is_its_equations_in_values_and_gradients(rng):
         return jnp.sum(made.close(held, jnp.tanh(inner @ w.astype(np.float32))) * weight)
 
     def theirs(params, x):
-        return np.sum(_reference(params, x[0], lambda h: np.tanh(h @ w), MHC) * weight[0])
+        return np.sum(_reference(params, x[0], lambda h: np.tanh(h @ w), config) * weight[0])
 
     weight32, weight = weight, jnp.asarray(weight, jnp.float32)
     p32, x32 = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, x))
@@ -99,6 +116,15 @@ def test_sixty_mixing_matrices_in_a_row_keep_their_gain():
     assert gain(logits) > 5
     once = sinkhorn(jnp.asarray(logits, jnp.float32), iterations=1, eps=1e-6)
     assert abs(np.asarray(once).sum(-1) - 1).max() > 0.05 > abs(mixing.sum(-1) - 1).max()
+
+
+def test_means_of_permutations_reach_every_corner_and_sum_to_one_however_large(rng):
+    logits = rng.normal(size=(1, 40, 24)) * 30
+    made = np.asarray(residual._mean_permutation(jnp.asarray(logits, jnp.float32), 4), np.float64)
+    np.testing.assert_allclose(made.sum(-1), 1, atol=1e-6)
+    np.testing.assert_allclose(made.sum(-2), 1, atol=1e-6)
+    corners = residual._mean_permutation(jnp.asarray(np.eye(24)[None] * 200, jnp.float32), 4)
+    assert len({c.tobytes() for c in np.asarray(corners[0]).round(6)}) == 24
 
 
 @recent
@@ -154,14 +180,14 @@ def test_streams_that_are_mixed_evenly_are_one_stream(rng):
         np.testing.assert_allclose(out, logits[:, t], atol=2e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_its_flops_are_the_compilers_and_its_memory_grows(remat):
+@pytest.mark.parametrize(("remat", "mixing"), [
+    ("none", "sinkhorn"), ("full", "sinkhorn"), ("none", "permutations")])
+def test_its_flops_are_the_compilers_and_its_memory_grows(remat, mixing):
     layer = block.Config(
         attention=full.Config(heads=4, head_dim=128), ffn=ffn.DenseConfig(hidden=1536)
     )
-    config = _model(
-        width=512, vocab=64, blocks={"b": layer}, residual=residual.MHCConfig(), remat=remat
-    )
+    config = _model(width=512, vocab=64, blocks={"b": layer}, remat=remat,
+                    residual=residual.MHCConfig(mixing=mixing))
     L = 128
     ones = np.ones((2, L), np.int32)
     at = np.tile(np.arange(L, dtype=np.int32), (2, 1))
@@ -191,3 +217,7 @@ def test_wrong_values_are_refused():
         residual.MHCConfig(streams=1)
     with pytest.raises(ValueError, match=r"^iterations: must be 1 to 100, got 0"):
         residual.MHCConfig(iterations=0)
+    with pytest.raises(ValueError, match=r"^mixing: 'all' is not one of sinkhorn, permutations"):
+        residual.MHCConfig(mixing="all")
+    with pytest.raises(ValueError, match=r"^streams: must be 2 to 5 .* got 6: there are 720 "):
+        residual.MHCConfig(mixing="permutations", streams=6)
