@@ -138,10 +138,10 @@ class Experiment(spec.Config):
         plans.find("single" if self.plan == plans.AUTO else self.plan)
         for field, known in (apply.CHOICES | {"offload": offload.KINDS}).items():
             one_of(field, getattr(self, field), known)
-        products = self.model.precision.products
-        where = f"{products} runs on one device, under plan=single; got plan {self.plan}"
+        products, where = self.model.precision.products, "runs on one device, under plan=single"
         ok = products == "model" or self.plan == "single"
-        spec.require(ok, f"model.precision.products: {where}")
+        spec.require(ok, f"model.precision.products: {products} {where}; got plan {self.plan}")
+        self.credit.check(self.plan, self.data.mixture.KIND, self.model.blocks)
         meshes.parse(self.mesh)
         spec.require(
             self.data.batch % self.accumulate == 0,

@@ -6,7 +6,7 @@ all sequences sum to what the whole step is worth.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +33,25 @@ class Config(spec.Config):
     def __post_init__(self):
         spec.require(self.every >= 0, f"every: must be 0 or more, got {self.every}")
         spec.positive(self, "tokens")
+
+    def check(self, plan: str, mixture: str, blocks: Mapping[str, Any]) -> None:
+        """Errors: ValueError naming the field of what has no exact credit."""
+        if not self.every:
+            ok = mixture != "doge"
+            spec.require(ok, "credit.every: 0, but data.mixture.kind doge goes by credit")
+            return
+        spec.require(
+            plan in ("single", "auto"),
+            f"credit.every: {self.every} takes the gradient of one sequence at a time on one "
+            f"device, under plan=single; got plan {plan}",
+        )
+        for name, block in blocks.items():
+            copies = getattr(block.ffn, "copies", 0)
+            spec.require(
+                not copies,
+                f"credit.every: {self.every} with model.blocks.{name}.ffn.copies {copies}, which "
+                "hold parts of one gradient",
+            )
 
 
 def first_order(

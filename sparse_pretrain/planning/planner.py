@@ -244,6 +244,11 @@ def chosen(planner: Planner, names: Sequence[str] = plans.PLANS) -> list[Candida
             f"--plan: single is for one chip, and there are {what}; plans for several are "
             f"{', '.join(plans.PLANS[1:])}"
         )
+    if planner.model.memory.layers and all("pipe" in plans.find(name).axes for name in names):
+        raise ValueError(
+            f"--plan: {', '.join(names)}: a pipeline carries no rows of model.memory; take a plan "
+            "without stages"
+        )
     if not found:
         raise ValueError(
             f"--chips: no plan deals {rows} rows of {planner.length} tokens over {what}; "

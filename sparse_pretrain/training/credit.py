@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_pretrain import config, nn, shapes, spec
+from sparse_pretrain import nn, shapes, spec
 from sparse_pretrain.games import shapley
 from sparse_pretrain.training import loss, step
 
@@ -96,27 +96,6 @@ def _owners(weights_BxL, names_BxL, domains) -> tuple[np.ndarray, tuple[str, ...
     high = np.where(counted, names_BxL, -1).max(1)
     owner = np.where(low == high, high, len(domains))
     return np.where(high < 0, 0, owner), (*(domains or ("all",)), MIXED)
-
-
-def check(experiment: config.Experiment) -> None:
-    """Errors: ValueError naming the field of what has no exact credit."""
-    if not experiment.credit.every:
-        ok = experiment.data.mixture.KIND != "doge"
-        spec.require(ok, "config.credit.every: 0, but data.mixture.kind doge goes by credit")
-        return
-    every, plan = experiment.credit.every, experiment.plan
-    spec.require(
-        plan == "single",
-        f"config.credit.every: {every} takes the gradient of one sequence at a time on one device, "
-        f"under plan=single; got plan {plan}",
-    )
-    for name, block in experiment.model.blocks.items():
-        copies = getattr(block.ffn, "copies", 0)
-        spec.require(
-            not copies,
-            f"config.credit.every: {every} with model.blocks.{name}.ffn.copies {copies}, which "
-            "hold parts of one gradient",
-        )
 
 
 def targets(section: shapley.Config, dataset: Any) -> list[shapes.Batch]:

@@ -13,7 +13,7 @@ from sparse_pretrain.model import engram, lm
 from sparse_pretrain.optim import groups, schedules
 from sparse_pretrain.planning import flops, memory
 from sparse_pretrain.sharding import apply, offload, placement
-from sparse_pretrain.training import credit, processes, progress
+from sparse_pretrain.training import processes, progress
 
 TOKENIZER = "tokenizer.json"  # in the workdir
 
@@ -46,7 +46,6 @@ def prepare(experiment: configs.Experiment, workdir: Path | None = None) -> Prep
     fresh = workdir is None or not checkpoint.steps(workdir)
     if experiment.init_from and fresh:
         start_from(experiment)  # looked at before the data, whose preparation can take minutes
-    credit.check(experiment)
     placed = place(experiment)
     index, count = share(placed, experiment)
     dataset = data.load(

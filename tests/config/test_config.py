@@ -84,6 +84,10 @@ def test_the_sinks_are_those_that_exist():
         (["data.mixture.kind=ado", "data.mixture.lag=2"], ["config.data.mixture.lag: must be at "
                                                            "least 4", "got 2"]),
         (["data.mixture.kind=doremi"], ["config.data.mixture.reference: needs the workdir"]),
+        (["data.mixture.kind=doge"], ["config.credit.every: 0, but data.mixture.kind doge"]),
+        (["credit.every=2", "plan=ddp"], ["config.credit.every: 2 takes", "got plan ddp"]),
+        (["credit.every=2", "model.blocks.moe.ffn.copies=1"], ["config.credit.every: 2 with model."
+                                                               "blocks.moe.ffn.copies 1"]),
         (["data.mixture.kind=exp3", "data.pack=stream"],
          ["config.data.mixture.kind: 'exp3' needs pack documents, got 'stream'"]),
     ],

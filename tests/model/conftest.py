@@ -1,5 +1,7 @@
 """Small models and batches for tests."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -50,6 +52,16 @@ def packed(rng, rows=4, length=24, vocab=61) -> shapes.Batch:
         tokens[:, :-1], tokens[:, 1:], segments, positions, weights,
         3 * (segments > 0).astype(np.int32), np.zeros_like(segments),
     )
+
+
+def drawn(like, std=0.05):
+    """Random parameters, vectors about 1: a model's own initialisation compiles for seconds."""
+    draw = np.random.default_rng(0)
+
+    def one(x):
+        return jnp.asarray((std * draw.normal(size=x.shape) + (len(x.shape) < 2)).astype(x.dtype))
+
+    return jax.tree.map(one, like)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Memories in the model: against loops in numpy; causal, apart by document, alike one at a time."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from sparse_pretrain.model import decode, engram, lm, residual
 from sparse_pretrain.optim import groups
 from sparse_pretrain.planning import flops, layout, network
 from sparse_pretrain.sharding import apply, mesh, ops, plans
-from tests.model.conftest import packed, small
+from tests.model.conftest import drawn, packed, small
 
 MEMORY = engram.Config(layers=(0, 1, 3), orders=(2, 3), heads=2, width=16, rows=40)
 STREAMS = {"plain": residual.PLAIN, "mhc": residual.MHCConfig(streams=2, iterations=2)}
@@ -44,17 +45,6 @@ def remembered(batch, config=MEMORY):
     """The batch with such rows."""
     rows = rows_of(config, np.asarray(batch.tokens), np.asarray(batch.segments))
     return batch._replace(memory=rows)
-
-
-def stirred(params, scale=0.3):
-    """Parameters of which none is zero, the convolutions' taps among them."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(5), len(leaves))
-    made = [
-        x + scale * jax.random.normal(k, x.shape, x.dtype)
-        for x, k in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(tree, made)
 
 
 def one_token_at_a_time(params, config, x, rows, segments, eps):
@@ -90,29 +80,32 @@ def test_the_module_is_its_equations(streams, rng):
     definition = nn.define(
         lambda keys: engram.Memory(c, 8, keys, place=0, eps=1e-5, out_gain=0.5, streams=streams)
     )
-    params, prices = definition.init(jax.random.key(0))
+    params, prices = drawn(definition.shapes, 0.3), drawn(definition.price_shapes)
     assert params["table"].shape == (256, 4)  # 173 rows, filled up
-    assert not params["taps"].any()
+    still = params | {"taps": np.zeros_like(params["taps"])}
     batch = remembered(packed(rng, rows=2, length=15), c)
     x = rng.normal(size=(2, 15, streams, 8)).astype(np.float32)
 
     @jax.jit
-    def run(params, x):
+    @functools.partial(jax.grad, has_aux=True)
+    def slope(params, x):
         y = definition.merge(params, prices)(
             x[:, :, 0] if streams == 1 else x, batch.memory, batch.segments
         )
-        return y.reshape(x.shape)
+        return jnp.sum(jnp.square(y)), y.reshape(x.shape)
 
-    for p in (params, stirred(params)):
+    def run(params, x):
+        return slope(params, x)[1]
+
+    for p in (still, params):
         want = one_token_at_a_time(
             p, c, x.astype(np.float64), batch.memory, np.asarray(batch.segments), 1e-5
         )
         np.testing.assert_allclose(run(p, x), want, rtol=2e-5, atol=2e-5)
     # the convolution starts at zero: what it reads changes nothing, and yet it learns
-    deaf = params | {"norm_value": params["norm_value"] * 7}
-    np.testing.assert_array_equal(run(deaf, x), run(params, x))
-    grads = jax.grad(lambda p: jnp.sum(jnp.square(run(p, x))))(params)
-    assert np.abs(grads["taps"]).min() > 0
+    deaf = still | {"norm_value": np.asarray(params["norm_value"]) * 7}
+    np.testing.assert_array_equal(run(deaf, x), run(still, x))
+    assert np.abs(slope(still, x)[0]["taps"]).min() > 0
 
 
 @pytest.mark.parametrize("kind", ["plain", pytest.param("mhc", marks=pytest.mark.slow)])
@@ -120,22 +113,23 @@ def test_a_model_with_memories_is_causal_keeps_documents_apart_and_decodes_alike
     c = layered(memory=MEMORY, residual=STREAMS[kind])
     assert c.memory_cuts == [0, 2, 3]  # the second stands before the first of the repeats
     definition = lm.define(c)
-    params, prices = definition.init(jax.random.key(0))
-    plain, _ = lm.define(layered(residual=STREAMS[kind])).init(jax.random.key(0))
-    for name, part in plain.items():  # a model without them starts the same
-        assert jax.tree.all(jax.tree.map(np.array_equal, part, params[name])), name
-    params = stirred(params, 0.05)
+    params, prices = drawn(definition.shapes, 0.2), drawn(definition.price_shapes)
     batch = remembered(packed(rng, rows=2, length=12))
+    at = 6
 
     @jax.jit
-    def hidden(table, batch):
+    @functools.partial(jax.grad, has_aux=True)
+    def slope(table, batch):
         own = params | {"memory_2": params["memory_2"] | {"table": table}}
-        return definition.merge(own, prices)(batch)[0]
+        out = definition.merge(own, prices)(batch)[0]
+        return jnp.sum(jnp.square(out[0, at])), out
+
+    def hidden(table, batch):
+        return np.asarray(slope(table, batch)[1])
 
     # a row's gradient reaches its token and those after it in the document, and no other
     table = params["memory_2"]["table"]
-    at = 6
-    grads = jax.jit(jax.grad(lambda t: jnp.sum(jnp.square(hidden(t, batch)[0, at]))))(table)
+    grads, _ = slope(table, batch)
     own = np.asarray(batch.segments)
     seen = [t for t in range(at + 1) if own[0, t] == own[0, at]]
     rows = batch.memory[0, seen][:, 2 * MEMORY.reads :]
@@ -167,6 +161,25 @@ def test_a_model_with_memories_is_causal_keeps_documents_apart_and_decodes_alike
     for t in range(12):
         logits, cache = one(ids[:, t], cache, t, whole.memory[:, t])
         np.testing.assert_allclose(logits, want[:, t], rtol=1e-4, atol=2e-4)
+
+
+def test_a_model_without_a_memory_starts_the_same(monkeypatch):
+    """So that arms of a comparison start alike; taps start at zero. Draws stand for their keys."""
+
+    def draw(key, shape, dtype):
+        return jnp.broadcast_to(jnp.sum(jax.random.key_data(key)).astype(dtype), shape)
+
+    monkeypatch.setattr(jax.random, "normal", draw)
+    start = dict(prefix=(), pattern=("dense",), repeats=1)
+    one = dataclasses.replace(MEMORY, layers=(0,))
+    with_, without = (
+        jax.jit(lm.define(small(**start, memory=section)).init)(jax.random.key(0))[0]
+        for section in (one, engram.Config())
+    )
+    assert set(with_) - set(without) == {"memory_0"}
+    assert not with_["memory_0"]["taps"].any()
+    for name, part in without.items():
+        assert jax.tree.all(jax.tree.map(np.array_equal, part, with_[name])), name
 
 
 def test_tables_are_looked_up_where_they_lie(rng):
@@ -238,14 +251,16 @@ def test_plans_count_what_a_memory_sends_and_keeps():
 
 def test_tables_learn_faster_do_not_decay_and_are_no_matrix_of_muons():
     dims = {"table": ("Row", "Dm"), "w": ("U", "D")}
-    params = {k: jnp.ones((4, 4)) for k in dims}
-    grads = {k: jnp.full((4, 4), 0.5).at[1].set(-0.25) for k in dims}
+    params = {k: np.ones((4, 4), np.float32) for k in dims}
+    slope = np.full((4, 4), 0.5, np.float32)
+    slope[1] = -0.25
+    grads = dict.fromkeys(dims, slope)
     assert groups.group(dims["table"]) == "memory"
     for name in ("adamw", "muon"):
         table = optim.TABLE[name]
         c = table.Config(lr=0.01, weight_decay=0.5, clip=0.0)
         tx = table.build(c, dims, lambda n: jnp.float32(0.01))
-        updates, _ = tx.update(grads, tx.init(params), params)
+        updates, _ = jax.jit(lambda g, p, tx=tx: tx.update(g, tx.init(p), p))(grads, params)
         # Adam's first step has the size of the rate, whatever the gradient's
         np.testing.assert_allclose(updates["table"], -0.05 * np.sign(grads["table"]), rtol=1e-5)
         assert not np.allclose(np.abs(updates["w"]), 0.05)

@@ -270,6 +270,8 @@ def test_a_small_run_does_not_cost_nothing(hours, says):
         (["--chips=h100:8", "--plan=best"], ["unknown plan 'best'", "fsdp_ep"]),
         (["--chips=h100:8", "--plan=fsdp_pp_ep"], ["did you mean fsdp_ep_pp?"]),
         (["--chips=h100:8", "--plan=single"], ["single is for one chip", "8 x h100", "fsdp_ep"]),
+        (["--chips=h100:8", "--plan=fsdp_pp", "--config.model.memory.layers=0"],
+         ["--plan: fsdp_pp: a pipeline carries no rows of model.memory"]),
         (["--chips=a100:8", "--precision=fp8"], ["a100 has no fp8"]),
         (["--chips=h100:8", "--tokens=-1"], ["--tokens: must be positive"]),
         (["--chips=tpu7x:8", "--budget=100usd"], ["--price: none is known of tpu7x"]),

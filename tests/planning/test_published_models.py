@@ -12,6 +12,7 @@ from sparse_pretrain import config, optim, shapes
 from sparse_pretrain.model import lm
 from sparse_pretrain.planning import flops
 from sparse_pretrain.training import state, step
+from tests.model.conftest import drawn
 
 # total and active parameters, router biases among them; None where nothing is published.
 # V3: the released weights' metadata without the multi-token module; its active parameters with one
@@ -56,14 +57,6 @@ def test_tiny_keeps_the_structure(name):
             assert (ours.ffn.router.groups > 1) == (section.ffn.router.groups > 1)
 
 
-def _drawn(like):
-    """Random parameters: numpy's, for a model's own initialisation compiles for half a minute."""
-    draw = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda x: jnp.asarray(0.05 * draw.normal(size=x.shape) + (len(x.shape) < 2), x.dtype), like
-    )
-
-
 # a step of MLA and experts compiles for 20 s of one core
 CHEAP = ("olmoe_1b_7b",)
 TINY = [n if n in CHEAP else pytest.param(n, marks=pytest.mark.slow) for n in PUBLISHED]
@@ -77,7 +70,7 @@ def test_tiny_trains(name):
     table = optim.TABLE[tiny.optim.KIND]
     tx = table.build(tiny.optim, definition.dims, lambda _: jnp.float32(0.01))
     run = step.make_train_step(definition, model, tx, schedule=lambda _: jnp.float32(0.01))
-    params, prices = (_drawn(x) for x in (definition.shapes, definition.price_shapes))
+    params, prices = (drawn(x) for x in (definition.shapes, definition.price_shapes))
     opt = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(tx.init, params))
     now = state.TrainState(jnp.int32(0), params, opt, prices, {}, {}, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, 64, (2, 32)).astype(np.int32)
