@@ -68,6 +68,13 @@ def test_its_file_keeps_the_rules(tmp_path):
     assert max(map(len, CODE.splitlines())) <= 100
 
 
+def test_the_files_that_it_names_are_there():
+    tops = "sparse_pretrain|kernels_pallas|experiments|tests"
+    named = set(re.findall(rf"`((?:{tops})/[\w/.]+)`", TEXT))
+    assert len(named) > 10
+    assert {path for path in named if not (ROOT / path).exists()} == {PATH}
+
+
 def test_its_commands_resolve_and_the_model_builds(local):
     commands = [shlex.split(x) for x in TEXT.splitlines() if x.startswith("sparse-pretrain ")]
     changed = [argv for argv in commands if any(a.startswith("--config.") for a in argv)]

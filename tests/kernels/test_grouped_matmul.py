@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.grouped_matmul import aligned, grouped_matmul, xla
+from kernels_pallas.grouped_matmul import aligned, grouped_matmul, op, xla
 from kernels_pallas.grouped_matmul.layout import row_expert, rows_needed
 from kernels_pallas.linear import linear
+from kernels_pallas.linear import op as linear_op
 from kernels_pallas.linear.xla import split_rows
 
+ANYWHERE = [backend.name for backend in op.backends  # the others have tests of their own
+            if backend.name not in ("mosaic_gpu", "mosaic_tpu", "tokamax")]
 LOADS = {
     "even": [64] * 8,
     "one takes all": [0, 0, 0, 512, 0, 0, 0, 0],
@@ -35,7 +38,7 @@ def _numpy(x, w, dy, layout):
     return y, dx, dw
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])  # mosaic_gpu: its own file
+@pytest.mark.parametrize("implementation", ANYWHERE)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("load", LOADS)
 def test_grouped_matmul(load, dtype, implementation, rng):
@@ -123,12 +126,13 @@ def test_any_split_fits_in_one_buffer(split, rng):
     assert taken == set(range(3 if split else 2))
 
 
+@pytest.mark.parametrize("implementation", [backend.name for backend in linear_op.backends])
 @pytest.mark.parametrize("shape", [(7,), (2, 33), (4, 256), (1, 1)])
-def test_linear_and_its_gradients(shape, rng):
+def test_linear_and_its_gradients(shape, implementation, rng):
     x = jnp.asarray(rng.normal(size=(*shape, 24)), jnp.float32)
     w = jnp.asarray(rng.normal(size=(24, 40)), jnp.float32)
     dy = jnp.asarray(rng.normal(size=(*shape, 40)), jnp.float32)
-    y, pull = jax.vjp(linear, x, w)
+    y, pull = jax.vjp(lambda x, w: linear(x, w, implementation=implementation), x, w)
     dx, dw = pull(dy)
     x64, w64, dy64 = (np.asarray(a, np.float64) for a in (x, w, dy))
     np.testing.assert_allclose(y, x64 @ w64, atol=1e-4)

@@ -69,6 +69,8 @@ def router_of(kind, changes):
 def _router_of(kind, changes):
     router = routing.TABLE[kind]
     config = spec.build(router.Config, json.loads(changes))
+    missing = [x for x in ("KIND", "causal", "exact", "check") if not hasattr(config, x)]
+    assert not missing, f"the Config of router {kind} does not state {', '.join(missing)}"
     return router, config, *made(lambda keys: router(config, WIDTH, EXPERTS, SEATS, keys))
 
 

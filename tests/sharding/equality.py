@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_pretrain import config, optim, shapes
+from sparse_pretrain import attention, config, optim, shapes
 from sparse_pretrain.model import lm
 from sparse_pretrain.sharding import apply, mesh, plans
 from sparse_pretrain.training import state, step
@@ -26,6 +26,7 @@ ATTENTIONS = {
     "hca": dict(kind="hca", heads=4, q_rank=16, dim=16, rope_dim=8, window=16, ratio=8, groups=2,
                 group_rank=8),
 }
+ATTENTIONS |= {kind: dict(kind=kind) for kind in attention.TABLE if kind not in ATTENTIONS}
 
 
 def model(attention="mla", **changes):

@@ -23,6 +23,10 @@ MESHES = {
     "fsdp_ep_tp": "fsdp=2,expert=2,tensor=2",
     "zero1_ep": "data=2,expert=4",
 }
+for name in plans.PLANS:  # another row of the table: pairs along its axes, the rest to its rows
+    axes = [a for a in plans.find(name).axes if a not in ("data", plans.find(name).rest)]
+    MESHES.setdefault(name, ",".join(f"{axis}=2" for axis in axes[:3]))
+del MESHES["single"]
 
 
 def placed(name, text, **options):
