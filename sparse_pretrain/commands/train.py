@@ -133,6 +133,10 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         loop.train(experiment, workdir, args.argv, quiet=args.quiet, on_finish=write_report)
+    except recovery.Abandoned as e:
+        # not by the usual way out, on which threads that write a checkpoint fill the screen
+        print(e, file=sys.stderr, flush=True)
+        os._exit(errors.INTERRUPTED)
     except recovery.Interrupted as e:
         raise errors.Stopped(str(e), errors.INTERRUPTED) from None
     except processes.PeerLost as e:

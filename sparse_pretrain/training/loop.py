@@ -51,10 +51,11 @@ def train(
     try:
         with recovery.interruptible():
             return _train(experiment, Path(workdir), argv, quiet, on_finish)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        kind = recovery.Abandoned if isinstance(e, recovery.Twice) else recovery.Interrupted
         done = checkpoint.steps(workdir)
         place = f"continues from step {done[-1]}" if done else "starts again"
-        raise recovery.Interrupted(f"interrupted; the same command {place}") from None
+        raise kind(f"interrupted; the same command {place}") from None
 
 
 def _train(experiment, workdir, argv, quiet, on_finish) -> dict[str, Any]:

@@ -74,6 +74,14 @@ class Interrupted(RuntimeError):
     """A run stopped by the user after its checkpoint was written."""
 
 
+class Abandoned(Interrupted):
+    """A run stopped by the user's second request, while a checkpoint may be half-written."""
+
+
+class Twice(KeyboardInterrupt):
+    """The second request to stop."""
+
+
 def save_batch(workdir: Path, step: int, batch: shapes.Batch) -> Path:
     """The batch that broke step `step`, as an .npz to look at."""
     path = workdir / f"nonfinite_step_{step}.npz"
@@ -96,13 +104,15 @@ def interruptible():
 
 @contextlib.contextmanager
 def stop_requests():
-    """Yields a list that is filled by the first SIGINT or SIGTERM; a second one raises."""
+    """Yields a list that is filled by the first SIGINT or SIGTERM; a second one raises Twice."""
     asked: list[int] = []
 
     def handle(number, frame):
         if asked:
-            raise KeyboardInterrupt
+            raise Twice
         asked.append(number)
+        with contextlib.suppress(OSError):  # not by print, which a signal may have interrupted
+            os.write(2, b"stopping after this step; once more stops at once, saving nothing\n")
 
     with _handled_by(handle):
         yield asked

@@ -1,4 +1,4 @@
-"""Ctrl-C before the first step: one line, exit status 130, and nothing half-written."""
+"""Ctrl-C: one line, exit status 130, and before the first step nothing half-written."""
 
 import json
 import os
@@ -41,11 +41,28 @@ def kill(*unused):
     if kill in gc.callbacks:
         gc.callbacks.remove(kill)
     os.kill(os.getpid(), 15 if sys.argv[2] == "politely" else 2)
+    if sys.argv[2] == "twice":
+        os.kill(os.getpid(), 2)
 
 setattr(owner, name, interrupted)
 from sparse_pretrain import cli
 sys.exit(cli.main(sys.argv[3:]))
 """
+
+
+def interrupted(place, how, folder, *options):
+    """The process of `train` that the signal ended, by its exit status 130."""
+    (folder / "texts").mkdir()
+    for i in range(30):
+        (folder / "texts" / f"{i}.txt").write_text(lines(i))
+    (folder / "tiny.py").write_text(EXPERIMENT)
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "SPARSE_PRETRAIN_CACHE": str(folder / "cache")}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, "-c", PROGRAM, place, how, "train", "--config=tiny.py", *options]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stdout
+    return done
 
 
 @pytest.mark.parametrize(
@@ -57,21 +74,11 @@ sys.exit(cli.main(sys.argv[3:]))
     ],
 )
 def test_ctrl_c_before_the_first_step(place, how, tmp_path):
-    (tmp_path / "texts").mkdir()
-    for i in range(30):
-        (tmp_path / "texts" / f"{i}.txt").write_text(lines(i))
-    (tmp_path / "tiny.py").write_text(EXPERIMENT)
-    cache = tmp_path / "cache"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "SPARSE_PRETRAIN_CACHE": str(cache)}
-    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    command = [sys.executable, "-c", PROGRAM, place, how, "train", "--config=tiny.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 130, done.stderr
+    done = interrupted(place, how, tmp_path)
     said = done.stderr.splitlines()
     assert said[-1:] == ["interrupted; the same command starts again"]
     assert all(line.startswith("prepared text_folder") for line in said[:-1]), said
-    assert "Traceback" not in done.stdout
-    left = [p for folder in (cache, tmp_path / "runs") for p in folder.rglob("*")]
+    left = [p for folder in (tmp_path / "cache", tmp_path / "runs") for p in folder.rglob("*")]
     assert not [p for p in left if p.name.startswith((".building", ".text")) or ".tmp" in p.name]
     assert not [p for p in left if p.parent.name == "tokens" and p.name.startswith(".")]
     run = tmp_path / "runs" / "tiny"
@@ -80,3 +87,15 @@ def test_ctrl_c_before_the_first_step(place, how, tmp_path):
         assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
         assert (run / "metrics.jsonl").read_text() == ""
     assert (run / "run.json").exists() or how != "at once"
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_leaves_a_checkpoint_that_is_being_written(tmp_path):
+    """One line more, and none of the threads that write it."""
+    options = ["--quiet", "--config.checkpoint.every=1"]
+    place = "sparse_pretrain.checkpoint.checkpointer:Checkpointer.save"
+    done = interrupted(place, "twice", tmp_path, *options)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("prepared ")]
+    assert [line.partition(";")[0] for line in said] == ["stopping after this step", "interrupted"]
+    record = json.loads((tmp_path / "runs/tiny/run.json").read_text())
+    assert record["status"] == "interrupted"
