@@ -46,7 +46,9 @@ def scaled_matmul(x, w, layout=None, *, power_of_two=False, implementation=None)
     Errors: ValueError for shapes or dtypes that do not fit, and for an implementation that cannot
         run.
     Source: DeepSeek-V3 (2412.19437), section 3.3.
-    Differs: dw rounds x itself; DeepSeek-V3 keeps its 8-bit form and rounds that once more.
+    Differs: dw rounds x itself; DeepSeek-V3 keeps its 8-bit form and rounds that once more. Of
+        TPUs a TPU7x multiplies in 8 bits, earlier ones turn E4M3 to bfloat16 on its way into the
+        matrix unit.
     """
     dims = 2 if layout is None else 3
     if x.ndim < 1 or w.ndim != dims or x.shape[-1] != w.shape[-2]:

@@ -382,7 +382,7 @@ def test_it_compiles_for_a_hopper_gpu(op, spec, kernels):
                     reason=f"needs {CHIPS['v5p'].missing()}, of the extra 'compile'")
 @pytest.mark.parametrize(("op", "spec"), [
     ("grouped_matmul", "olmoe"), ("block_sparse", "nsa_4k"), ("token_sparse", "dsa_4k"),
-    ("index_kl_listed", "dsa_4k")])
+    ("index_kl_listed", "dsa_4k"), ("scaled_matmul", "tile_edges")])
 def test_it_compiles_for_a_tpu_and_keeps_the_rows(op, spec, tmp_path):
     file = tmp_path / "rows.jsonl"
     argv = ["--target", "v5p", "--op", op, "--spec", spec, "--json", "--backend", "mosaic_tpu",

@@ -19,7 +19,7 @@ from kernels_pallas.scaled_matmul import explain, quantize, scaled_matmul, specs
 from tests.kernels.test_mosaic_tpu import chip
 from tests.kernels.test_scaled_matmul import check, oracle
 
-PAIRS, D, F = 300, 130, 100  # two tiles wide and one
+PAIRS, D, F = 300, 130, 140  # both widths of two tiles
 LOADS = {
     "edges": [127, 0, 129, 1],
     "one takes all": [0, 0, 300, 0],
@@ -202,6 +202,7 @@ def _arguments(dtype="bfloat16", w_dtype="float32", D=200):
 @pytest.mark.parametrize(("target", "changes", "reason"), [
     (device.Target("cpu"), {}, "needs a TPU, the device is cpu"),
     (CHIPS["h200"].target, {}, "the device is NVIDIA H200"),
+    (device.Target("tpu", "TPU v4"), {}, "those of a TPU v5 or newer, this is a TPU v4"),
     (CHIPS["tpu7x"].target, {"dtype": "float16"}, "x is float16"),
     (CHIPS["v6e"].target, {"w_dtype": "float16"}, "w is float16"),
     (CHIPS["v5p"].target, {"D": 0}, r"numbers to multiply, x has shape \(512, 0\)"),
