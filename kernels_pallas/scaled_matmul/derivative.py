@@ -30,12 +30,15 @@ class Kernels(NamedTuple):
     Without `times` 8-bit numbers are multiplied along the last dims of both alone: XLA writes
     transposes, and `contracted` gets a [D, P] and b [F, P].
     `quantize` rounds rows and blocks as tiles.quantize does; columns are always rounded by XLA.
+    Where XLA `copies` rows into their group's tiles before it rounds, a dense product's are left
+    where they lie, which is the same.
     """
 
     transposed: Callable[..., jax.Array]
     contracted: Callable[..., jax.Array]
     times: Callable[..., jax.Array] | None = None
     quantize: Callable[..., Any] = quantize
+    copies: bool = False
 
 
 def _fill(x, *lengths):
@@ -59,14 +62,15 @@ def _product(kernels: Kernels, x_RxK, w_ExKxN, layout, power_of_two, *, transpos
     return y[:, :N]
 
 
-def _weight_gradient(kernels: Kernels, x_RxD, dy_RxF, layout, power_of_two, dtype):
+def _weight_gradient(kernels: Kernels, x_RxD, dy_RxF, layout, power_of_two, dense, dtype):
     """Each group's x^T dy, by tiles of 128 of its rows: [E, D, F] in dtype."""
     row, mine, groups = row_tiles(layout)
 
     def columns(a):
         """Return a in 8 bits by the groups' tiles, and the scales of its columns [P / 128, D]."""
-        wide = _fill(a, whole(a.shape[1]))
-        rows = jnp.where(mine.reshape(-1, 1), wide[row.reshape(-1)], jnp.zeros((), a.dtype))
+        rows = _fill(a, whole(a.shape[1]))
+        if not (dense and kernels.copies):
+            rows = jnp.where(mine.reshape(-1, 1), rows[row.reshape(-1)], jnp.zeros((), a.dtype))
         q, scale = quantize(rows, COLUMN, power_of_two)
         return q.T if kernels.times is None else q, scale
 
@@ -74,19 +78,21 @@ def _weight_gradient(kernels: Kernels, x_RxD, dy_RxF, layout, power_of_two, dtyp
     return dw[:, :x_RxD.shape[1], :dy_RxF.shape[1]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
-def _grouped(kernels, x, w, layout, power_of_two):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5))
+def _grouped(kernels, x, w, layout, power_of_two, dense):
+    del dense
     return _product(kernels, x, w, layout, power_of_two)
 
 
-def _forward(kernels, x, w, layout, power_of_two):
+def _forward(kernels, x, w, layout, power_of_two, dense):
+    del dense
     return _product(kernels, x, w, layout, power_of_two), (x, w, layout)
 
 
-def _backward(kernels, power_of_two, kept, dy):
+def _backward(kernels, power_of_two, dense, kept, dy):
     x, w, layout = kept
     dx = _product(kernels, dy, w, layout, power_of_two, transposed=True)
-    return dx, _weight_gradient(kernels, x, dy, layout, power_of_two, w.dtype), None
+    return dx, _weight_gradient(kernels, x, dy, layout, power_of_two, dense, w.dtype), None
 
 
 _grouped.defvjp(_forward, _backward)
@@ -96,11 +102,11 @@ def scaled_matmul(x: Any, w: Any, layout: Any = None, *, kernels: Kernels,
                   power_of_two: bool = False) -> Any:
     """Round and multiply in 8 bits; a dense product is that of one group of all rows."""
     if layout is not None:
-        return _grouped(kernels, x, w, layout, power_of_two)
+        return _grouped(kernels, x, w, layout, power_of_two, False)
     rows = x.reshape(-1, x.shape[-1])
     R = rows.shape[0]
     # whole tiles: the last rows of a tile that reach beyond an array would be read as they are
     rows = jnp.pad(rows, ((0, -R % TILE), (0, 0)))
     layout = contiguous(jnp.full(1, R, jnp.int32), jnp.zeros(1, jnp.int32), rows.shape[0], TILE)
-    y = _grouped(kernels, rows, w[None], layout, power_of_two)[:R]
+    y = _grouped(kernels, rows, w[None], layout, power_of_two, True)[:R]
     return y.reshape(*x.shape[:-1], w.shape[-1])

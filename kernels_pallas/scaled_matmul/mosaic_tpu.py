@@ -124,4 +124,4 @@ def _contracted(a_PxD, a_scale, b_PxF, b_scale, groups, dtype):
 
 scaled_matmul = functools.partial(derivative.scaled_matmul, kernels=derivative.Kernels(
     functools.partial(_rows_times, "scaled_transposed"), _contracted,
-    functools.partial(_rows_times, "scaled"), _quantize))
+    functools.partial(_rows_times, "scaled"), _quantize, copies=True))
