@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import dataclasses
 import hashlib
@@ -214,6 +215,34 @@ class Kept:
             self._write({"key": key, "by": self._by, "row": told})
 
 
+def merge(into: str, *others: str) -> int:
+    """Leave in a file the last row of every program, of it and then of the others; return how many.
+
+    Errors: ValueError for a file that holds something else, OSError for one that cannot be used.
+    """
+    named: dict[str, str] = {}
+    rows: dict[tuple[Any, ...], str] = {}
+    for path in (into, *others):
+        for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                if "versions" in entry:
+                    named[entry["by"]] = line
+                    continue
+                row = Row(**entry["row"])
+                which = (entry["by"], row.target, row.op, row.spec, row.direction, row.backend)
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"{path}: line {number} is not a row") from None
+            rows.pop(which, None)
+            rows[which] = line
+    lines = [line for by, head in named.items()
+             for line in (head, *(line for which, line in rows.items() if which[0] == by))]
+    whole = Path(f"{into}.new")
+    whole.write_text("".join(f"{line}\n" for line in lines))
+    whole.replace(into)
+    return len(rows)
+
+
 def amount(n: float | None, unit: str = "") -> str:
     """A number with three digits and a prefix."""
     if n is None:
@@ -281,3 +310,25 @@ def markdown(rows: Sequence[Row], asked: int | None = None) -> str:
               "place of seconds: the compiler was given the same program for another row.", "",
               *_grid(NAMES, held)]
     return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Merge files that `kernels_pallas.compile --keep` wrote."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels_pallas.compiled",
+        description="Merge files of rows that `kernels_pallas.compile --keep FILE` wrote: the last "
+                    "row of every program, in the order of the files, stays in the first.",
+        epilog="example: "
+               "python -m kernels_pallas.compiled kernels_pallas/compiled.jsonl b200.jsonl")
+    parser.add_argument("into", metavar="FILE", help="the file that is written")
+    parser.add_argument("others", metavar="FILE", nargs="*", help="files whose rows are added")
+    options = parser.parse_args(argv)
+    try:
+        print(f"{options.into}: {merge(options.into, *options.others)} programs")
+    except (OSError, ValueError) as e:
+        parser.error(str(e))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
