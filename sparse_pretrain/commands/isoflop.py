@@ -246,7 +246,7 @@ def show_plan(grid: Any, *, as_json: bool) -> None:
             str(p.width),
             si(p.params),
             si(p.tokens),
-            f"{p.tokens / p.params:.1f}",
+            f"{p.tokens / p.params:.3g}",
             si(p.flops),
         )
     console = Console()
