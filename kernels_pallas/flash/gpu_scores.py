@@ -7,7 +7,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
-from kernels_pallas.flash.gpu_plan import HALF, LATER, LOG2E, STEP, Plan
+from kernels_pallas.flash.gpu_plan import HALF, LOG2E, STEP, Plan
+from kernels_pallas.flash.table import LATER
 
 # One number for each row of a product's result, and for each column.
 ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)

@@ -24,8 +24,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
 from kernels_pallas.flash import gpu_plan, gpu_scores, gpu_tiles, mosaic_gpu_bwd, pairs
-from kernels_pallas.flash.gpu_plan import EMPTY, HALF, LOG2E, NOTHING, STEP, Plan, Table
+from kernels_pallas.flash.gpu_plan import EMPTY, HALF, LOG2E, NOTHING, STEP, Plan
 from kernels_pallas.flash.gpu_scores import COLUMN, ROW
+from kernels_pallas.flash.table import Table, table_of
 
 _F32, _BF16 = jnp.float32, jnp.bfloat16
 WIDE = (HALF, 2 * STEP)  # scores of a step forward
@@ -196,7 +197,7 @@ def _attend(kernels, plan, q, k, v, marks, sinks):
 
 def _forward(kernels: Kernels, plan: Plan, q, k, v, marks, sinks):
     """Return o [B, L, H, Dv] and lse [B, L, H]."""
-    table, L = gpu_plan.table_of(plan, marks), q.shape[1]
+    table, L = table_of(plan, marks), q.shape[1]
     sinks = jnp.full(plan.H, NOTHING, _F32) if sinks is None else sinks.astype(_F32) * LOG2E
     q, k, v = _in_memory(plan, q, k, v)
     o, lse = kernels.forward(plan, table, q, k, v, sinks)
@@ -216,7 +217,7 @@ def _attend_backward(kernels: Kernels, plan: Plan, kept, cotangents):
     if sinks is not None:
         weight = jnp.exp(sinks.astype(_F32)[None, None] - jnp.where(lse > EMPTY, lse, -NOTHING))
         d_sinks = -(weight * delta).sum((0, 1)).astype(sinks.dtype)
-    table, (L, S), Dk = gpu_plan.table_of(plan, marks), (q.shape[1], k.shape[1]), plan.Dk
+    table, (L, S), Dk = table_of(plan, marks), (q.shape[1], k.shape[1]), plan.Dk
     less = _by_head(plan, jnp.where(lse > EMPTY, lse * LOG2E, -NOTHING), -NOTHING)
     rows = (_laid(do, plan.L, plan.V), less, _by_head(plan, delta))
     q, k, v = _in_memory(plan, q, k, v)

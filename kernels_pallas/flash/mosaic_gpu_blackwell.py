@@ -30,7 +30,8 @@ from kernels_pallas.blackwell_scores import (
 )
 from kernels_pallas.flash import gpu_plan, gpu_scores, mosaic_gpu
 from kernels_pallas.flash.blackwell_tiles import over_tiles
-from kernels_pallas.flash.gpu_plan import EMPTY, LOG2E, NOTHING, STEP, Plan, Table
+from kernels_pallas.flash.gpu_plan import EMPTY, LOG2E, NOTHING, STEP, Plan
+from kernels_pallas.flash.table import Table
 
 _F32, _BF16 = jnp.float32, jnp.bfloat16
 

@@ -18,8 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
 from kernels_pallas.flash import gpu_scores, gpu_tiles
-from kernels_pallas.flash.gpu_plan import HALF, NOTHING, STEP, Plan, Table
+from kernels_pallas.flash.gpu_plan import HALF, NOTHING, STEP, Plan
 from kernels_pallas.flash.gpu_scores import COLUMN, ROW
+from kernels_pallas.flash.table import Table
 
 _F32, _BF16 = jnp.float32, jnp.bfloat16
 

@@ -13,8 +13,8 @@ from kernels_pallas.flash import flash, op, pairs, reference, specs
 from kernels_pallas.flash.xla import keys_per_query
 
 PEERS = ("cudnn", "splash", "tokamax")  # test_peers.py, test_tokamax.py
-FAST = [backend.name for backend in op.backends  # Hopper's has tests of its own
-        if backend.name not in ("reference", "mosaic_gpu", *PEERS)]
+FAST = [backend.name for backend in op.backends  # those of chips have tests of their own
+        if backend.name not in ("reference", "mosaic_gpu", "mosaic_tpu", *PEERS)]
 
 
 def _seen(spec, keywords):
