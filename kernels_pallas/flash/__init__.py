@@ -32,7 +32,7 @@ op = Op(
         Backend("cudnn", peers.cudnn, peers.cudnn_supports),
         Backend("splash", peers.splash, peers.splash_supports),
         Backend("tokamax", peers.tokamax, peers.tokamax_supports),
-        # After splash, which has been tuned by those who have a chip: PENDING.md.
+        # Only where it is asked for as well; splash serves less: PENDING.md.
         Backend("mosaic_tpu", _mosaic_tpu, tpu_plan.supports),
         Backend("reference", reference.flash),
     ),
@@ -63,7 +63,8 @@ def flash(q_BxLxHxDk, k_BxSxKxDk, v_BxSxKxDv, *, segments_q=None, segments_k=Non
     Shapes: q [B, L, H, Dk], k [B, S, K, Dk], v [B, S, K, Dv], H a multiple of K; segments_q int
         [B, L], segments_k int [B, S] (segments_q when not given); sinks [H]; ends int [B, S];
         o [B, L, H, Dv] in v's dtype; lse [B, L, H] in float32, or float64 for float64. block_q
-        and block_k in queries and keys, chosen by the backend when None.
+        and block_k in queries and keys, chosen by the backend when None; Mosaic TPU rounds them up
+        to multiples of 128, and Mosaic GPU's are fixed.
     Units: window, stride and span in tokens (rows), the query's own row within the window.
     Errors: ValueError for shapes, dtypes or numbers that do not fit, and for an implementation
         that cannot run.

@@ -21,6 +21,8 @@ _SIZES = (1024, 512, 256, 128)  # of queries, and of keys
 # Stages of a visit's scores that are alive at once: scores, weights, their gradients, and narrow
 # copies for the products; float32 operands are multiplied in parts.
 _STAGES = 6
+# Multiply-adds of a v5p's matrix units in a cycle; a visit's cost by estimate, 0.35 us.
+_PER_CYCLE, _VISIT = 65_536, 600
 # Of a list, which lies in scalar memory: three numbers each.
 VISITS = 1 << 15
 COLUMNS = 8  # rows of memory that the numbers of keys take, of which two are used
@@ -123,9 +125,10 @@ def options(plan: Plan, itemsize: int) -> list[Plan]:
 
 
 def _cost(plan: Plan) -> float:
-    """What is multiplied, and an estimate of what a visit costs beside."""
+    """Cycles of a v5p for a head, by arithmetic: products, and what a visit costs beside."""
     t, n = plan.position.block_q, plan.position.block_k
-    return plan.met * t * n * (1 + LANES / t) * (1 + LANES / n)
+    products = t * n * (plan.D + plan.V) / _PER_CYCLE
+    return plan.met * (products * (1 + LANES / t) * (1 + LANES / n) + _VISIT)
 
 
 def plan_of(q, k, v, *, segments_q=None, scale, causal=True, window=None, softcap=None,
