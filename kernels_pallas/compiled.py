@@ -18,9 +18,9 @@ from kernels_pallas.chips import Chip
 from kernels_pallas.command import columns
 
 # Files beside the ops' folders that change no program of a given backend: commands, what describes
-# calls, and the choice among backends.
-_APART = ("bench", "cases", "command", "compile", "compiled", "measure", "op", "parity", "program",
-          "results", "supervised", "tune")
+# calls, the choice among backends, and what names or joins ops.
+_APART = ("__init__", "bench", "cases", "command", "compile", "compiled", "joined", "measure", "op",
+          "parity", "program", "results", "supervised", "tune")
 # Files that only one backend's kernels are made of.
 _SHARED = dict.fromkeys(("blackwell", "blackwell_attention", "blackwell_scores", "generation",
                          "halves", "hopper", "products"), "mosaic_gpu")

@@ -7,6 +7,22 @@ import pytest
 from kernels_pallas import compiled
 
 
+def test_a_change_of_one_op_ages_that_one_and_what_is_made_of_it(tmp_path):
+    """Also where a file that all share names every op."""
+    files = {"__init__.py": "from kernels_pallas.flash import flash", "device.py": "chips = ()",
+             "flash/xla.py": "one = 1", "linear/xla.py": "two = 2",
+             "indexer/xla.py": "from kernels_pallas.flash import xla"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = compiled.sources(tmp_path)
+    (tmp_path / "flash" / "xla.py").write_text("one = 3")
+    after = compiled.sources(tmp_path)
+    assert {name for name in before if before[name] != after[name]} == {"flash", "indexer"}
+    (tmp_path / "device.py").write_text("chips = (1,)")
+    assert compiled.sources(tmp_path)[""] != after[""]
+
+
 def test_files_of_rows_are_merged_by_program(tmp_path, capsys):
     """The last row of each stays, in the first file; another's rows and versions come along."""
     def row(spec, seconds, target="h200"):
